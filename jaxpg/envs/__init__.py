@@ -1,0 +1,19 @@
+"""Environments: the protocol, tabular worlds, and one adapter file per outside suite."""
+
+from jaxpg.envs.env import Env
+from jaxpg.envs.gymnax import from_gymnax, gymnax_names
+from jaxpg.envs.mdp import Mdp, check_mdp, from_mdp
+from jaxpg.envs.spaces import Box, Discrete, MultiDiscrete, Space
+
+__all__ = [
+    "Box",
+    "Discrete",
+    "Env",
+    "Mdp",
+    "MultiDiscrete",
+    "Space",
+    "check_mdp",
+    "from_gymnax",
+    "from_mdp",
+    "gymnax_names",
+]

@@ -1,0 +1,19 @@
+"""The environment protocol: two pure functions that never reset by themselves."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxpg.envs.spaces import Space
+from jaxpg.types import Array, Key, TimeStep
+
+EnvState = Any
+
+
+class Env(NamedTuple):
+    """One environment, unbatched; `rollout` vmaps it and owns every reset."""
+
+    reset: Callable[[Key], tuple[EnvState, Array]]
+    step: Callable[[Key, EnvState, Array], tuple[EnvState, TimeStep]]
+    observation: Space
+    action: Space
+    horizon: int  # every episode has ended, one way or the other, after this many steps

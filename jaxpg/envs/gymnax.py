@@ -1,0 +1,110 @@
+"""gymnax 1.x environments, without their automatic reset."""
+
+import difflib
+from dataclasses import fields
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpg.envs.env import Env
+from jaxpg.envs.spaces import Box, Discrete, Space
+from jaxpg.types import TimeStep
+
+
+def from_gymnax(environment, params=None, **settings) -> Env:
+    """The Env of a gymnax environment, named (`"CartPole-v1"`) or already made.
+
+    settings: fields of the environment's parameters (`max_steps_in_episode=200`) or arguments of its
+    constructor (`size=20` for DeepSea). Real-valued actions are clipped to the action space before the
+    step, because several environments penalise them unclipped; the policy's log-probability stays that
+    of the action as sampled. Where gymnax flags an end as both, termination wins.
+    Raises ValueError for an unknown name (with near matches), an unknown setting, or a data set that
+    could not be fetched.
+    """
+    if isinstance(environment, str):
+        environment, params, settings = _make(environment, settings)
+    elif params is None:
+        params = environment.default_params
+    unknown = set(settings) - {f.name for f in fields(params)}
+    if unknown:
+        known = ", ".join(f.name for f in fields(params))
+        raise ValueError(
+            f"{environment.name} has no setting {sorted(unknown)[0]!r}; its parameters are {known}"
+        )
+    params = params.replace(**settings)
+    observation = _space(environment.observation_space(params), environment.name)
+    action = _space(environment.action_space(params), environment.name)
+
+    def reset(key):
+        obs, state = environment.reset_env(key, params)
+        return jax.tree.map(_strong, state), _observed(obs, observation)
+
+    def step(key, state, chosen):
+        chosen = _clipped(chosen, action)
+        obs, after, reward, terminated, _ = environment.step_env(key, state, chosen, params)
+        # Some environments widen a dtype in a step (all of them in x64): hold them to the reset's.
+        after = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), after, state)
+        truncated = jnp.asarray(environment.is_truncated(after, params), bool)
+        terminated = jnp.asarray(terminated, bool)
+        reward = jnp.asarray(reward, jnp.float32)
+        obs = _observed(obs, observation)
+        return after, TimeStep(obs, reward, terminated, truncated & ~terminated)
+
+    return Env(reset, step, observation, action, int(params.max_steps_in_episode))
+
+
+def _make(name, settings):
+    import gymnax  # takes seconds, so only when an environment of its is made
+
+    if name not in gymnax.registered_envs:
+        near = difflib.get_close_matches(name, gymnax.registered_envs, n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(near)}?" if near else "see jaxpg.envs.gymnax_names()"
+        raise ValueError(f"unknown environment {name!r}; {hint}")
+    # What the parameters do not name goes to the constructor.
+    try:
+        environment, params = gymnax.make(name)
+        for_make = {k: v for k, v in settings.items() if not hasattr(params, k)}
+        if for_make:
+            environment, params = gymnax.make(name, **for_make)
+    except TypeError:
+        return environment, params, settings
+    except OSError as error:
+        raise ValueError(f"{name} needs a data set that could not be fetched: {error}") from error
+    return environment, params, {k: v for k, v in settings.items() if k not in for_make}
+
+
+def gymnax_names() -> list[str]:
+    """The names of all registered gymnax environments."""
+    import gymnax
+
+    return list(gymnax.registered_envs)
+
+
+def _space(space, name) -> Space:
+    kind = type(space).__name__
+    if kind == "Discrete":
+        return Discrete(int(space.n))
+    if kind == "Box":
+        low, high = (
+            np.broadcast_to(np.asarray(x, np.float32), space.shape) for x in (space.low, space.high)
+        )
+        # gymnax writes the largest float for "unbounded".
+        unbounded = np.finfo(np.float32).max
+        low = np.where(low <= -unbounded, -np.inf, low)
+        return Box(low, np.where(high >= unbounded, np.inf, high))
+    raise ValueError(f"{name} has a {kind} space; jaxpg knows Discrete, Box and MultiDiscrete")
+
+
+def _observed(obs, space):
+    return jnp.asarray(obs, jnp.int32 if isinstance(space, Discrete) else jnp.float32)
+
+
+def _clipped(action, space):
+    if isinstance(space, Box):
+        return jnp.clip(jnp.asarray(action, jnp.float32), space.low, space.high)
+    return action
+
+
+def _strong(x):
+    return jnp.asarray(x, jnp.asarray(x).dtype)

@@ -1,0 +1,116 @@
+"""Baselines: what is subtracted?
+
+A slot takes (psi, scores, trajectory, hyperparams) and returns b [T, B]. `scores(psi)` [T, B] is the
+score kernel of each trajectory, <g_t, sum_k psi_k g_k> with g_t = step_t grad log pi(a_t|s_t); a baseline
+that does not call it costs nothing.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax.numpy as jnp
+
+from jaxpg.types import Array, Hyperparams, Trajectory
+
+Scores = Callable[[Array], Array]
+Baseline = Callable[[Array, Scores, Trajectory, Hyperparams], Array]
+
+
+def none(psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams) -> Array:
+    """b = 0."""
+    del scores, trajectory, hyperparams
+    return jnp.zeros_like(psi)
+
+
+def constant(value: float) -> Baseline:
+    """b = value, known before the data. Unbiased; it may also raise the variance."""
+    return partial(_constant, value)
+
+
+def _constant(value, psi, scores, trajectory, hyperparams):
+    del scores, trajectory, hyperparams
+    return jnp.full_like(psi, value)
+
+
+def batch_mean(psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams) -> Array:
+    """b_t = (1/N) sum_j psi_{t,j}, the own trajectory included.
+
+    Biased: the expected gradient is exactly (N-1)/N of the true one, because the estimate is (N-1)/N
+    times that of leave_one_out, sample by sample.
+    """
+    del scores, trajectory, hyperparams
+    return jnp.broadcast_to(psi.mean(axis=1, keepdims=True), psi.shape)
+
+
+def leave_one_out(psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams) -> Array:
+    """b_{t,i} = (1/(N-1)) sum_{j != i} psi_{t,j}: independent of trajectory i, so unbiased (Kool et al., 2019).
+
+    An episode that has ended counts with what its credit says there: 0 to go, or its total return.
+    Raises ValueError when N < 2.
+    """
+    del scores, trajectory, hyperparams
+    _check_others(psi, "leave_one_out")
+    return (psi.sum(axis=1, keepdims=True) - psi) / (psi.shape[1] - 1)
+
+
+def time_mean(psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams) -> Array:
+    """b_{t,i} = mean of psi_{t,j} over the other trajectories still running at t; 0 where there is none.
+
+    Unbiased like leave_one_out, and closer to the survivors where episodes differ in length.
+    Raises ValueError when N < 2.
+    """
+    del scores, hyperparams
+    _check_others(psi, "time_mean")
+    running = trajectory.mask.astype(psi.dtype)
+    alive = jnp.where(trajectory.mask, psi, 0.0)
+    others = running.sum(axis=1, keepdims=True) - running
+    return (alive.sum(axis=1, keepdims=True) - alive) / jnp.maximum(others, 1.0)
+
+
+def optimal_constant(
+    psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
+) -> Array:
+    """b_i estimates b* = E<sum_t g_t psi_t, sum_t g_t> / E|sum_t g_t|^2 from the other trajectories.
+
+    For the total return this is E[|U|^2 R] / E[|U|^2] (Weaver and Tao, 2001; Greensmith et al., 2004).
+    Leave-one-out, so unbiased; the minimum of the trace over constants as N grows.
+    Raises ValueError when N < 2.
+    """
+    del trajectory, hyperparams
+    _check_others(psi, "optimal_constant")
+    numerator = scores(psi).sum(axis=0, keepdims=True)
+    denominator = scores(jnp.ones_like(psi)).sum(axis=0, keepdims=True)
+    return jnp.broadcast_to(_ratio_of_others(numerator, denominator), psi.shape)
+
+
+def optimal_per_time(
+    psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
+) -> Array:
+    """b_{t,i} estimates b*_t = E<G, g_t> / E|g_t|^2 from the other trajectories, G = sum_k g_k psi_k.
+
+    The scores of different steps are orthogonal in expectation, so the optimum decouples over t, and
+    E|g_t|^2 = E<g_t, sum_k g_k> needs no norm of a single step. Leave-one-out, so unbiased; noisy for
+    few trajectories. Raises ValueError when N < 2.
+    """
+    del trajectory, hyperparams
+    _check_others(psi, "optimal_per_time")
+    return _ratio_of_others(scores(psi), scores(jnp.ones_like(psi)))
+
+
+def critic(psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams) -> Array:
+    """b_t = V(s_t), the critic's value when the data was gathered."""
+    del psi, scores, hyperparams
+    return trajectory.value
+
+
+def _check_others(psi, name):
+    if psi.shape[1] < 2:
+        raise ValueError(
+            f"{name} compares each episode with the others: num_envs={psi.shape[1]} must be at least 2"
+        )
+
+
+def _ratio_of_others(numerator, denominator):
+    numerator, denominator = (x.sum(axis=1, keepdims=True) - x for x in (numerator, denominator))
+    positive = denominator > 0.0
+    return jnp.where(positive, numerator / jnp.where(positive, denominator, 1.0), 0.0)

@@ -1,0 +1,65 @@
+"""Credit: which rewards does the action at t answer for?
+
+A slot takes (trace, trajectory, hyperparams) and returns psi [T, B]. trace [T, B] holds the
+coefficients c of the importance slot, all 1 on-policy.
+"""
+
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxpg.types import Array, Hyperparams, Trajectory
+
+Credit = Callable[[Array, Trajectory, Hyperparams], Array]
+
+
+def reward_to_go(trace: Array, trajectory: Trajectory, hyperparams: Hyperparams) -> Array:
+    """psi_t = sum_{k>=t} gamma^(k-t) r_k: the lambda-return with lambda = 1.
+
+    Discounted from t. Where a time limit cut the episode, or the rollout ended, the critic's value of
+    the true successor stands for the rewards not seen (0 without a critic).
+    """
+    return _return(trace, trajectory, hyperparams.gamma, 1.0)
+
+
+def lambda_return(trace: Array, trajectory: Trajectory, hyperparams: Hyperparams) -> Array:
+    """psi_t = V(s_t) + A_t with A_t = delta_t + gamma lambda (1-last_t) c_{t+1} A_{t+1}.
+
+    delta_t = r_t + gamma discount_t V(s_{t+1}) - V(s_t). Minus the critic baseline this is the
+    generalised advantage estimate (Schulman et al., 2016); with c = min(rho, c_bar), V-trace
+    (Espeholt et al., 2018).
+    """
+    return _return(trace, trajectory, hyperparams.gamma, hyperparams.lambda_)
+
+
+def total_return(trace: Array, trajectory: Trajectory, hyperparams: Hyperparams) -> Array:
+    """psi_t = sum_k gamma^k r_k over the whole episode, for every t (REINFORCE; Williams, 1992).
+
+    Discounted from the start of the episode; needs whole episodes.
+    """
+    whole = _return(trace, trajectory, hyperparams.gamma, 1.0)[:1]
+    return jnp.broadcast_to(whole, trajectory.reward.shape)
+
+
+def unit(trace: Array, trajectory: Trajectory, hyperparams: Hyperparams) -> Array:
+    """psi_t = 1: with the score surrogate, the maximum-likelihood gradient."""
+    del trace, hyperparams
+    return jnp.ones_like(trajectory.reward)
+
+
+def _return(trace: Array, trajectory: Trajectory, gamma, lambda_) -> Array:
+    chex.assert_equal_shape([trace, trajectory.reward, trajectory.value])
+    delta = trajectory.reward + gamma * trajectory.discount * trajectory.next_value
+    delta = jnp.where(trajectory.mask, delta - trajectory.value, 0.0)
+    decay = gamma * lambda_ * (1.0 - trajectory.last)
+
+    def step(later, inputs):
+        delta, decay, trace = inputs
+        advantage = delta + decay * later
+        return trace * advantage, advantage
+
+    start = jnp.zeros_like(delta[0])
+    _, advantage = jax.lax.scan(step, start, (delta, decay, trace), reverse=True)
+    return advantage + trajectory.value

@@ -1,0 +1,36 @@
+"""Policies and critics: distributions, networks, and the agent that holds one of each."""
+
+from jaxpg.policies.agent import (
+    NETWORKS,
+    Agent,
+    AgentCarry,
+    AgentParams,
+    actor_critic,
+    check_agent,
+    init_params,
+    initial_carry,
+)
+from jaxpg.policies.distributions import Categorical, Distribution, Gaussian, MultiCategorical
+from jaxpg.policies.initializers import orthogonal
+from jaxpg.policies.networks import Network, gru, linear, mlp, tabular
+
+__all__ = [
+    "NETWORKS",
+    "Agent",
+    "AgentCarry",
+    "AgentParams",
+    "Categorical",
+    "Distribution",
+    "Gaussian",
+    "MultiCategorical",
+    "Network",
+    "actor_critic",
+    "check_agent",
+    "gru",
+    "init_params",
+    "initial_carry",
+    "linear",
+    "mlp",
+    "orthogonal",
+    "tabular",
+]

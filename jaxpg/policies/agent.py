@@ -1,0 +1,91 @@
+"""The agent: a policy network and, separately, a critic network."""
+
+from typing import NamedTuple
+
+import jax
+
+from jaxpg.envs import Box, Env
+from jaxpg.policies import networks
+from jaxpg.policies.distributions import Categorical, Gaussian, MultiCategorical
+from jaxpg.policies.networks import Network, _example
+from jaxpg.types import Carry, Key, Params
+
+
+class Agent(NamedTuple):
+    """Two networks that share nothing; without a critic every value is 0."""
+
+    policy: Network
+    critic: Network | None = None
+
+
+class AgentParams(NamedTuple):
+    policy: Params
+    critic: Params  # () without a critic
+
+
+class AgentCarry(NamedTuple):
+    policy: Carry
+    critic: Carry
+
+
+def init_params(agent: Agent, key: Key) -> AgentParams:
+    """Fresh parameters of both networks."""
+    k_policy, k_critic = jax.random.split(key)
+    critic = agent.critic.init(k_critic) if agent.critic else ()
+    return AgentParams(agent.policy.init(k_policy), critic)
+
+
+def initial_carry(agent: Agent, num_lanes: int) -> AgentCarry:
+    """The carry at the start of an episode, of `num_lanes` environments."""
+    critic = agent.critic.initial_carry(num_lanes) if agent.critic else ()
+    return AgentCarry(agent.policy.initial_carry(num_lanes), critic)
+
+
+def actor_critic(env: Env, network: str = "mlp", **settings) -> Agent:
+    """An agent whose policy and critic are built alike for an environment's spaces.
+
+    network: one of NETWORKS; settings go to its builder (`hidden=(64, 64)`, `activation="tanh"`).
+    Raises ValueError for an unknown network.
+    """
+    builder = NETWORKS.get(network)
+    if builder is None:
+        raise ValueError(f"unknown network {network!r}; use one of {', '.join(NETWORKS)}")
+    return Agent(
+        builder(env.observation, env.action, **settings), builder(env.observation, None, **settings)
+    )
+
+
+def check_agent(env: Env, agent: Agent) -> None:
+    """Raises ValueError when the policy's distribution cannot act in the environment."""
+    example = _example(env.observation)
+    num_lanes, first = 1, jax.numpy.zeros((1, 1), bool)
+
+    def outputs(key):
+        params = init_params(agent, key)
+        carry = agent.policy.initial_carry(num_lanes)
+        return agent.policy.apply(params.policy, carry, example, first)[1]
+
+    distribution = jax.eval_shape(outputs, jax.random.key(0))
+    needed, size = {
+        "Discrete": (Categorical, lambda d: d.logits.shape[-1:] == (env.action.n,)),
+        "MultiDiscrete": (MultiCategorical, lambda d: d.logits.shape[-2:-1] == env.action.shape),
+        "Box": (Gaussian, lambda d: d.mean.shape[-1:] == env.action.shape),
+    }[type(env.action).__name__]
+    if not isinstance(distribution, needed):
+        kind = "continuous" if isinstance(env.action, Box) else "discrete"
+        raise ValueError(
+            f"the policy puts out a {type(distribution).__name__} distribution but the action space is "
+            f"{kind} ({type(env.action).__name__}); build it for env.action"
+        )
+    if not size(distribution):
+        raise ValueError(
+            f"the policy's actions do not fit the action space {env.action}; build it for env.action"
+        )
+
+
+NETWORKS = {
+    "mlp": networks.mlp,
+    "linear": networks.linear,
+    "gru": networks.gru,
+    "tabular": lambda observation, action, **_: networks.tabular(observation, action),
+}

@@ -1,0 +1,110 @@
+"""Action distributions.
+
+They travel through scan, vmap and jit as arrays, and the code that uses them does not ask which one
+it has: so, unlike everything else here, they are NamedTuples with methods.
+"""
+
+from typing import NamedTuple, Union
+
+import jax
+import jax.numpy as jnp
+
+from jaxpg.types import Array, Key
+
+# Finite, so that masked entries give zero gradients where -inf would give NaN.
+MASKED_LOGIT = -1e9
+
+
+class Categorical(NamedTuple):
+    """P(a) = softmax(logits)_a over the last axis."""
+
+    logits: Array  # [..., A]
+
+    def sample(self, key: Key) -> Array:
+        """By inversion of the distribution function: one uniform per draw, not one per action."""
+        cdf = jnp.cumsum(jax.nn.softmax(self.logits), axis=-1)
+        uniform = jax.random.uniform(key, cdf.shape[:-1], cdf.dtype)
+        # Scaled by the last entry, which rounding may leave beside 1: an action of probability 0 is
+        # then never drawn.
+        threshold = (uniform * cdf[..., -1])[..., None]
+        return jnp.sum(threshold >= cdf[..., :-1], axis=-1, dtype=jnp.int32)
+
+    def log_prob(self, action: Array) -> Array:
+        """log softmax(logits)_a, shape [...]."""
+        # A one-hot product, not a gather: its gradient needs no scatter, slow on accelerators.
+        log_p = jax.nn.log_softmax(self.logits)
+        return (jax.nn.one_hot(action, log_p.shape[-1], dtype=log_p.dtype) * log_p).sum(-1)
+
+    def entropy(self) -> Array:
+        """-sum_a p_a log p_a, in nats."""
+        log_p = jax.nn.log_softmax(self.logits)
+        return -(jnp.exp(log_p) * log_p).sum(-1)
+
+    def kl(self, other: "Categorical") -> Array:
+        """KL(self || other) = sum_a p_a (log p_a - log q_a), in nats."""
+        log_p, log_q = jax.nn.log_softmax(self.logits), jax.nn.log_softmax(other.logits)
+        return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+
+    def mode(self) -> Array:
+        """The most probable action."""
+        return jnp.argmax(self.logits, axis=-1).astype(jnp.int32)
+
+
+class MultiCategorical(NamedTuple):
+    """Independent categoricals, rows of shorter ones filled with MASKED_LOGIT."""
+
+    logits: Array  # [..., D, max A]
+
+    def sample(self, key: Key) -> Array:
+        """Shape [..., D]."""
+        return Categorical(self.logits).sample(key)
+
+    def log_prob(self, action: Array) -> Array:
+        """sum_d log p_d(a_d), shape [...]."""
+        return Categorical(self.logits).log_prob(action).sum(-1)
+
+    def entropy(self) -> Array:
+        """sum_d of the entropies, in nats."""
+        return Categorical(self.logits).entropy().sum(-1)
+
+    def kl(self, other: "MultiCategorical") -> Array:
+        """KL(self || other) = sum_d KL_d, in nats."""
+        return Categorical(self.logits).kl(Categorical(other.logits)).sum(-1)
+
+    def mode(self) -> Array:
+        """The most probable action of each part."""
+        return Categorical(self.logits).mode()
+
+
+class Gaussian(NamedTuple):
+    """N(mean, diag exp(2 log_std)) over the last axis, in the units of the action."""
+
+    mean: Array  # [..., D]
+    log_std: Array  # [..., D]
+
+    def sample(self, key: Key) -> Array:
+        """mean + std * standard normal."""
+        noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
+        return self.mean + jnp.exp(self.log_std) * noise
+
+    def log_prob(self, action: Array) -> Array:
+        """-sum_d [ (a-mean)^2/(2 std^2) + log std + log(2 pi)/2 ]; d/dlog std is ((a-mean)/std)^2 - 1."""
+        standard = (action - self.mean) * jnp.exp(-self.log_std)
+        return -(0.5 * standard**2 + self.log_std + 0.5 * jnp.log(2 * jnp.pi)).sum(-1)
+
+    def entropy(self) -> Array:
+        """sum_d [ log std + log(2 pi e)/2 ], in nats."""
+        return (self.log_std + 0.5 * jnp.log(2 * jnp.pi * jnp.e)).sum(-1)
+
+    def kl(self, other: "Gaussian") -> Array:
+        """KL(self || other), in nats."""
+        ratio = jnp.exp(2 * (self.log_std - other.log_std))
+        shift = ((self.mean - other.mean) * jnp.exp(-other.log_std)) ** 2
+        return (0.5 * (ratio + shift - 1) + other.log_std - self.log_std).sum(-1)
+
+    def mode(self) -> Array:
+        """The mean."""
+        return self.mean
+
+
+Distribution = Union[Categorical, MultiCategorical, Gaussian]  # noqa: UP007

@@ -1,0 +1,224 @@
+"""Networks: pure (init, initial_carry, apply) triples, feed-forward and recurrent alike.
+
+Every builder takes the observation space and what to put out: an action space gives a policy, whose
+`apply` returns a distribution; None gives a critic, whose `apply` returns values [T, B].
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpg.envs import Box, Discrete, Space
+from jaxpg.policies.distributions import (
+    MASKED_LOGIT,
+    Categorical,
+    Distribution,
+    Gaussian,
+    MultiCategorical,
+)
+from jaxpg.policies.initializers import orthogonal
+from jaxpg.types import Array, Carry, Key, Params
+
+ACTIVATIONS = {"tanh": nn.tanh, "relu": nn.relu, "silu": nn.silu, "gelu": nn.gelu}
+
+
+class Network(NamedTuple):
+    """A network over sequences; a feed-forward one carries `()`."""
+
+    init: Callable[[Key], Params]
+    initial_carry: Callable[[int], Carry]  # of B lanes
+    apply: Callable[[Params, Carry, Array, Array], tuple[Carry, Any]]  # obs [T, B, ...], first [T, B]
+
+
+def tabular(observation: Space, action: Space | None) -> Network:
+    """One row of logits (or one value) per observation, zero at the start.
+
+    Params: {"logits": [S, A]} or {"value": [S]}; flattened, they are state-major.
+    Raises ValueError unless both spaces are Discrete.
+    """
+    if not isinstance(observation, Discrete) or not isinstance(action, Discrete | None):
+        raise ValueError(
+            f"tabular needs discrete observations and actions, got {_kind(observation)} and "
+            f"{_kind(action)}; use linear or mlp"
+        )
+    num_obs = observation.n
+
+    def init(key):
+        del key
+        if action is None:
+            return {"value": jnp.zeros(num_obs)}
+        return {"logits": jnp.zeros((num_obs, action.n))}
+
+    def apply(params, carry, obs, first):
+        del first
+        return carry, params["value"][obs] if action is None else Categorical(params["logits"][obs])
+
+    return Network(init, lambda num_lanes: (), apply)
+
+
+def linear(observation: Space, action: Space | None, *, initial_std: float = 0.5, precision: str = "highest") -> Network:
+    """One affine layer on the flattened (or one-hot) observation."""
+    return mlp(observation, action, (), initial_std=initial_std, precision=precision)
+
+
+def mlp(
+    observation: Space,
+    action: Space | None,
+    hidden: Sequence[int] = (64, 64),
+    *,
+    activation: str = "tanh",
+    initial_std: float = 0.5,
+    precision: str = "highest",
+) -> Network:
+    """Dense layers with orthogonal weights; the last layer of a policy starts 100 times smaller.
+
+    initial_std: of Gaussian actions, as a fraction of half the action range.
+    precision: of matrix products; below "highest", GPUs and TPUs round to 10 or 7 mantissa bits.
+    """
+    body, head = _body(hidden, activation, precision), _head(action, initial_std, precision)
+    encode = _encoder(observation)
+
+    def init(key):
+        k_body, k_head = jax.random.split(key)
+        example = encode(_example(observation))
+        params = body.init(k_body, example)
+        return {"body": params, "head": head.init(k_head, body.apply(params, example))}
+
+    def apply(params, carry, obs, first):
+        del first
+        return carry, head.apply(params["head"], body.apply(params["body"], encode(obs)))
+
+    return Network(init, lambda num_lanes: (), apply)
+
+
+def gru(
+    observation: Space,
+    action: Space | None,
+    hidden: Sequence[int] = (64,),
+    *,
+    features: int = 64,
+    activation: str = "tanh",
+    initial_std: float = 0.5,
+    precision: str = "highest",
+) -> Network:
+    """Dense layers, then a gated recurrent unit whose carry restarts before an episode's first observation."""
+    body, head = _body(hidden, activation, precision), _head(action, initial_std, precision)
+    encode = _encoder(observation)
+    cell = nn.GRUCell(
+        features,
+        kernel_init=orthogonal(),
+        recurrent_kernel_init=orthogonal(),
+    )
+
+    def initial_carry(num_lanes):
+        return jnp.zeros((num_lanes, features), jnp.float32)
+
+    def init(key):
+        k_body, k_cell, k_head = jax.random.split(key, 3)
+        example = encode(_example(observation))
+        body_params = body.init(k_body, example)
+        encoded = body.apply(body_params, example)[0]
+        cell_params = cell.init(k_cell, initial_carry(1), encoded)
+        out = cell.apply(cell_params, initial_carry(1), encoded)[1]
+        return {"body": body_params, "cell": cell_params, "head": head.init(k_head, out[None])}
+
+    def apply(params, carry, obs, first):
+        def step(carry, inputs):
+            encoded, first = inputs
+            carry = jnp.where(first[:, None], 0.0, carry)
+            with jax.default_matmul_precision(precision):
+                return cell.apply(params["cell"], carry, encoded)
+
+        encoded = body.apply(params["body"], encode(obs))
+        carry, out = jax.lax.scan(step, carry, (encoded, first))
+        return carry, head.apply(params["head"], out)
+
+    return Network(init, initial_carry, apply)
+
+
+class _Apply(NamedTuple):
+    """A linen module, or two, as the pair of functions that the builders compose."""
+
+    init: Callable[[Key, Array], Params]
+    apply: Callable[[Params, Array], Any]
+
+
+def _body(hidden, activation, precision) -> _Apply:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; use one of {', '.join(ACTIVATIONS)}")
+    layers = []
+    for width in hidden:
+        # sqrt(2): the customary gain of hidden layers in policy-gradient code (Huang et al., 2022).
+        layers.append(nn.Dense(width, kernel_init=orthogonal(2**0.5), precision=precision))
+        layers.append(ACTIVATIONS[activation])
+    if not layers:
+        return _Apply(lambda key, x: {}, lambda params, x: x)
+    module = nn.Sequential(layers)
+    return _Apply(module.init, module.apply)
+
+
+def _head(action: Space | None, initial_std, precision) -> _Apply:
+    if action is None:
+        module = nn.Dense(1, kernel_init=orthogonal(), precision=precision)
+        return _Apply(module.init, lambda params, x: module.apply(params, x)[..., 0])
+    num_outputs, to_distribution, extra = _distribution_head(action, initial_std)
+    # A small last layer starts near the uniform policy (Andrychowicz et al., 2021).
+    module = nn.Dense(num_outputs, kernel_init=orthogonal(0.01), precision=precision)
+    return _Apply(
+        lambda key, x: {"dense": module.init(key, x), **extra},
+        lambda params, x: to_distribution(module.apply(params["dense"], x), params),
+    )
+
+
+def _distribution_head(action: Space, initial_std) -> tuple[int, Callable[..., Distribution], dict]:
+    if isinstance(action, Discrete):
+        return action.n, lambda x, params: Categorical(x), {}
+    if isinstance(action, Box):
+        if len(action.shape) != 1:
+            raise ValueError(f"Gaussian policies need vector actions, got shape {action.shape}")
+        # The network works in units of half the action range, so one initial std suits every task.
+        finite = np.isfinite(action.low) & np.isfinite(action.high)
+        low, high = np.where(finite, action.low, -1), np.where(finite, action.high, 1)
+        centre, scale = (low + high) / 2, (high - low) / 2
+        size = action.shape[0]
+
+        def gaussian(x, params):
+            mean = jnp.broadcast_to(centre, x.shape) + jnp.broadcast_to(scale, x.shape) * x
+            return Gaussian(mean, jnp.broadcast_to(params["log_std"] + np.log(scale), x.shape))
+
+        return size, gaussian, {"log_std": jnp.full(size, np.log(initial_std), jnp.float32)}
+    nvec, widest = action.nvec, max(action.nvec)
+    valid = np.arange(widest)[None, :] < np.asarray(nvec)[:, None]
+
+    def multi(x, params):
+        logits = x.reshape(*x.shape[:-1], len(nvec), widest)
+        return MultiCategorical(
+            jnp.where(jnp.broadcast_to(valid, logits.shape), logits, MASKED_LOGIT)
+        )
+
+    return len(nvec) * widest, multi, {}
+
+
+def _encoder(space: Space) -> Callable[[Array], Array]:
+    """From [T, B, ...] observations to [T, B, features]."""
+    if isinstance(space, Discrete):
+        return lambda obs: jax.nn.one_hot(obs, space.n)
+    if isinstance(space, Box):
+        return lambda obs: obs.reshape(*obs.shape[: obs.ndim - len(space.shape)], -1)
+    offsets = np.cumsum((0, *space.nvec[:-1]))
+    return lambda obs: jax.nn.one_hot(
+        obs + jnp.broadcast_to(offsets, obs.shape), sum(space.nvec)
+    ).sum(-2)
+
+
+def _example(space: Space) -> Array:
+    integer = not isinstance(space, Box)
+    return jnp.zeros((1, 1, *space.shape), jnp.int32 if integer else jnp.float32)
+
+
+def _kind(space: Space | None) -> str:
+    return type(space).__name__

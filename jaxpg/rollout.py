@@ -1,0 +1,288 @@
+"""Rollouts: whole episodes, streams with automatic reset, and evaluation.
+
+Every reset of every environment suite happens in this file.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpg.envs import Env
+from jaxpg.policies import Agent, AgentCarry, AgentParams, initial_carry
+from jaxpg.types import Array, Key, Params, Trajectory
+
+# Steps between two looks at whether all episodes have ended. A look costs a device round trip on a GPU.
+BLOCK = 32
+
+
+class RolloutState(NamedTuple):
+    """Where a stream stands: B environments between two steps."""
+
+    env_state: Any
+    obs: Array  # [B, ...]
+    first: Array  # [B] bool
+    carry: AgentCarry
+    episode_return: Array  # [B] undiscounted, of the running episode
+    episode_length: Array  # [B]
+
+
+class EpisodeSums(NamedTuple):
+    """Sums over the episodes that ended in a rollout; scalars."""
+
+    returns: Array
+    lengths: Array
+    count: Array
+
+
+class Evaluation(NamedTuple):
+    """Over complete episodes, one per environment, so long episodes are not under-represented."""
+
+    mean: Array
+    standard_error: Array
+    count: Array  # of complete episodes
+
+
+def episodes(
+    env: Env,
+    agent: Agent,
+    params: AgentParams,
+    key: Key,
+    num_episodes: int,
+    num_steps: int | None = None,
+) -> tuple[Trajectory, EpisodeSums]:
+    """B whole episodes from reset, [T, B, ...], masked after their end; stops when all have ended.
+
+    num_steps: T, by default the environment's horizon; an episode still running then is truncated.
+    Nothing is reset inside the loop. Rows after an end hold zeros. The loop also stops early under vmap.
+    """
+    num_steps = env.horizon if num_steps is None else num_steps
+    num_blocks = -(-num_steps // BLOCK)
+    block = -(-num_steps // num_blocks)
+    k_reset, k_steps = jax.random.split(key)
+    env_state, obs = _reset(env, k_reset, num_episodes)
+    carry = initial_carry(agent, num_episodes)
+    alive = jnp.ones(num_episodes, bool)
+
+    def step(state, t):
+        env_state, obs, policy_carry, alive, open_ = state
+        action, log_prob, policy_carry = _act(agent, params.policy, policy_carry, obs, t == 0, k_steps, t)
+        env_state, result = _step(env, k_steps, t, env_state, action)
+        last = alive & (result.terminated | result.truncated | (t == num_steps - 1))
+        row = (
+            # Also the successor of an episode's last step, whose value a critic may be asked for.
+            _where(open_, obs),
+            _where(alive, action),
+            _where(alive, log_prob),
+            _where(alive, result.reward),
+            _where(alive, 1.0 - result.terminated),
+            last,
+            alive,
+        )
+        return (env_state, result.obs, policy_carry, alive & ~last, alive), row
+
+    def run_block(state):
+        loop, index, rows = state
+        loop, new = jax.lax.scan(step, loop, index * block + jnp.arange(block))
+        rows = jax.tree.map(
+            lambda all_, x: jax.lax.dynamic_update_slice_in_dim(all_, x, index * block, 0), rows, new
+        )
+        return loop, index + 1, rows
+
+    loop = (env_state, obs, carry.policy, alive, alive)
+    shapes = jax.eval_shape(lambda loop: jax.lax.scan(step, loop, jnp.arange(block))[1], loop)
+    total = num_blocks * block
+    rows = jax.tree.map(lambda x: jnp.zeros((total, *x.shape[1:]), x.dtype), shapes)
+    loop, index, rows = jax.lax.while_loop(
+        lambda state: (state[1] < num_blocks) & _any(state[0][3]), run_block, (loop, jnp.int32(0), rows)
+    )
+    obs, action, log_prob, reward, discount, last, mask = jax.tree.map(lambda x: x[:num_steps], rows)
+    first = mask & (jnp.arange(num_steps)[:, None] == 0)
+    value = jnp.zeros_like(reward)
+    trajectory = Trajectory(
+        obs, action, log_prob, reward, discount, first, last, mask, value, value
+    )
+    if agent.critic is not None:
+        # The successors of last steps stand in the rows after them, but for the row after the loop.
+        final = _where(loop[4] & ~loop[3], loop[1])[None]
+        extended = jnp.concatenate([rows[0], jnp.zeros_like(final)])
+        extended = jax.lax.dynamic_update_slice_in_dim(extended, final, index * block, 0)
+        extended_first = jnp.arange(total + 1)[:, None] == jnp.zeros((1, num_episodes), int)
+        _, value = agent.critic.apply(params.critic, carry.critic, extended, extended_first)
+        trajectory = trajectory._replace(
+            value=jnp.where(mask, value[:num_steps], 0.0),
+            next_value=jnp.where(mask, value[1 : num_steps + 1], 0.0),
+        )
+    sums = EpisodeSums(trajectory.reward.sum(), mask.sum().astype(reward.dtype), last.sum())
+    return trajectory, sums
+
+
+def init_stream(env: Env, agent: Agent, key: Key, num_envs: int) -> RolloutState:
+    """B freshly reset environments."""
+    env_state, obs = _reset(env, key, num_envs)
+    zeros = jnp.zeros(num_envs, jnp.result_type(float))
+    first = jnp.ones(num_envs, bool)
+    return RolloutState(env_state, obs, first, initial_carry(agent, num_envs), zeros, zeros)
+
+
+def unroll(
+    env: Env, agent: Agent, params: AgentParams, state: RolloutState, key: Key, num_steps: int
+) -> tuple[RolloutState, tuple[Trajectory, EpisodeSums]]:
+    """T further steps of B streams, [T, B, ...]; a lane whose episode ends is reset afresh.
+
+    next_value is V of the true successor, also where a time limit cut the episode: the critic sees that
+    successor, with its own carry, before the reset.
+    """
+    num_envs = state.first.shape[0]
+    critic = agent.critic
+
+    def value_of(carry, obs, first):
+        if critic is None:
+            return (), jnp.zeros(num_envs, state.episode_return.dtype)
+        carry, value = critic.apply(params.critic, carry, obs[None], first[None])
+        return carry, value[0]
+
+    def step(state, t):
+        env_state, obs, first, carry, episode_return, episode_length = state
+        action, log_prob, policy_carry = _act(agent, params.policy, carry.policy, obs, first, key, t)
+        critic_carry, value = value_of(carry.critic, obs, first)
+        env_state, result = _step(env, key, t, env_state, action)
+        last = result.terminated | result.truncated
+        episode_return = episode_return + result.reward
+        episode_length = episode_length + 1
+        ended = EpisodeSums(
+            jnp.where(last, episode_return, 0.0).sum(),
+            jnp.where(last, episode_length, 0.0).sum(),
+            last.sum(),
+        )
+        cut_value = jax.lax.cond(
+            _any(result.truncated),
+            lambda: _where(
+                result.truncated, value_of(critic_carry, result.obs, jnp.zeros_like(last))[1]
+            ),
+            lambda: jnp.zeros_like(value),
+        )
+        env_state, next_obs = jax.lax.cond(
+            _any(last),
+            lambda: _reset_where(env, last, _key(key, t, 2), env_state, result.obs),
+            lambda: (env_state, result.obs),
+        )
+        row = Trajectory(
+            obs,
+            action,
+            log_prob,
+            result.reward,
+            1.0 - result.terminated,
+            first,
+            last,
+            jnp.ones_like(last),
+            value,
+            cut_value,
+        )
+        after = RolloutState(
+            env_state,
+            next_obs,
+            last,
+            AgentCarry(policy_carry, critic_carry),
+            jnp.where(last, 0.0, episode_return),
+            jnp.where(last, 0.0, episode_length),
+        )
+        return after, (row, ended)
+
+    state, (trajectory, ended) = jax.lax.scan(step, state, jnp.arange(num_steps))
+    # Unless the episode ended, the successor's value is the next row's.
+    _, beyond = value_of(state.carry.critic, state.obs, state.first)
+    later = jnp.concatenate([trajectory.value[1:], beyond[None]])
+    next_value = jnp.where(trajectory.last, trajectory.next_value, later)
+    sums = jax.tree.map(lambda x: x.sum(axis=0), ended)
+    return state, (trajectory._replace(next_value=next_value), sums)
+
+
+def evaluate(
+    env: Env,
+    agent: Agent,
+    params: AgentParams,
+    key: Key,
+    num_episodes: int,
+    greedy: bool = False,
+) -> Evaluation:
+    """The mean undiscounted return of fresh episodes, one per environment, and its standard error.
+
+    One whole episode per environment weighs every episode alike; pooling whatever ends in a window
+    over-counts short ones (Glynn and Heidelberger, 1990). greedy: take the distribution's mode.
+    """
+    k_reset, k_steps = jax.random.split(key)
+    env_state, obs = _reset(env, k_reset, num_episodes)
+    carry = initial_carry(agent, num_episodes).policy
+    returns = jnp.zeros(num_episodes, jnp.result_type(float))
+    alive = jnp.ones(num_episodes, bool)
+
+    def step(state):
+        t, env_state, obs, carry, alive, returns = state
+        action, _, carry = _act(agent, params.policy, carry, obs, t == 0, k_steps, t, greedy)
+        env_state, result = _step(env, k_steps, t, env_state, action)
+        returns = returns + _where(alive, result.reward)
+        alive = alive & ~(result.terminated | result.truncated)
+        return t + 1, env_state, result.obs, carry, alive, returns
+
+    start = (jnp.int32(0), env_state, obs, carry, alive, returns)
+    *_, alive, returns = jax.lax.while_loop(
+        lambda state: (state[0] < env.horizon) & _any(state[4]), step, start
+    )
+    count = (~alive).sum()
+    mean = jnp.where(alive, 0.0, returns).sum() / count
+    squares = jnp.where(alive, 0.0, (returns - mean) ** 2).sum()
+    return Evaluation(mean, jnp.sqrt(squares / (count - 1) / count), count)
+
+
+def _act(agent: Agent, params: Params, carry, obs, first, key, t, greedy=False):
+    first = jnp.broadcast_to(first, obs.shape[:1])
+    carry, distribution = agent.policy.apply(params, carry, obs[None], first[None])
+    distribution = jax.tree.map(lambda x: x[0], distribution)
+    action = distribution.mode() if greedy else distribution.sample(_key(key, t, 0))
+    return action, distribution.log_prob(action), carry
+
+
+def _step(env: Env, key, t, env_state, action):
+    # XLA drops the split where the environment does not read its key.
+    keys = jax.random.split(_key(key, t, 1), action.shape[0])
+    return jax.vmap(env.step)(keys, env_state, action)
+
+
+def _key(key, t, use):
+    """The key of one use at one step: 0 for the action, 1 for the transition, 2 for the reset."""
+    return jax.random.fold_in(key, 3 * t + use)
+
+
+def _reset(env: Env, key, num_lanes):
+    return jax.vmap(env.reset)(jax.random.split(key, num_lanes))
+
+
+def _reset_where(env: Env, ended, key, env_state, obs):
+    fresh = _reset(env, key, ended.shape[0])
+    return jax.tree.map(lambda new, old: _select(ended, new, old), fresh, (env_state, obs))
+
+
+def _where(keep, x):
+    return _select(keep, x, jnp.zeros_like(x))
+
+
+def _select(condition, yes, no):
+    return jnp.where(condition.reshape(condition.shape + (1,) * (yes.ndim - condition.ndim)), yes, no)
+
+
+@jax.custom_batching.custom_vmap
+def _any(flags):
+    """Whether any flag is set: under vmap, in any replica.
+
+    A predicate that differs between replicas turns `cond` into computing both branches, and `while_loop`
+    into a select over all it carries, the stored trajectory too, in every iteration. Work done for a
+    replica that did not ask for it is masked, so one common predicate changes no result.
+    """
+    return flags.any()
+
+
+@_any.def_vmap
+def _any_of_replicas(axis_size, in_batched, flags):
+    del axis_size, in_batched
+    return _any(flags.any(axis=0)), False

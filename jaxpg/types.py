@@ -1,0 +1,65 @@
+"""The data that flows through jaxpg: time steps, trajectories, hyperparameters.
+
+Arrays are time-major, `[T, B, ...]`: T steps of B environments.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+
+Array = jax.Array
+Key = jax.Array
+Params = Any
+Carry = Any
+Metrics = dict[str, Array]
+
+
+class TimeStep(NamedTuple):
+    """What one environment returns for one step, before any reset."""
+
+    obs: Array  # the true successor observation
+    reward: Array  # []
+    terminated: Array  # [] bool: the MDP ended, nothing follows
+    truncated: Array  # [] bool: the clock ended it, the value goes on
+
+
+class Trajectory(NamedTuple):
+    """T steps of B environments, [T, B, ...]; rows after an episode's end have mask False and zeros."""
+
+    obs: Array
+    action: Array  # as sampled; the environment clips it
+    log_prob: Array  # under the behaviour policy, of the action as sampled
+    reward: Array
+    discount: Array  # 0 where terminated, else 1; gamma is applied later
+    first: Array  # bool: obs opens an episode
+    last: Array  # bool: the episode ended here, either way
+    mask: Array  # bool: the step counts
+    value: Array  # V(obs); 0 without a critic
+    next_value: Array  # V(true successor), also at truncation; where terminated, discount cancels it
+
+
+class Hyperparams(NamedTuple):
+    """Numbers that training reads: traced and vmappable, never a shape and never a switch."""
+
+    learning_rate: Any = 1e-3
+    critic_learning_rate: Any = 1e-3
+    gamma: Any = 0.99
+    lambda_: Any = 0.95
+    clip_eps: Any = 0.2
+    entropy_coef: Any = 0.0
+    kl_coef: Any = 1.0
+    max_grad_norm: Any = 0.5
+    schedule_updates: Any = 1e9  # updates over which a learning-rate schedule runs
+
+
+HYPERPARAM_HELP = {
+    "learning_rate": "step size of the policy's optimizer",
+    "critic_learning_rate": "step size of the critic's optimizer",
+    "gamma": "discount per step, in [0, 1]",
+    "lambda_": "lambda of the lambda-return (GAE is the lambda-return minus V), in [0, 1]",
+    "clip_eps": "epsilon of the clipped surrogate: ratios outside 1 +- epsilon are clipped",
+    "entropy_coef": "weight of the entropy bonus",
+    "kl_coef": "weight of the KL penalty of the kl_penalised surrogate",
+    "max_grad_norm": "gradients are scaled down to this global norm",
+    "schedule_updates": "updates over which the learning-rate schedule runs",
+}
