@@ -71,7 +71,7 @@ def check_algorithm(algorithm: Algorithm, has_critic: bool) -> None:
     if stream:
         for value, slot in (
             (credit.total_return, estimator.credit),
-            (importance._from_start, estimator.importance),
+            (importance.from_start, estimator.importance),
             (surrogates.per_episode, estimator.reduce),
         ):
             if uses(slot, value):

@@ -66,7 +66,9 @@ def episodes(
 
     def step(state, t):
         env_state, obs, policy_carry, alive, open_ = state
-        action, log_prob, policy_carry = _act(agent, params.policy, policy_carry, obs, t == 0, k_steps, t)
+        action, log_prob, policy_carry = _act(
+            agent, params.policy, policy_carry, obs, t == 0, k_steps, t
+        )
         env_state, result = _step(env, k_steps, t, env_state, action)
         last = alive & (result.terminated | result.truncated | (t == num_steps - 1))
         row = (
@@ -85,7 +87,9 @@ def episodes(
         loop, index, rows = state
         loop, new = jax.lax.scan(step, loop, index * block + jnp.arange(block))
         rows = jax.tree.map(
-            lambda all_, x: jax.lax.dynamic_update_slice_in_dim(all_, x, index * block, 0), rows, new
+            lambda all_, x: jax.lax.dynamic_update_slice_in_dim(all_, x, index * block, 0),
+            rows,
+            new,
         )
         return loop, index + 1, rows
 
@@ -94,9 +98,13 @@ def episodes(
     total = num_blocks * block
     rows = jax.tree.map(lambda x: jnp.zeros((total, *x.shape[1:]), x.dtype), shapes)
     loop, index, rows = jax.lax.while_loop(
-        lambda state: (state[1] < num_blocks) & _any(state[0][3]), run_block, (loop, jnp.int32(0), rows)
+        lambda state: (state[1] < num_blocks) & _any(state[0][3]),
+        run_block,
+        (loop, jnp.int32(0), rows),
     )
-    obs, action, log_prob, reward, discount, last, mask = jax.tree.map(lambda x: x[:num_steps], rows)
+    obs, action, log_prob, reward, discount, last, mask = jax.tree.map(
+        lambda x: x[:num_steps], rows
+    )
     first = mask & (jnp.arange(num_steps)[:, None] == 0)
     value = jnp.zeros_like(reward)
     trajectory = Trajectory(
@@ -144,7 +152,9 @@ def unroll(
 
     def step(state, t):
         env_state, obs, first, carry, episode_return, episode_length = state
-        action, log_prob, policy_carry = _act(agent, params.policy, carry.policy, obs, first, key, t)
+        action, log_prob, policy_carry = _act(
+            agent, params.policy, carry.policy, obs, first, key, t
+        )
         critic_carry, value = value_of(carry.critic, obs, first)
         env_state, result = _step(env, key, t, env_state, action)
         last = result.terminated | result.truncated
@@ -268,7 +278,9 @@ def _where(keep, x):
 
 
 def _select(condition, yes, no):
-    return jnp.where(condition.reshape(condition.shape + (1,) * (yes.ndim - condition.ndim)), yes, no)
+    return jnp.where(
+        condition.reshape(condition.shape + (1,) * (yes.ndim - condition.ndim)), yes, no
+    )
 
 
 @jax.custom_batching.custom_vmap

@@ -138,7 +138,9 @@ def _check(env, agent, algorithm, num_envs, num_steps) -> str:
         )
     recurrent = jax.tree.leaves(jax.eval_shape(lambda: initial_carry(agent, 1))) != []
     whole = recurrent or uses(algorithm.estimator.reduce, surrogates.per_episode)
-    num_lanes, unit = (num_envs, "num_envs") if whole else (num_envs * num_steps, "num_envs x num_steps")
+    num_lanes, unit = (
+        (num_envs, "num_envs") if whole else (num_envs * num_steps, "num_envs x num_steps")
+    )
     parts = algorithm.num_minibatches
     if num_lanes % parts and not algorithm.imitates:
         near = sorted({max(num_lanes // parts, 1) * parts, (num_lanes // parts + 1) * parts})

@@ -35,7 +35,9 @@ class Trajectory(NamedTuple):
     last: Array  # bool: the episode ended here, either way
     mask: Array  # bool: the step counts
     value: Array  # V(obs); 0 without a critic
-    next_value: Array  # V(true successor), also at truncation; where terminated, discount cancels it
+    next_value: (
+        Array  # V(true successor), also at truncation; where terminated, discount cancels it
+    )
 
 
 class Hyperparams(NamedTuple):

@@ -96,7 +96,9 @@ def uses(slot: Any, value: Callable) -> bool:
 
 def _scores(policy, params, trajectory, step, psi):
     if policy is None:
-        raise ValueError("this baseline weighs by scores: assess needs the policy and its parameters")
+        raise ValueError(
+            "this baseline weighs by scores: assess needs the policy and its parameters"
+        )
     weight = jnp.where(trajectory.mask, step, 0.0)
 
     # One trajectory at a time: a backward pass for sum_k w_k psi_k grad log pi_k, then a forward-mode

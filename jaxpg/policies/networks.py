@@ -31,7 +31,9 @@ class Network(NamedTuple):
 
     init: Callable[[Key], Params]
     initial_carry: Callable[[int], Carry]  # of B lanes
-    apply: Callable[[Params, Carry, Array, Array], tuple[Carry, Any]]  # obs [T, B, ...], first [T, B]
+    apply: Callable[
+        [Params, Carry, Array, Array], tuple[Carry, Any]
+    ]  # obs [T, B, ...], first [T, B]
 
 
 def tabular(observation: Space, action: Space | None) -> Network:
@@ -60,7 +62,13 @@ def tabular(observation: Space, action: Space | None) -> Network:
     return Network(init, lambda num_lanes: (), apply)
 
 
-def linear(observation: Space, action: Space | None, *, initial_std: float = 0.5, precision: str = "highest") -> Network:
+def linear(
+    observation: Space,
+    action: Space | None,
+    *,
+    initial_std: float = 0.5,
+    precision: str = "highest",
+) -> Network:
     """One affine layer on the flattened (or one-hot) observation."""
     return mlp(observation, action, (), initial_std=initial_std, precision=precision)
 

@@ -1,0 +1,108 @@
+import gymnax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpg.envs import Box, Discrete, from_gymnax, gymnax_names
+
+OFFLINE = "MNISTBandit-bsuite"  # downloads its images
+
+
+@pytest.mark.parametrize("name", [n for n in gymnax_names() if n != OFFLINE])
+def test_every_environment_steps_in_a_scan(name):
+    env = from_gymnax(name)
+    assert isinstance(env.horizon, int) and env.horizon >= 1
+
+    def action(key):
+        if isinstance(env.action, Discrete):
+            return jax.random.randint(key, (), 0, env.action.n)
+        return 3.0 * jax.random.normal(key, env.action.shape)  # mostly outside the bounds
+
+    @jax.jit
+    def run(key):
+        state, obs = env.reset(key)
+
+        def step(state, key):
+            return env.step(key, state, action(key))
+
+        return obs, jax.lax.scan(step, state, jax.random.split(key, 20))[1]
+
+    with jax.numpy_rank_promotion("allow"):  # Swimmer relies on it
+        obs, steps = run(jax.random.key(0))
+    assert steps.obs.shape == (20, *env.observation.shape) and steps.obs.dtype == obs.dtype
+    assert steps.reward.dtype == jnp.float32 and steps.reward.shape == (20,)
+    assert steps.terminated.dtype == steps.truncated.dtype == bool
+    assert not (steps.terminated & steps.truncated).any()
+    assert np.isfinite(np.asarray(steps.reward)).all()
+    integer = isinstance(env.observation, Discrete)
+    assert obs.dtype == (jnp.int32 if integer else jnp.float32)
+
+
+def test_time_limit_is_truncation_and_observation_is_the_true_successor():
+    env = from_gymnax("Pendulum-v1", max_steps_in_episode=3)
+    assert env.horizon == 3
+    state, first = env.reset(jax.random.key(1))
+    for t in range(3):
+        state, result = env.step(jax.random.key(t), state, jnp.zeros(1))
+        assert not result.terminated and bool(result.truncated) == (t == 2)
+    # The successor follows from the state before it, where a reset would have drawn a new angle.
+    assert np.allclose(result.obs, [jnp.cos(state.theta), jnp.sin(state.theta), state.theta_dot])
+    assert not np.allclose(result.obs, first)
+
+
+def test_termination_wins_where_gymnax_flags_both():
+    env = from_gymnax("DeepSea-bsuite", size=4)
+    assert env.horizon == 4 and env.observation.shape == (4, 4)
+    state, _ = env.reset(jax.random.key(0))
+    for _ in range(4):
+        state, result = env.step(jax.random.key(0), state, jnp.int32(0))
+    assert result.terminated and not result.truncated
+
+
+def test_continuous_actions_are_clipped_before_the_step():
+    env = from_gymnax("Pendulum-v1")
+    state, _ = env.reset(jax.random.key(0))
+    at_bound = env.step(jax.random.key(0), state, jnp.array([2.0]))[1]
+    beyond = env.step(jax.random.key(0), state, jnp.array([50.0]))[1]
+    assert at_bound.reward == beyond.reward
+
+
+def test_accepts_a_made_environment_and_its_parameters():
+    made, params = gymnax.make("CartPole-v1")
+    env = from_gymnax(made, params.replace(max_steps_in_episode=7))
+    assert env.horizon == 7 and isinstance(env.observation, Box)
+    assert np.isinf(env.observation.high[1]), "the largest float means unbounded"
+
+
+@pytest.mark.filterwarnings("ignore:scatter inputs:FutureWarning")  # gymnax's own mixing of widths
+def test_integer_rewards_and_x64_stay_float32(x64):
+    env = from_gymnax("UmbrellaChain-bsuite")
+    state, _ = env.reset(jax.random.key(0))
+    after, result = env.step(jax.random.key(0), state, jnp.int32(0))
+    assert result.reward.dtype == jnp.float32 and result.obs.dtype == jnp.float32
+    dtypes = [jax.tree.map(lambda x: x.dtype, s) for s in (state, after)]
+    assert dtypes[0] == dtypes[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("CartPole", {}, "CartPole-v1"),
+        ("zzzzzzz", {}, "gymnax_names"),
+        ("CartPole-v1", {"gravitas": 1.0}, "no setting 'gravitas'.*gravity"),
+    ],
+)
+def test_mistakes_are_one_clear_line(name, settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        from_gymnax(name, **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_a_data_set_that_cannot_be_fetched_is_said(monkeypatch):
+    def offline(name, **settings):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(gymnax, "make", offline)
+    with pytest.raises(ValueError, match="MNISTBandit-bsuite needs a data set"):
+        from_gymnax(OFFLINE)

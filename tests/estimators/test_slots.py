@@ -1,0 +1,249 @@
+"""The slots against few-line NumPy loops, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpg.estimators import assess, baselines, credit, describe, importance, surrogates, uses
+from jaxpg.estimators.estimator import Estimator
+from jaxpg.types import Hyperparams, Trajectory
+
+HP = Hyperparams(gamma=0.9, lambda_=0.7)
+T, B = 11, 6
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def trajectory(seed: int, ends: bool = True) -> Trajectory:
+    """Random numbers, with terminations and truncations in the middle; a stream, so all steps count."""
+    rng = np.random.default_rng(seed)
+    last = rng.random((T, B)) < (0.3 if ends else 0.0)
+    dead = last & (rng.random((T, B)) < 0.5)
+    first = np.concatenate([np.ones((1, B), bool), last[:-1]])
+    x = rng.normal(size=(4, T, B))
+    return Trajectory(
+        obs=jnp.asarray(rng.normal(size=(T, B, 3))),
+        action=jnp.asarray(rng.integers(0, 2, (T, B))),
+        log_prob=jnp.asarray(x[0]),
+        reward=jnp.asarray(x[1]),
+        discount=jnp.asarray(1.0 - dead),
+        first=jnp.asarray(first),
+        last=jnp.asarray(last),
+        mask=jnp.ones((T, B), bool),
+        value=jnp.asarray(x[2]),
+        next_value=jnp.asarray(x[3]),
+    )
+
+
+def consistent(traj: Trajectory) -> Trajectory:
+    """next_value is the next row's value, except where an episode ended or the rollout did."""
+    later = jnp.concatenate([traj.value[1:], traj.next_value[-1:]])
+    return traj._replace(next_value=jnp.where(traj.last, traj.next_value, later))
+
+
+def masked(traj: Trajectory) -> Trajectory:
+    """Whole episodes from row 0, of lengths 1 .. T; the rows after hold rubbish."""
+    length = np.array([1, 3, T, 5, T, 2])
+    row = np.arange(T)[:, None]
+    last, mask = row == length - 1, row < length
+    nan = lambda x: jnp.where(mask, x, jnp.nan)
+    return traj._replace(
+        last=jnp.asarray(last),
+        mask=jnp.asarray(mask),
+        reward=nan(traj.reward),
+        value=jnp.where(mask, traj.value, 0.0),
+        discount=jnp.asarray(np.where(last & (length % 2 == 1), 0.0, 1.0)),
+    )
+
+
+def loop(traj, gamma, lambda_, trace=None):
+    """The definition, O(T^2): sum over k of the products of decay and trace times delta_k."""
+    r, d, last, v, nv = (
+        np.asarray(x) for x in (traj.reward, traj.discount, traj.last, traj.value, traj.next_value)
+    )
+    c = np.ones((T, B)) if trace is None else np.asarray(trace)
+    psi = np.zeros((T, B))
+    for b in range(B):
+        for t in range(T):
+            weight, total = 1.0, v[t, b]
+            for k in range(t, T):
+                total += weight * (r[k, b] + gamma * d[k, b] * nv[k, b] - v[k, b])
+                if last[k, b] or k == T - 1:
+                    break
+                weight *= gamma * lambda_ * c[k + 1, b]
+            psi[t, b] = total
+    return psi
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lambda_return_is_its_definition(seed):
+    traj = trajectory(seed)
+    psi = credit.lambda_return(jnp.ones((T, B)), traj, HP)
+    assert np.allclose(psi, loop(traj, 0.9, 0.7), atol=1e-12)
+    trace = jnp.asarray(np.random.default_rng(9).random((T, B)) * 2)
+    assert np.allclose(
+        credit.lambda_return(trace, traj, HP), loop(traj, 0.9, 0.7, trace), atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_reward_to_go_sums_rewards_and_bootstraps_only_where_cut(seed):
+    traj = consistent(trajectory(seed))
+    r, d, last, nv = (
+        np.asarray(x) for x in (traj.reward, traj.discount, traj.last, traj.next_value)
+    )
+    expected = np.zeros((T, B))
+    for b in range(B):
+        for t in range(T):
+            for k in range(t, T):
+                expected[t, b] += 0.9 ** (k - t) * r[k, b]
+                if last[k, b] or k == T - 1:
+                    expected[t, b] += 0.9 ** (k - t + 1) * d[k, b] * nv[k, b]
+                    break
+    assert np.allclose(credit.reward_to_go(jnp.ones((T, B)), traj, HP), expected, atol=1e-12)
+
+
+def test_whole_episodes_are_masked_before_anything_multiplies():
+    traj = masked(trajectory(4))
+    traj = traj._replace(value=jnp.zeros((T, B)), next_value=jnp.zeros((T, B)))
+    psi = credit.reward_to_go(jnp.ones((T, B)), traj, HP)
+    total = credit.total_return(jnp.ones((T, B)), traj, HP)
+    r, length = np.asarray(traj.reward), np.asarray(traj.mask).sum(0)
+    for b in range(B):
+        by_hand = [
+            sum(0.9 ** (k - t) * r[k, b] for k in range(t, length[b])) for t in range(length[b])
+        ]
+        assert np.allclose(psi[: length[b], b], by_hand, atol=1e-12)
+        assert (psi[length[b] :, b] == 0).all()
+        assert np.allclose(total[:, b], by_hand[0], atol=1e-12), (
+            "discounted from the start, for every t"
+        )
+
+
+def test_truncation_is_not_death():
+    """One state that pays 1 for ever, cut after each step: V = 1/(1-gamma). Death would say 1."""
+    gamma = 0.9
+    value = 1 / (1 - gamma)
+    ones = jnp.ones((1, 1))
+    true = jnp.ones((1, 1), bool)
+    cut = Trajectory(
+        obs=ones, action=ones, log_prob=ones, reward=ones, discount=ones, first=true, last=true,
+        mask=true, value=value * ones, next_value=value * ones,
+    )  # fmt: skip
+    for slot in (credit.reward_to_go, credit.lambda_return, credit.total_return):
+        psi = slot(ones, cut, Hyperparams(gamma=gamma))
+        assert np.allclose(psi, value), "V is the fixed point when the time limit is not death"
+        death = slot(ones, cut._replace(discount=0 * ones), Hyperparams(gamma=gamma))
+        assert np.allclose(death, 1.0)
+
+
+def scores_never_called(psi):
+    raise AssertionError
+
+
+def test_baselines_against_loops():
+    traj = masked(trajectory(5))
+    psi, mask = np.random.default_rng(6).normal(size=(T, B)), np.asarray(traj.mask)
+    arguments = (jnp.asarray(psi), scores_never_called, traj, HP)
+    assert (baselines.none(*arguments) == 0).all()
+    assert (baselines.constant(2.5)(*arguments) == 2.5).all()
+    assert np.allclose(baselines.critic(*arguments), traj.value)
+    own = baselines.batch_mean(*arguments)
+    others = baselines.leave_one_out(*arguments)
+    running = baselines.time_mean(*arguments)
+    for t in range(T):
+        for i in range(B):
+            rest = [j for j in range(B) if j != i]
+            assert np.isclose(own[t, i], psi[t].mean())
+            assert np.isclose(others[t, i], psi[t, rest].mean())
+            alive = [j for j in rest if mask[t, j]]
+            assert np.isclose(running[t, i], psi[t, alive].mean() if alive else 0.0)
+    # Sample by sample: the own-mean estimate is (N-1)/N times the leave-one-out one.
+    assert np.allclose(psi - own, (B - 1) / B * (psi - others), atol=1e-12)
+
+
+@pytest.mark.parametrize("baseline", [baselines.leave_one_out, baselines.time_mean])
+def test_others_do_not_exist_in_a_batch_of_one(baseline):
+    one = jax.tree.map(lambda x: x[:, :1], trajectory(0))
+    with pytest.raises(ValueError, match="num_envs=1 must be at least 2"):
+        baseline(one.reward, scores_never_called, one, HP)
+
+
+def test_importance_weights():
+    traj, log_ratio = trajectory(7), np.random.default_rng(8).normal(size=(T, B))
+    ratio = jnp.asarray(log_ratio)
+    on = importance.on_policy(ratio, traj, HP)
+    assert (on.step == 1).all() and (on.trace == 1).all()
+    one = importance.one_step(ratio, traj, HP)
+    assert np.allclose(one.step, np.exp(log_ratio)) and (one.trace == 1).all()
+    start = importance.from_start(importance.one_step)(ratio, traj, HP)
+    assert np.allclose(start.step, 0.9 ** np.arange(T)[:, None] * np.exp(log_ratio))
+    assert (start.trace == 1).all()
+
+
+def test_surrogate_values_and_gradients():
+    traj = trajectory(9)
+    rng = np.random.default_rng(10)
+    log_prob = traj.log_prob + jnp.asarray(rng.normal(size=(T, B)) * 0.4)
+    advantage = jnp.asarray(rng.normal(size=(T, B)))
+    rho = np.exp(np.asarray(log_prob - traj.log_prob))
+    a = np.asarray(advantage)
+
+    def gradient(surrogate):
+        return np.asarray(jax.grad(lambda x: surrogate(x, advantage, traj, HP).sum())(log_prob))
+
+    assert np.allclose(gradient(surrogates.score), a)
+    assert np.allclose(gradient(surrogates.ratio), rho * a)
+    # The clip's gradient mask is exact.
+    zero = ((a > 0) & (rho > 1.2)) | ((a < 0) & (rho < 0.8))
+    assert 5 < zero.sum() < T * B - 5
+    assert np.allclose(gradient(surrogates.clipped), np.where(zero, 0.0, rho * a))
+    penalised = gradient(surrogates.kl_penalised)
+    assert np.allclose(penalised, rho * a - HP.kl_coef * (rho - 1))
+    # On the behaviour's own data every surrogate has the score's gradient.
+    for surrogate in (surrogates.ratio, surrogates.clipped, surrogates.kl_penalised):
+        same = jax.grad(lambda x, f=surrogate: f(x, advantage, traj, HP).sum())(traj.log_prob)
+        assert np.allclose(same, a)
+
+
+def test_standardised_uses_only_the_steps_that_count():
+    traj = masked(trajectory(11))
+    advantage = jnp.asarray(np.random.default_rng(12).normal(size=(T, B)))
+    mask = np.asarray(traj.mask)
+    gain = surrogates.standardised(surrogates.score)(jnp.ones((T, B)), advantage, traj, HP)
+    kept = np.asarray(advantage)[mask]
+    expected = (np.asarray(advantage) - kept.mean()) / (kept.std() + 1e-8)
+    assert np.allclose(np.asarray(gain)[mask], expected[mask])
+
+
+def test_reductions():
+    mask = np.asarray(masked(trajectory(13)).mask)
+    gain = np.where(mask, np.random.default_rng(14).normal(size=(T, B)), np.nan)
+    assert np.isclose(
+        surrogates.per_episode(jnp.asarray(gain), jnp.asarray(mask)), np.nansum(gain) / B
+    )
+    assert np.isclose(surrogates.per_step(jnp.asarray(gain), jnp.asarray(mask)), np.nanmean(gain))
+
+
+def test_assess_fixes_the_order_and_stops_gradients():
+    traj = trajectory(15)
+    estimator = Estimator(
+        credit.lambda_return, baselines.critic, importance.from_start(importance.one_step)
+    )
+    log_prob = traj.log_prob + 0.3
+    batch = assess(estimator, traj, log_prob, HP)
+    psi = loop(traj, 0.9, 0.7)
+    weight = 0.9 ** np.arange(T)[:, None] * np.exp(0.3)
+    assert np.allclose(batch.advantage, weight * (psi - np.asarray(traj.value)), atol=1e-12)
+    assert np.allclose(batch.target, psi, atol=1e-12)
+    gradient = jax.grad(lambda x: assess(estimator, traj, x, HP).advantage.sum())(log_prob)
+    assert (gradient == 0).all()
+
+
+def test_slots_have_names():
+    wrapped = importance.from_start(importance.one_step)
+    assert describe(wrapped) == "from_start(one_step)"
+    assert describe(baselines.constant(2.0)) == "constant(2.0)"
+    assert uses(wrapped, importance.one_step) and not uses(wrapped, importance.on_policy)
+    assert uses(surrogates.standardised(surrogates.clipped), surrogates.clipped)
+    assert uses(wrapped, importance.from_start)

@@ -1,0 +1,249 @@
+"""One table, many properties: every row is held to the same ones."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from worlds import bandit, clock
+
+from jaxpg import Hyperparams, make_trainer, train
+from jaxpg.algorithms import ALGORITHMS, Algorithm, algorithm
+from jaxpg.envs import from_gymnax, from_mdp
+from jaxpg.estimators import Estimator, baselines, credit, importance, objective, surrogates
+from jaxpg.estimators.estimator import Batch
+from jaxpg.optimizers import OPTIMIZERS, SCHEDULES, linear, scheduled, sgd
+from jaxpg.policies import Agent, actor_critic, init_params, linear as linear_network, mlp
+from jaxpg.rollout import episodes
+
+NUM_ENVS, NUM_STEPS = 8, 16
+
+
+def cartpole():
+    return from_gymnax("CartPole-v1", max_steps_in_episode=24)
+
+
+def demonstrations(env, num_episodes=NUM_ENVS):
+    agent = Agent(mlp(env.observation, env.action, (8,)))
+    params = init_params(agent, jax.random.key(99))
+    return episodes(env, agent, params, jax.random.key(98), num_episodes)[0]
+
+
+def build(name, env, network="mlp", **settings):
+    row = algorithm(name)
+    agent = actor_critic(env, network, **({"hidden": (8,)} if network != "tabular" else {}))
+    num_steps = None if row.episodic else NUM_STEPS
+    trainer = make_trainer(env, agent, row, num_envs=NUM_ENVS, num_steps=num_steps, **settings)
+    return trainer, demonstrations(env) if row.imitates else None
+
+
+def assert_trees_equal(one, other, **tolerance):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        if tolerance:
+            assert np.allclose(a, b, equal_nan=True, **tolerance)
+        else:
+            assert np.array_equal(a, b, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_properties_of_every_row(name):
+    env = cartpole()
+    trainer, demos = build(name, env)
+    traces = []
+
+    def run(state, hyperparams, num_updates):
+        traces.append(num_updates)
+        return train(trainer, state, hyperparams, demos, num_updates=num_updates)
+
+    two = jax.jit(partial(run, num_updates=2))
+    four = jax.jit(partial(run, num_updates=4))
+    keys = jax.random.split(jax.random.key(0), 3)
+    states = jax.vmap(trainer.init)(keys)
+    # Strong types: a Python number and an array would be two signatures.
+    hyperparams = jax.tree.map(jnp.float32, Hyperparams(learning_rate=1e-2, schedule_updates=8.0))
+    first = jax.tree.map(lambda x: x[0], states)
+
+    # Chunks are invisible, bitwise; the metrics are stacked.
+    halfway, early = two(first, hyperparams)
+    end, late = two(halfway, hyperparams)
+    whole, metrics = four(first, hyperparams)
+    assert_trees_equal(end, whole)
+    assert_trees_equal(jax.tree.map(lambda a, b: jnp.concatenate([a, b]), early, late), metrics)
+    assert int(whole.num_updates) == 4 and metrics["objective"].shape == (4,)
+    finite = [k for k in metrics if not k.startswith("episode")]
+    assert all(np.isfinite(metrics[k]).all() for k in finite)
+
+    # Other numbers, same program; and they do change what is learnt.
+    other, _ = two(first, jax.tree.map(lambda x: 0.5 * x, hyperparams))
+    assert traces == [2, 4], "one compile for two hyperparameter values"
+    moved = jax.tree.map(
+        lambda a, b: np.abs(a - b).max(), other.params.policy, halfway.params.policy
+    )
+    assert max(jax.tree.leaves(moved)) > 0
+
+    # vmap over seeds and over every hyperparameter at once equals a loop.
+    grid = jax.tree.map(lambda x: x * jnp.array([1.0, 0.5, 0.9], jnp.float32), hyperparams)
+    together, _ = jax.jit(jax.vmap(partial(run, num_updates=2)))(states, grid)
+    for i in range(3):
+        alone, _ = two(*jax.tree.map(lambda x: x[i], (states, grid)))
+        replica = jax.tree.map(lambda x: x[i], together)
+        assert_trees_equal(replica.params, alone.params, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_row_learns_a_two_armed_bandit(name):
+    env = from_mdp(bandit((0.0, 1.0)))
+    row = algorithm(name)
+    agent = actor_critic(env, "tabular")
+    trainer = make_trainer(env, agent, row, num_envs=32, num_steps=None if row.episodic else 4)
+    demos = None
+    if row.imitates:
+        demos = episodes(
+            env, Agent(agent.policy), init_params(agent, jax.random.key(0)), jax.random.key(1), 64
+        )[0]
+        demos = demos._replace(action=jnp.ones_like(demos.action))
+    states = jax.vmap(trainer.init)(jax.random.split(jax.random.key(0), 4))
+    hyperparams = Hyperparams(learning_rate=0.1, critic_learning_rate=0.1)
+    learn = jax.jit(jax.vmap(lambda s: train(trainer, s, hyperparams, demos, num_updates=60)))
+    states, _ = learn(states)
+    probability = jax.nn.softmax(states.params.policy["logits"][:, 0])[:, 1]
+    assert (probability > 0.9).all()
+
+
+def test_behaviour_cloning_is_maximum_likelihood_bit_for_bit():
+    env = cartpole()
+    demos = demonstrations(env)
+    policy = mlp(env.observation, env.action, (8,))
+    params = policy.init(jax.random.key(5))
+    estimator = algorithm("behaviour_cloning").estimator
+    batch = Batch(demos, jnp.where(demos.mask, 1.0, 0.0), demos.reward)
+    hyperparams = Hyperparams()
+
+    def surrogate(params):
+        return -objective(estimator, policy, params, (), batch, hyperparams)[0]
+
+    def negative_log_likelihood(params):
+        _, distribution = policy.apply(params, (), demos.obs, demos.first)
+        log_prob = jnp.where(demos.mask, distribution.log_prob(demos.action), 0.0)
+        return -log_prob.sum() / demos.mask.shape[1]
+
+    assert_trees_equal(
+        jax.jit(jax.grad(surrogate))(params), jax.jit(jax.grad(negative_log_likelihood))(params)
+    )
+
+
+@pytest.mark.parametrize("layout", ["steps", "lanes"])
+def test_ppo_starts_each_update_at_ratio_one(layout):
+    """One epoch, one minibatch: the KL to the behaviour that the first step measures is rounding."""
+    env = cartpole()
+    agent = actor_critic(env, "gru" if layout == "lanes" else "mlp", hidden=(8,))
+    row = algorithm("ppo")._replace(num_epochs=1, num_minibatches=1)
+    trainer = make_trainer(env, agent, row, num_envs=4, num_steps=40)
+    state = trainer.init(jax.random.key(0))
+    hyperparams = Hyperparams(learning_rate=1e-2)
+    _, metrics = jax.jit(lambda s: train(trainer, s, hyperparams, num_updates=3))(state)
+    assert np.abs(metrics["kl"]).max() < 1e-9
+    row = row._replace(num_epochs=4)
+    trainer = make_trainer(env, agent, row, num_envs=4, num_steps=40)
+    _, metrics = jax.jit(lambda s: train(trainer, s, hyperparams, num_updates=3))(state)
+    assert metrics["kl"].min() > 1e-6, "control: later epochs have moved away"
+
+
+def test_metrics_have_no_value_until_an_episode_has_ended():
+    env = clock(12)
+    trainer = make_trainer(env, actor_critic(env), algorithm("ppo"), num_envs=4, num_steps=8)
+    state = trainer.init(jax.random.key(0))
+    _, metrics = jax.jit(lambda s: train(trainer, s, Hyperparams(), num_updates=3))(state)
+    assert np.isnan(metrics["episode_return"][0]) and metrics["episodes"].tolist() == [0, 4, 4]
+    assert metrics["episode_return"][1:].tolist() == [12.0, 12.0]
+    assert metrics["env_steps"].tolist() == [32, 32, 32]
+
+
+def test_schedules_and_optimizers_read_traced_numbers():
+    hyperparams = Hyperparams(learning_rate=2.0, critic_learning_rate=4.0, schedule_updates=10.0)
+    half = scheduled(hyperparams, linear, jnp.int32(5))
+    assert half.learning_rate == 1.0 and half.critic_learning_rate == 2.0
+    assert scheduled(hyperparams, linear, jnp.int32(15)).learning_rate == 0.0
+    for schedule in SCHEDULES.values():
+        assert schedule(jnp.float32(0)) == 1.0
+    # Clipping is by the global norm: the direction stays.
+    gradient = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    numbers = Hyperparams(learning_rate=1.0, max_grad_norm=0.5)
+    optimizer = sgd(numbers)
+    step, _ = optimizer.update(gradient, optimizer.init(gradient))
+    assert np.allclose(step["a"], -0.3) and np.allclose(step["b"], -0.4)
+    # Adam does not care about the scale of the reward, SGD does.
+    for name, same in (("adam", True), ("sgd", False)):
+        optimizer = OPTIMIZERS[name](numbers._replace(max_grad_norm=1e9))
+        small, large = (
+            optimizer.update(jax.tree.map(lambda x: s * x, gradient), optimizer.init(gradient))[0]
+            for s in (1.0, 1000.0)
+        )
+        assert np.allclose(small["a"], large["a"], rtol=1e-3) == same
+
+
+PLAIN = Estimator(credit.reward_to_go)
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "message"),
+    [
+        (algorithm("ppo"), {"num_envs": 3, "num_steps": 3}, "num_envs x num_steps=9 is not a multiple of num_minibatches=4; use 8 or 12"),
+        (algorithm("ppo"), {"num_envs": 0}, "num_envs=0 must be at least 1"),
+        (algorithm("ppo"), {"num_steps": 0}, "num_steps=0 must be at least 1"),
+        (algorithm("reinforce_baseline"), {"num_envs": 1}, "num_envs=1 must be at least 2"),
+        (algorithm("reinforce")._replace(episodic=False), {}, "total_return needs whole episodes"),
+        (Algorithm(PLAIN, episodic=False), {}, "per_episode needs whole episodes"),
+        (
+            Algorithm(
+                PLAIN._replace(importance=importance.from_start(importance.on_policy), reduce=surrogates.per_step),
+                episodic=False,
+            ),
+            {},
+            r"from_start\(on_policy\) needs whole episodes",
+        ),
+        (Algorithm(PLAIN._replace(baseline=baselines.critic)), {}, "reads a critic"),
+        (Algorithm(PLAIN, num_epochs=2), {}, "which the score surrogate cannot correct"),
+        (Algorithm(PLAIN, num_epochs=0), {}, "num_epochs=0"),
+        (algorithm("vpg")._replace(critic_epochs=-1), {}, "critic_epochs=-1"),
+    ],
+)  # fmt: skip
+def test_contradictions_are_refused_at_build_time(row, settings, message):
+    env = clock(10)
+    with pytest.raises(ValueError, match=message) as error:
+        make_trainer(env, actor_critic(env), row, **{"num_envs": 8, **settings})
+    assert "\n" not in str(error.value)
+
+
+def test_recurrent_minibatches_are_whole_lanes():
+    env = clock(10)
+    with pytest.raises(
+        ValueError, match=r"num_envs=10 is not a multiple of num_minibatches=4; use 8 or 12"
+    ):
+        make_trainer(env, actor_critic(env, "gru"), algorithm("ppo"), num_envs=10, num_steps=4)
+
+
+def test_wrong_kinds_of_policy_are_refused():
+    env, other = clock(10), clock(10, continuous=True)
+    for this, that in ((env, other), (other, env)):
+        agent = Agent(linear_network(this.observation, that.action))
+        with pytest.raises(ValueError, match="action space"):
+            make_trainer(this, agent, algorithm("reinforce"), num_envs=4)
+
+
+def test_unknown_algorithms_list_near_matches():
+    with pytest.raises(ValueError, match="unknown algorithm 'reinforced'; did you mean reinforce"):
+        algorithm("reinforced")
+    with pytest.raises(ValueError, match="behaviour_cloning"):
+        algorithm("zzz")
+
+
+def test_imitation_needs_demonstrations():
+    env = clock(10)
+    trainer = make_trainer(env, actor_critic(env), algorithm("behaviour_cloning"), num_envs=4)
+    with pytest.raises(ValueError, match="imitates demonstrations"):
+        train(trainer, trainer.init(jax.random.key(0)), Hyperparams(), num_updates=1)

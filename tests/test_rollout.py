@@ -1,0 +1,237 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from worlds import clock, random_mdp
+
+from jaxpg.envs import Discrete, Env, from_gymnax, from_mdp
+from jaxpg.policies import Agent, Categorical, Network, actor_critic, gru, init_params, mlp
+from jaxpg.rollout import BLOCK, episodes, evaluate, init_stream, unroll
+from jaxpg.types import TimeStep
+
+
+def reader() -> Network:
+    """A critic that says what it sees: the clock's count."""
+    return Network(
+        lambda key: (), lambda lanes: (), lambda p, c, obs, first: (c, obs[..., 0] + 0.5)
+    )
+
+
+def clock_agent(env):
+    return Agent(mlp(env.observation, env.action, (4,)), reader())
+
+
+@pytest.mark.parametrize("limit", [1, 5, BLOCK, BLOCK + 1, 3 * BLOCK - 5])
+def test_episodes_truncated_by_the_clock(limit):
+    env = clock(limit)
+    agent = clock_agent(env)
+    params = init_params(agent, jax.random.key(0))
+    traj, sums = episodes(env, agent, params, jax.random.key(1), 3)
+    assert traj.obs.shape == (limit, 3, 2) and traj.mask.all()
+    assert (traj.first.sum(0) == 1).all() and traj.first[0].all()
+    assert (traj.last.sum(0) == 1).all() and traj.last[-1].all()
+    assert (traj.discount == 1).all(), "a time limit is not death"
+    count = np.arange(limit)[:, None] + np.zeros((1, 3))
+    assert np.allclose(traj.value, count + 0.5)
+    assert np.allclose(traj.next_value, count + 1.5), "the value of the true successor"
+    assert sums.returns == 3 * limit and sums.count == 3 and sums.lengths == 3 * limit
+    assert len(np.unique(traj.obs[0, :, 1])) == 3, "every lane its own reset"
+
+
+@pytest.mark.parametrize(("limit", "death"), [(100, 7), (100, BLOCK), (100, 64), (40, 39)])
+def test_episodes_masked_after_death(limit, death):
+    env = clock(limit, death)
+    agent = clock_agent(env)
+    params = init_params(agent, jax.random.key(0))
+    traj, _ = episodes(env, agent, params, jax.random.key(1), 2)
+    assert (traj.mask.sum(0) == death).all() and traj.mask[:death].all()
+    assert traj.last[death - 1].all() and (traj.discount[death - 1] == 0).all()
+    for field in (traj.action, traj.log_prob, traj.reward, traj.value, traj.next_value):
+        assert (np.asarray(field[death:]) == 0).all()
+    assert np.isfinite(traj.obs).all()
+
+
+def test_a_shorter_rollout_truncates_and_bootstraps():
+    env = clock(100)
+    agent = clock_agent(env)
+    params = init_params(agent, jax.random.key(0))
+    traj, sums = episodes(env, agent, params, jax.random.key(1), 2, num_steps=9)
+    assert traj.last[-1].all() and (traj.discount[-1] == 1).all() and sums.count == 2
+    assert np.allclose(traj.next_value[-1], 9.5)
+
+
+def test_early_stop_does_not_depend_on_the_replicas_beside():
+    """One replica ends at once, the other late: vmap gives what each gives alone."""
+
+    def run(limit):
+        env = from_mdp(random_mdp(4, horizon=90))
+        env = env._replace(
+            step=lambda key, state, action: (
+                lambda s, r: (s, r._replace(terminated=r.terminated | (s[1] >= limit)))
+            )(*env_step(key, state, action))
+        )
+        agent = actor_critic(env)
+        params = init_params(agent, jax.random.key(0))
+        return episodes(env, agent, params, jax.random.key(1), 4)
+
+    env_step = from_mdp(random_mdp(4, horizon=90)).step
+    together = jax.jit(jax.vmap(run))(jnp.array([1, 90]))
+    for i, limit in enumerate((1, 90)):
+        alone = jax.jit(run)(jnp.array(limit))
+        for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+            assert np.allclose(a[i], b, atol=1e-6)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_loop_of_vmapped_episodes_selects_nothing(nested):
+    """Under vmap a predicate per replica would select over the whole stored trajectory each round."""
+    env = from_gymnax("CartPole-v1")
+    agent = Agent(mlp(env.observation, env.action))
+
+    def run(key):
+        params = init_params(agent, key)
+        return episodes(env, agent, params, key, 2)[0].mask.sum(0)
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    mapped, keys = (
+        (jax.vmap(jax.vmap(run)), keys.reshape(2, 2)) if nested else (jax.vmap(run), keys)
+    )
+    loops = [e for e in jax.make_jaxpr(mapped)(keys).eqns if e.primitive.name == "while"]
+    outer = [e for e in loops if any(v.aval.ndim >= 3 for v in e.invars)]
+    assert outer
+    for loop in outer:
+        assert loop.params["cond_jaxpr"].out_avals[0].shape == ()
+        selects = [e for e in loop.params["body_jaxpr"].eqns if e.primitive.name == "select_n"]
+        assert all(e.outvars[0].aval.shape == () for e in selects), "a round only scans and writes"
+
+
+def test_stream_resets_afresh_and_keeps_the_true_successor():
+    env = clock(4)
+    agent = clock_agent(env)
+    params = init_params(agent, jax.random.key(0))
+    state = init_stream(env, agent, jax.random.key(1), 3)
+    state, (traj, sums) = unroll(env, agent, params, state, jax.random.key(2), 10)
+    time = np.arange(10) % 4
+    column = np.zeros((1, 3))
+    assert np.allclose(traj.obs[..., 0], time[:, None] + column)
+    assert (np.asarray(traj.first) == (time == 0)[:, None] + column).all()
+    assert (np.asarray(traj.last) == (time == 3)[:, None] + column).all()
+    assert np.allclose(traj.value, time[:, None] + 0.5 + column)
+    assert np.allclose(traj.next_value, time[:, None] + 1.5 + column), "also at truncation"
+    assert (traj.discount == 1).all() and traj.mask.all()
+    starts = np.asarray(traj.obs[::4, :, 1])
+    assert len(np.unique(starts)) == starts.size, "fresh resets, never one cached start"
+    assert sums.count == 6 and sums.returns == 24 and sums.lengths == 24
+    # It carries on where it stopped: two steps into the third episode.
+    _, (after, _) = unroll(env, agent, params, state, jax.random.key(3), 2)
+    assert np.allclose(after.obs[:, :, 0], np.array([[2.0], [3.0]]) + column)
+    assert np.allclose(after.obs[0, :, 1], traj.obs[-1, :, 1])
+
+
+def test_stream_at_death_has_discount_zero():
+    env = clock(100, death=3)
+    agent = clock_agent(env)
+    params = init_params(agent, jax.random.key(0))
+    state = init_stream(env, agent, jax.random.key(1), 2)
+    _, (traj, _) = unroll(env, agent, params, state, jax.random.key(2), 7)
+    dead = (np.arange(7) % 3 == 2)[:, None] + np.zeros((1, 2))
+    assert (np.asarray(traj.discount) == 1 - dead).all() and (np.asarray(traj.last) == dead).all()
+
+
+def test_recurrent_critic_values_the_successor_with_its_own_carry():
+    """next_value at truncation equals running the critic one step further, without a restart."""
+    env = clock(3)
+    agent = Agent(gru(env.observation, env.action), gru(env.observation, None))
+    params = init_params(agent, jax.random.key(0))
+    shift = jax.tree.map(lambda x: x + 0.2, params)
+    state = init_stream(env, agent, jax.random.key(1), 2)
+    _, (stream, _) = unroll(env, agent, shift, state, jax.random.key(2), 3)
+    whole, _ = episodes(env, agent, shift, jax.random.key(2), 2)
+    for traj in (stream, whole):
+        successor = jnp.concatenate([traj.obs, traj.obs[-1:].at[..., 0].set(3.0)])
+        first = jnp.zeros((4, 2), bool).at[0].set(True)
+        carry = agent.critic.initial_carry(2)
+        _, value = agent.critic.apply(shift.critic, carry, successor, first)
+        assert np.allclose(traj.value, value[:3], atol=1e-5)
+        assert np.allclose(traj.next_value, value[1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("network", ["mlp", "gru"])
+@pytest.mark.parametrize("kind", ["episodes", "stream"])
+def test_log_probs_at_update_equal_log_probs_at_rollout(network, kind):
+    env = from_gymnax("CartPole-v1", max_steps_in_episode=30)
+    agent = actor_critic(env, network)
+    params = init_params(agent, jax.random.key(0))
+    if kind == "episodes":
+        carry = agent.policy.initial_carry(4)
+        traj, _ = episodes(env, agent, params, jax.random.key(1), 4)
+    else:
+        state = init_stream(env, agent, jax.random.key(2), 4)
+        # A second window, so that it opens in the middle of episodes.
+        state, _ = unroll(env, agent, params, state, jax.random.key(1), 17)
+        carry = state.carry.policy
+        _, (traj, _) = unroll(env, agent, params, state, jax.random.key(1), 40)
+    _, again = agent.policy.apply(params.policy, carry, traj.obs, traj.first)
+    difference = jnp.where(traj.mask, again.log_prob(traj.action) - traj.log_prob, 0.0)
+    assert np.abs(difference).max() < 1e-5
+
+
+def test_evaluate_weighs_every_episode_alike():
+    """LONG (3 steps) pays 4 and SHORT (1 step) pays 1: the mean of episodes is 2.5, whatever their length."""
+
+    def reset(key):
+        return jnp.int32(0), jnp.float32([0.0])
+
+    def step(key, state, action):
+        long = (state > 0) | (action == 1)
+        over = jnp.where(long, state + 1 >= 3, True)
+        reward = jnp.where(over, jnp.where(long, 4.0, 1.0), 0.0)
+        return state + 1, TimeStep(jnp.float32([0.0]), reward, over, jnp.zeros_like(over))
+
+    env = Env(reset, step, clock(1).observation, Discrete(2), 3)
+    uniform = Network(
+        lambda key: (),
+        lambda lanes: (),
+        lambda p, c, obs, first: (c, Categorical(jnp.zeros((*obs.shape[:2], 2)))),
+    )
+    agent = Agent(uniform)
+    params = init_params(agent, jax.random.key(0))
+    result = jax.jit(lambda key: evaluate(env, agent, params, key, 20_000))(jax.random.key(1))
+    assert result.count == 20_000
+    assert abs(result.mean - 2.5) < 5 * result.standard_error
+    assert np.isclose(result.standard_error, 1.5 / np.sqrt(20_000), rtol=0.01)
+    # Control: pooling whatever ends in a window of 8 steps over-counts the short ones (2.29566).
+    state = init_stream(env, agent, jax.random.key(2), 20_000)
+    _, (_, sums) = unroll(env, agent, params, state, jax.random.key(3), 8)
+    assert abs(sums.returns / sums.count - 2.29566) < 0.02
+
+
+def test_evaluate_counts_only_complete_episodes():
+    env = clock(50)._replace(horizon=10)
+    agent = clock_agent(env)
+    params = init_params(agent, jax.random.key(0))
+    result = evaluate(env, agent, params, jax.random.key(1), 4)
+    assert result.count == 0 and np.isnan(result.mean)
+
+
+def test_greedy_evaluation_takes_the_mode():
+    env = from_mdp(random_mdp(5, terminal=False))
+    policy = Network(
+        lambda key: (),
+        lambda lanes: (),
+        lambda p, c, obs, first: (
+            c,
+            Categorical(jnp.broadcast_to(jnp.array([0.0, 1.0]), (*obs.shape, 2))),
+        ),
+    )
+    agent = Agent(policy)
+    params = init_params(agent, jax.random.key(0))
+    forced = env._replace(
+        step=lambda key, state, action: env.step(key, state, jnp.ones_like(action))
+    )
+    for greedy in (True, False):
+        same = [
+            float(evaluate(e, agent, params, jax.random.key(1), 64, greedy=greedy).mean)
+            for e in (env, forced)
+        ]
+        assert (same[0] == same[1]) == greedy
