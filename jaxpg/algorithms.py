@@ -87,13 +87,13 @@ def check_algorithm(algorithm: Algorithm, has_critic: bool) -> None:
             f"credit {describe(estimator.credit)} with baseline {describe(estimator.baseline)} reads a "
             "critic; give the agent one and the algorithm a critic_optimizer"
         )
-    if algorithm.num_epochs * algorithm.num_minibatches > 1 and not algorithm.imitates:
-        if uses(estimator.surrogate, surrogates.score):
-            raise ValueError(
-                f"{algorithm.num_epochs} epochs x {algorithm.num_minibatches} minibatches move the "
-                "policy away from its data, which the score surrogate cannot correct; use ratio, clipped "
-                "or kl_penalised, or one step per batch"
-            )
+    reuses = algorithm.num_epochs * algorithm.num_minibatches > 1 and not algorithm.imitates
+    if reuses and uses(estimator.surrogate, surrogates.score):
+        raise ValueError(
+            f"{algorithm.num_epochs} epochs x {algorithm.num_minibatches} minibatches move the policy "
+            "away from its data, which the score surrogate cannot correct; use ratio, clipped or "
+            "kl_penalised, or one step per batch"
+        )
     for name in ("num_epochs", "num_minibatches"):
         if getattr(algorithm, name) < 1:
             raise ValueError(f"{name}={getattr(algorithm, name)} must be at least 1")

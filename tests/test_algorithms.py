@@ -14,7 +14,8 @@ from jaxpg.envs import from_gymnax, from_mdp
 from jaxpg.estimators import Estimator, baselines, credit, importance, objective, surrogates
 from jaxpg.estimators.estimator import Batch
 from jaxpg.optimizers import OPTIMIZERS, SCHEDULES, linear, scheduled, sgd
-from jaxpg.policies import Agent, actor_critic, init_params, linear as linear_network, mlp
+from jaxpg.policies import Agent, actor_critic, init_params, mlp
+from jaxpg.policies import linear as linear_network
 from jaxpg.rollout import episodes
 
 NUM_ENVS, NUM_STEPS = 8, 16
@@ -36,6 +37,10 @@ def build(name, env, network="mlp", **settings):
     num_steps = None if row.episodic else NUM_STEPS
     trainer = make_trainer(env, agent, row, num_envs=NUM_ENVS, num_steps=num_steps, **settings)
     return trainer, demonstrations(env) if row.imitates else None
+
+
+def take(tree, i):
+    return jax.tree.map(lambda x: x[i], tree)
 
 
 def assert_trees_equal(one, other, **tolerance):
@@ -89,8 +94,8 @@ def test_properties_of_every_row(name):
     grid = jax.tree.map(lambda x: x * jnp.array([1.0, 0.5, 0.9], jnp.float32), hyperparams)
     together, _ = jax.jit(jax.vmap(partial(run, num_updates=2)))(states, grid)
     for i in range(3):
-        alone, _ = two(*jax.tree.map(lambda x: x[i], (states, grid)))
-        replica = jax.tree.map(lambda x: x[i], together)
+        alone, _ = two(take(states, i), take(grid, i))
+        replica = take(together, i)
         assert_trees_equal(replica.params, alone.params, rtol=1e-3, atol=1e-4)
 
 
@@ -179,20 +184,23 @@ def test_schedules_and_optimizers_read_traced_numbers():
     # Adam does not care about the scale of the reward, SGD does.
     for name, same in (("adam", True), ("sgd", False)):
         optimizer = OPTIMIZERS[name](numbers._replace(max_grad_norm=1e9))
-        small, large = (
-            optimizer.update(jax.tree.map(lambda x: s * x, gradient), optimizer.init(gradient))[0]
-            for s in (1.0, 1000.0)
-        )
+        start = optimizer.init(gradient)
+        small, _ = optimizer.update(gradient, start)
+        large, _ = optimizer.update(jax.tree.map(lambda x: 1000.0 * x, gradient), start)
         assert np.allclose(small["a"], large["a"], rtol=1e-3) == same
 
 
 PLAIN = Estimator(credit.reward_to_go)
 
 
+FROM_START = importance.from_start(importance.on_policy)
+TOO_FEW_STEPS = "num_envs x num_steps=9 is not a multiple of num_minibatches=4; use 8 or 12"
+
+
 @pytest.mark.parametrize(
     ("row", "settings", "message"),
     [
-        (algorithm("ppo"), {"num_envs": 3, "num_steps": 3}, "num_envs x num_steps=9 is not a multiple of num_minibatches=4; use 8 or 12"),
+        (algorithm("ppo"), {"num_envs": 3, "num_steps": 3}, TOO_FEW_STEPS),
         (algorithm("ppo"), {"num_envs": 0}, "num_envs=0 must be at least 1"),
         (algorithm("ppo"), {"num_steps": 0}, "num_steps=0 must be at least 1"),
         (algorithm("reinforce_baseline"), {"num_envs": 1}, "num_envs=1 must be at least 2"),
@@ -200,7 +208,7 @@ PLAIN = Estimator(credit.reward_to_go)
         (Algorithm(PLAIN, episodic=False), {}, "per_episode needs whole episodes"),
         (
             Algorithm(
-                PLAIN._replace(importance=importance.from_start(importance.on_policy), reduce=surrogates.per_step),
+                PLAIN._replace(importance=FROM_START, reduce=surrogates.per_step),
                 episodic=False,
             ),
             {},

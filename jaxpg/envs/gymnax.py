@@ -1,6 +1,7 @@
 """gymnax 1.x environments, without their automatic reset."""
 
 import difflib
+import inspect
 from dataclasses import fields
 
 import jax
@@ -61,16 +62,15 @@ def _make(name, settings):
         near = difflib.get_close_matches(name, gymnax.registered_envs, n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(near)}?" if near else "see jaxpg.envs.gymnax_names()"
         raise ValueError(f"unknown environment {name!r}; {hint}")
-    # What the parameters do not name goes to the constructor.
     try:
         environment, params = gymnax.make(name)
-        for_make = {k: v for k, v in settings.items() if not hasattr(params, k)}
-        if for_make:
-            environment, params = gymnax.make(name, **for_make)
-    except TypeError:
-        return environment, params, settings
     except OSError as error:
         raise ValueError(f"{name} needs a data set that could not be fetched: {error}") from error
+    # What the parameters do not name goes to the constructor, if it takes it.
+    accepted = inspect.signature(type(environment)).parameters
+    for_make = {k: v for k, v in settings.items() if not hasattr(params, k) and k in accepted}
+    if for_make:
+        environment, params = gymnax.make(name, **for_make)
     return environment, params, {k: v for k, v in settings.items() if k not in for_make}
 
 

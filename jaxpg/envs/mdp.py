@@ -12,7 +12,7 @@ from jaxpg.types import TimeStep
 
 
 class Mdp(NamedTuple):
-    """A finite-horizon tabular decision process; `observation` aliases states (partial observability)."""
+    """A finite-horizon tabular process; `observation` aliases states (partial observability)."""
 
     initial: np.ndarray | jax.Array  # [S] probabilities
     transition: np.ndarray | jax.Array  # [S, A, S] probabilities
@@ -24,7 +24,10 @@ class Mdp(NamedTuple):
 
 
 def check_mdp(mdp: Mdp) -> Mdp:
-    """The same Mdp as float64 NumPy arrays. Raises ValueError, naming the field, when it is not one."""
+    """The same Mdp as float64 NumPy arrays.
+
+    Raises ValueError, naming the field, when it is not well formed.
+    """
     fields = [np.asarray(x) for x in mdp[:6]]
     initial, transition, reward, variance, terminal, observation = fields
     num_states, num_actions = reward.shape if reward.ndim == 2 else (0, 0)
@@ -52,8 +55,15 @@ def check_mdp(mdp: Mdp) -> Mdp:
         raise ValueError("Mdp.initial starts in a terminal state; an episode has at least one step")
     if mdp.horizon < 1:
         raise ValueError(f"Mdp.horizon={mdp.horizon} must be at least 1")
-    floats = [x.astype(np.float64) for x in (initial, transition, reward, variance)]
-    return Mdp(*floats, terminal.astype(bool), observation.astype(np.int32), int(mdp.horizon))
+    return Mdp(
+        initial=initial.astype(np.float64),
+        transition=transition.astype(np.float64),
+        reward=reward.astype(np.float64),
+        reward_variance=variance.astype(np.float64),
+        terminal=terminal.astype(bool),
+        observation=observation.astype(np.int32),
+        horizon=int(mdp.horizon),
+    )
 
 
 def from_mdp(mdp: Mdp) -> Env:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxpg.envs import Box, Env
+from jaxpg.envs import Box, Discrete, Env
 from jaxpg.policies import networks
 from jaxpg.policies.distributions import Categorical, Gaussian, MultiCategorical
 from jaxpg.policies.networks import Network, _example
@@ -66,18 +66,20 @@ def check_agent(env: Env, agent: Agent) -> None:
         return agent.policy.apply(params.policy, carry, example, first)[1]
 
     distribution = jax.eval_shape(outputs, jax.random.key(0))
-    needed, size = {
-        "Discrete": (Categorical, lambda d: d.logits.shape[-1:] == (env.action.n,)),
-        "MultiDiscrete": (MultiCategorical, lambda d: d.logits.shape[-2:-1] == env.action.shape),
-        "Box": (Gaussian, lambda d: d.mean.shape[-1:] == env.action.shape),
-    }[type(env.action).__name__]
+    action = env.action
+    if isinstance(action, Box):
+        needed, fits = Gaussian, distribution[0].shape[2:] == action.shape
+    elif isinstance(action, Discrete):
+        needed, fits = Categorical, distribution[0].shape[2:] == (action.n,)
+    else:
+        needed, fits = MultiCategorical, distribution[0].shape[2:3] == action.shape
     if not isinstance(distribution, needed):
         kind = "continuous" if isinstance(env.action, Box) else "discrete"
         raise ValueError(
             f"the policy puts out a {type(distribution).__name__} distribution but the action space is "
             f"{kind} ({type(env.action).__name__}); build it for env.action"
         )
-    if not size(distribution):
+    if not fits:
         raise ValueError(
             f"the policy's actions do not fit the action space {env.action}; build it for env.action"
         )

@@ -5,7 +5,7 @@ Every builder takes the observation space and what to put out: an action space g
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -113,7 +113,7 @@ def gru(
     initial_std: float = 0.5,
     precision: str = "highest",
 ) -> Network:
-    """Dense layers, then a gated recurrent unit whose carry restarts before an episode's first observation."""
+    """Dense layers, then a gated recurrent unit whose carry restarts before an episode's first row."""
     body, head = _body(hidden, activation, precision), _head(action, initial_std, precision)
     encode = _encoder(observation)
     cell = nn.GRUCell(
@@ -129,10 +129,11 @@ def gru(
         k_body, k_cell, k_head = jax.random.split(key, 3)
         example = encode(_example(observation))
         body_params = body.init(k_body, example)
-        encoded = body.apply(body_params, example)[0]
-        cell_params = cell.init(k_cell, initial_carry(1), encoded)
-        out = cell.apply(cell_params, initial_carry(1), encoded)[1]
-        return {"body": body_params, "cell": cell_params, "head": head.init(k_head, out[None])}
+        encoded = body.apply(body_params, example)
+        cell_params = cell.init(k_cell, initial_carry(1), encoded[0])
+        # The cell puts out its carry.
+        head_params = head.init(k_head, initial_carry(1)[None])
+        return {"body": body_params, "cell": cell_params, "head": head_params}
 
     def apply(params, carry, obs, first):
         def step(carry, inputs):
@@ -149,10 +150,14 @@ def gru(
 
 
 class _Apply(NamedTuple):
-    """A linen module, or two, as the pair of functions that the builders compose."""
+    """A linen module as the pair of functions that the builders compose."""
 
     init: Callable[[Key, Array], Params]
     apply: Callable[[Params, Array], Any]
+
+
+def _pure(module: nn.Module) -> _Apply:
+    return _Apply(module.init, cast(Callable[[Params, Array], Any], module.apply))
 
 
 def _body(hidden, activation, precision) -> _Apply:
@@ -165,17 +170,16 @@ def _body(hidden, activation, precision) -> _Apply:
         layers.append(ACTIVATIONS[activation])
     if not layers:
         return _Apply(lambda key, x: {}, lambda params, x: x)
-    module = nn.Sequential(layers)
-    return _Apply(module.init, module.apply)
+    return _pure(nn.Sequential(layers))
 
 
 def _head(action: Space | None, initial_std, precision) -> _Apply:
     if action is None:
-        module = nn.Dense(1, kernel_init=orthogonal(), precision=precision)
-        return _Apply(module.init, lambda params, x: module.apply(params, x)[..., 0])
+        scalar = _pure(nn.Dense(1, kernel_init=orthogonal(), precision=precision))
+        return _Apply(scalar.init, lambda params, x: jnp.squeeze(scalar.apply(params, x), -1))
     num_outputs, to_distribution, extra = _distribution_head(action, initial_std)
     # A small last layer starts near the uniform policy (Andrychowicz et al., 2021).
-    module = nn.Dense(num_outputs, kernel_init=orthogonal(0.01), precision=precision)
+    module = _pure(nn.Dense(num_outputs, kernel_init=orthogonal(0.01), precision=precision))
     return _Apply(
         lambda key, x: {"dense": module.init(key, x), **extra},
         lambda params, x: to_distribution(module.apply(params["dense"], x), params),

@@ -46,11 +46,10 @@ def masked(traj: Trajectory) -> Trajectory:
     length = np.array([1, 3, T, 5, T, 2])
     row = np.arange(T)[:, None]
     last, mask = row == length - 1, row < length
-    nan = lambda x: jnp.where(mask, x, jnp.nan)
     return traj._replace(
         last=jnp.asarray(last),
         mask=jnp.asarray(mask),
-        reward=nan(traj.reward),
+        reward=jnp.where(mask, traj.reward, jnp.nan),
         value=jnp.where(mask, traj.value, 0.0),
         discount=jnp.asarray(np.where(last & (length % 2 == 1), 0.0, 1.0)),
     )
