@@ -121,6 +121,7 @@ def gru(
         kernel_init=orthogonal(),
         recurrent_kernel_init=orthogonal(),
     )
+    run_cell = cast(Callable[[Params, Array, Array], Any], cell.apply)
 
     def initial_carry(num_lanes):
         return jnp.zeros((num_lanes, features), jnp.float32)
@@ -140,7 +141,7 @@ def gru(
             encoded, first = inputs
             carry = jnp.where(first[:, None], 0.0, carry)
             with jax.default_matmul_precision(precision):
-                return cell.apply(params["cell"], carry, encoded)
+                return run_cell(params["cell"], carry, encoded)
 
         encoded = body.apply(params["body"], encode(obs))
         carry, out = jax.lax.scan(step, carry, (encoded, first))

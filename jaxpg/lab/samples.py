@@ -1,0 +1,212 @@
+"""Per-trajectory gradients of any estimator, in any environment, with any network.
+
+Every gradient of the package is a weighted sum of scores: with coefficients w = N d objective / d log pi,
+row i is g_i = sum_t w_{t,i} grad log pi(a_{t,i}|s_{t,i}), and the mean over rows is the batch estimate,
+whatever couples the trajectories of the batch (a mean baseline, self-normalisation, standardisation).
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from jaxpg.envs import Env
+from jaxpg.estimators import (
+    Estimator,
+    assess,
+    baselines,
+    describe,
+    importance,
+    surrogates,
+    uses,
+)
+from jaxpg.policies import Agent, AgentParams, Network
+from jaxpg.rollout import episodes
+from jaxpg.types import Array, Hyperparams, Key, Params, Trajectory
+
+# Working memory of one chunk of trajectories. Small enough for a CPU's cache to help, large enough to
+# fill its vector units; a GPU holds it a thousand times over.
+CHUNK_BYTES = 2**25
+
+COUPLED = (
+    baselines.batch_mean,
+    baselines.leave_one_out,
+    baselines.time_mean,
+    baselines.optimal_constant,
+    baselines.optimal_per_time,
+    importance.self_normalised,
+    surrogates.standardised,
+    surrogates.per_step,
+)
+
+
+class Source(NamedTuple):
+    """Where gradients come from: whose episodes, and the estimator that turns them into gradients."""
+
+    env: Env
+    policy: Network
+    estimator: Estimator
+    policy_params: Params
+    key: Key
+    hyperparams: Hyperparams
+    behaviour_params: Params = None  # None: on-policy
+    critic: Network | None = None
+    critic_params: Params = ()
+
+
+class Chunk(NamedTuple):
+    """Trajectories with the coefficients of their scores, [T, C]."""
+
+    trajectory: Trajectory
+    coefficient: Array
+    log_ratio: Array  # 0 on-policy and where masked
+
+
+def gradient_samples(
+    env: Env,
+    policy: Network,
+    estimator: Estimator,
+    policy_params: Params,
+    key: Key,
+    num_trajectories: int,
+    hyperparams: Hyperparams,
+    behaviour_params: Params = None,
+    *,
+    critic: Network | None = None,
+    critic_params: Params = (),
+) -> Array:
+    """Row i is trajectory i's contribution; the mean over rows is the batch estimate. [N, P]
+
+    Parameters are flattened as by `ravel_pytree`. Trajectory i's key is fold_in(key, i), and the work goes
+    in chunks of bounded memory, so rows do not depend on N, unless the estimator couples the batch.
+    behaviour_params: the policy that acts, when it is another one; then the importance slot should say so.
+    Pure: wrap it in `jax.jit` with num_trajectories bound to compile it once.
+    Raises ValueError for N < 1, and for a baseline that compares trajectories with N < 2.
+    """
+    source = Source(
+        env,
+        policy,
+        estimator,
+        policy_params,
+        key,
+        hyperparams,
+        behaviour_params,
+        critic,
+        critic_params,
+    )
+    check_source(source, num_trajectories)
+    size = min(chunk_size(source), num_trajectories)
+    num_chunks = -(-num_trajectories // size)
+    starts = size * jnp.arange(num_chunks)
+    if not couples(estimator):
+        rows = jax.lax.map(lambda start: rows_of(source, gather(source, start, size)), starts)
+        return rows.reshape(num_chunks * size, -1)[:num_trajectories]
+    whole = jax.lax.map(lambda start: _roll(source, start, size), starts)
+    whole = jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), whole
+    )
+    whole = jax.tree.map(lambda x: x[:, :num_trajectories], whole)
+    chunk = _weigh(source, whole)
+    padding = num_chunks * size - num_trajectories
+    padded = jax.tree.map(
+        lambda x: jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))), chunk
+    )
+    parts = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(x.shape[0], num_chunks, size, *x.shape[2:]), 1, 0), padded
+    )
+    rows = jax.lax.map(partial(rows_of, source), parts)
+    return rows.reshape(num_chunks * size, -1)[:num_trajectories]
+
+
+def couples(estimator: Estimator) -> bool:
+    """Whether a trajectory's gradient depends on the others of its batch."""
+    return any(uses(slot, value) for slot in estimator for value in COUPLED)
+
+
+def chunk_size(source: Source) -> int:
+    """Trajectories per chunk, so that a chunk's rollout, activations and gradients fill CHUNK_BYTES.
+
+    A row of a trajectory costs its fields and the activations kept for the backward pass, taken as a few
+    times the square root of the number of parameters, which is the width of a dense layer.
+    """
+    num_params = sum(x.size for x in jax.tree.leaves(source.policy_params))
+    obs_size = math.prod(source.env.observation.shape)
+    per_step = 16 + obs_size + 8 * int(num_params**0.5)
+    per_trajectory = 4 * (source.env.horizon * per_step + 2 * num_params)
+    return max(1, min(2**16, CHUNK_BYTES // per_trajectory))
+
+
+def check_source(source: Source, num_trajectories: int) -> None:
+    """Raises ValueError for a request that makes no sense, before anything is compiled."""
+    if num_trajectories < 1:
+        raise ValueError(f"num_trajectories={num_trajectories} must be at least 1")
+    reads_critic = uses(source.estimator.baseline, baselines.critic)
+    if reads_critic and source.critic is None:
+        raise ValueError("baseline critic reads a critic's values; pass critic= and critic_params=")
+    slot = source.estimator.importance
+    if source.behaviour_params is None and not uses(slot, importance.on_policy):
+        raise ValueError(
+            f"importance {describe(slot)} needs the log-probabilities of another behaviour; pass "
+            "behaviour_params=, or use on_policy"
+        )
+
+
+def gather(source: Source, start: Array | int, size: int) -> Chunk:
+    """Trajectories start .. start+size-1, and the coefficients of their scores."""
+    return _weigh(source, _roll(source, start, size))
+
+
+def rows_of(source: Source, chunk: Chunk) -> Array:
+    """One backward pass per trajectory: [C, P]."""
+
+    def row(lane):
+        lane = jax.tree.map(lambda x: x[:, None], lane)
+        log_prob = log_probs(source, lane.trajectory)
+        _, pull = jax.vjp(log_prob, source.policy_params)
+        return ravel_pytree(pull(lane.coefficient)[0])[0]
+
+    return jax.vmap(row, in_axes=1)(chunk)
+
+
+def log_probs(source: Source, trajectory: Trajectory) -> Callable[[Params], Array]:
+    """The function params -> log pi(a|s) [T, C], 0 where masked."""
+    carry = source.policy.initial_carry(trajectory.mask.shape[1])
+
+    def log_prob(params):
+        _, distribution = source.policy.apply(params, carry, trajectory.obs, trajectory.first)
+        return jnp.where(trajectory.mask, distribution.log_prob(trajectory.action), 0.0)
+
+    return log_prob
+
+
+def _roll(source: Source, start: Array | int, size: int) -> Trajectory:
+    agent = Agent(source.policy, source.critic)
+    behaviour = source.policy_params if source.behaviour_params is None else source.behaviour_params
+    params = AgentParams(behaviour, source.critic_params)
+
+    def one(index):
+        key = jax.random.fold_in(source.key, index)
+        return jax.tree.map(lambda x: x[:, 0], episodes(source.env, agent, params, key, 1)[0])
+
+    return jax.vmap(one, out_axes=1)(start + jnp.arange(size))
+
+
+def _weigh(source: Source, trajectory: Trajectory) -> Chunk:
+    estimator, hyperparams = source.estimator, source.hyperparams
+    log_prob = trajectory.log_prob
+    if source.behaviour_params is not None:
+        log_prob = log_probs(source, trajectory)(source.policy_params)
+    batch = assess(
+        estimator, trajectory, log_prob, hyperparams, source.policy, source.policy_params
+    )
+
+    def total(log_prob):
+        gain = estimator.surrogate(log_prob, batch.advantage, trajectory, hyperparams)
+        return trajectory.mask.shape[1] * estimator.reduce(gain, trajectory.mask)
+
+    log_ratio = jnp.where(trajectory.mask, log_prob - trajectory.log_prob, 0.0)
+    return Chunk(trajectory, jax.grad(total)(log_prob), log_ratio)
