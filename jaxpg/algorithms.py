@@ -4,6 +4,7 @@ import difflib
 from typing import NamedTuple
 
 from jaxpg.estimators import Estimator, baselines, credit, describe, importance, surrogates, uses
+from jaxpg.estimators.control_variates import ControlVariate
 from jaxpg.optimizers import Optimizer, Schedule, adam, constant
 
 
@@ -17,6 +18,8 @@ class Algorithm(NamedTuple):
     episodic: bool = True  # data: whole episodes, or a stream that carries on
     imitates: bool = False  # data: demonstrations
     schedule: Schedule = constant
+    control_variate: ControlVariate | None = None  # a baseline per parameter, on whole episodes
+    measure_noise: bool = False  # log the gradient's signal and noise, for one more backward pass
 
 
 _TO_GO = Estimator(credit.reward_to_go)
@@ -93,6 +96,13 @@ def check_algorithm(algorithm: Algorithm, has_critic: bool) -> None:
             f"{algorithm.num_epochs} epochs x {algorithm.num_minibatches} minibatches move the policy "
             "away from its data, which the score surrogate cannot correct; use ratio, clipped or "
             "kl_penalised, or one step per batch"
+        )
+    if algorithm.control_variate and (
+        stream or reuses or not uses(estimator.reduce, surrogates.per_episode)
+    ):
+        raise ValueError(
+            "a control variate acts on the gradients of whole episodes; use episodic=True, reduce "
+            "per_episode, and one step per batch"
         )
     for name in ("num_epochs", "num_minibatches"):
         if getattr(algorithm, name) < 1:

@@ -1,15 +1,25 @@
 """The one loop: gather, assess, improve. It runs every row of the algorithm table."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
 from jaxpg.algorithms import Algorithm, check_algorithm
 from jaxpg.envs import Env
-from jaxpg.estimators import assess, baselines, objective, surrogates, uses
+from jaxpg.estimators import (
+    assess,
+    baselines,
+    coefficients,
+    lane_gradients,
+    objective,
+    surrogates,
+    uses,
+)
 from jaxpg.optimizers import scheduled
 from jaxpg.policies import Agent, AgentCarry, AgentParams, check_agent, init_params, initial_carry
 from jaxpg.rollout import EpisodeSums, RolloutState, episodes, init_stream, unroll
@@ -99,6 +109,10 @@ def make_trainer(
             agent, algorithm, layout, state, batch, carry, hyperparams, k_fit
         )
         metrics |= _episode_metrics(ended, trajectory)
+        if algorithm.measure_noise:
+            metrics |= _noise(
+                agent, algorithm, state.params.policy, batch, carry.policy, hyperparams
+            )
         return TrainState(params, opt_state, rollout, state.key, state.num_updates + 1), metrics
 
     def gather(state, key, demonstrations):
@@ -132,6 +146,12 @@ def _check(env, agent, algorithm, num_envs, num_steps) -> str:
         baselines.optimal_constant,
         baselines.optimal_per_time,
     )
+    if algorithm.measure_noise and num_envs % 2:
+        raise ValueError(f"measure_noise halves the batch: num_envs={num_envs} must be even")
+    if algorithm.control_variate and num_envs < 2:
+        raise ValueError(
+            f"a control variate compares episodes: num_envs={num_envs} must be at least 2"
+        )
     if num_envs < 2 and any(uses(algorithm.estimator.baseline, value) for value in others):
         raise ValueError(
             f"the baseline compares each episode with the others: num_envs={num_envs} must be at least 2"
@@ -179,6 +199,8 @@ def _fit(agent, algorithm, layout, state, batch, carry, hyperparams, key):
             return -value, (log_prob, distribution.entropy())
 
         (negative, (log_prob, entropy)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        if algorithm.control_variate:
+            gradient = _controlled(agent.policy, algorithm, params, batch, hyperparams)
         updates, opt_state = policy_optimizer.update(gradient, opt_state, params)
         mask = batch.trajectory.mask
         log_rho = jnp.where(mask, log_prob - batch.trajectory.log_prob, 0.0)
@@ -187,6 +209,9 @@ def _fit(agent, algorithm, layout, state, batch, carry, hyperparams, key):
             "grad_norm": optax.tree.norm(gradient),
             "entropy": surrogates.per_step(entropy, mask),
             "kl": surrogates.per_step(jnp.expm1(log_rho) - log_rho, mask),
+            # Effective share of the batch: (sum rho)^2 / (N sum rho^2), 1 on-policy.
+            "ess": surrogates.per_step(jnp.exp(log_rho), mask) ** 2
+            / surrogates.per_step(jnp.exp(2 * log_rho), mask),
         }
         return optax.apply_updates(params, updates), opt_state, metrics
 
@@ -239,6 +264,41 @@ def _fit(agent, algorithm, layout, state, batch, carry, hyperparams, key):
         fitted, more = run(False, fitted, k_critic, algorithm.critic_epochs)
         metrics |= more
     return fitted, metrics
+
+
+def _controlled(policy, algorithm, params, batch, hyperparams):
+    """The gradient of the loss, every episode's corrected by the control variate."""
+    trajectory = batch.trajectory
+    scores_of = partial(lane_gradients, policy, params, trajectory)
+    weight = coefficients(algorithm.estimator, trajectory.log_prob, batch, hyperparams)
+    rows = algorithm.control_variate(scores_of, weight, trajectory, hyperparams)
+    return ravel_pytree(params)[1](-rows.mean(axis=0))
+
+
+def _noise(agent, algorithm, params, batch, carry, hyperparams) -> Metrics:
+    """Unbiased |E g|^2 and tr Cov of one batch's gradient, from the two halves of its lanes.
+
+    With g+ and g- the halves' gradients: tr Cov = E|g+ - g-|^2 / 4 and |E g|^2 = E|g|^2 - tr Cov, which may
+    come out negative. Average each over updates before taking the ratio: B_simple is
+    num_envs * noise / signal lanes (McCandlish et al., 2018).
+    """
+
+    def gradient(half):
+        part, memory = (
+            jax.tree.map(lambda x: x[:, half::2], batch),
+            jax.tree.map(lambda x: x[half::2], carry),
+        )
+
+        def value(params):
+            return objective(algorithm.estimator, agent.policy, params, memory, part, hyperparams)[
+                0
+            ]
+
+        return ravel_pytree(jax.grad(value)(params))[0]
+
+    one, other = gradient(0), gradient(1)
+    noise = ((one - other) ** 2).sum() / 4
+    return {"noise": noise, "signal": (((one + other) / 2) ** 2).sum() - noise}
 
 
 def _episode_metrics(ended: EpisodeSums, trajectory: Trajectory) -> Metrics:

@@ -11,7 +11,15 @@ from worlds import bandit, clock
 from jaxpg import Hyperparams, make_trainer, train
 from jaxpg.algorithms import ALGORITHMS, Algorithm, algorithm
 from jaxpg.envs import from_gymnax, from_mdp
-from jaxpg.estimators import Estimator, baselines, credit, importance, objective, surrogates
+from jaxpg.estimators import (
+    Estimator,
+    baselines,
+    control_variates,
+    credit,
+    importance,
+    objective,
+    surrogates,
+)
 from jaxpg.estimators.estimator import Batch
 from jaxpg.optimizers import OPTIMIZERS, SCHEDULES, linear, scheduled, sgd
 from jaxpg.policies import Agent, actor_critic, init_params, mlp
@@ -168,6 +176,39 @@ def test_metrics_have_no_value_until_an_episode_has_ended():
     assert metrics["env_steps"].tolist() == [32, 32, 32]
 
 
+@pytest.mark.parametrize(
+    "variate", [control_variates.optimal_per_parameter, control_variates.peters_schaal]
+)
+def test_per_parameter_baselines_train(variate):
+    """With noise measured beside; on a bandit both are the same optimal baseline."""
+    env = from_mdp(bandit((10.0, 11.0)))
+    row = algorithm("reinforce")._replace(control_variate=variate, measure_noise=True)
+    trainer = make_trainer(env, actor_critic(env, "tabular"), row, num_envs=64)
+    states = jax.vmap(trainer.init)(jax.random.split(jax.random.key(0), 4))
+    hyperparams = Hyperparams(learning_rate=0.1)
+    learn = jax.jit(jax.vmap(lambda s: train(trainer, s, hyperparams, num_updates=60)))
+    states, metrics = learn(states)
+    assert (jax.nn.softmax(states.params.policy["logits"][:, 0])[:, 1] > 0.9).all()
+    # At the start pi = 1/2: g = +-(10 or 11)/2 for both logits, tr Cov = 2 * 110.25 / 4 per episode.
+    noise, signal = metrics["noise"][:, 0].mean(), metrics["signal"][:, 0].mean()
+    assert noise * 64 == pytest.approx(55.1, rel=1.0)
+    assert abs(signal - 0.125) < 1.0
+
+
+def test_measured_noise_is_that_of_the_gradient():
+    """Averages over many updates at a learning rate of 0 match the exact |E g|^2 and tr Cov."""
+    env = from_mdp(bandit((0.0, 1.0)))
+    row = algorithm("reinforce")._replace(measure_noise=True, policy_optimizer=sgd)
+    trainer = make_trainer(env, actor_critic(env, "tabular"), row, num_envs=8)
+    state = trainer.init(jax.random.key(0))
+    frozen = Hyperparams(learning_rate=0.0)
+    _, metrics = jax.jit(lambda s: train(trainer, s, frozen, num_updates=4000))(state)
+    # One episode: g = +-(0, 1) R/2 with mean (-1/4, 1/4): E|g|^2 = 1/4, |E g|^2 = 1/8, tr Cov = 1/8.
+    for name, value in (("noise", 0.125 / 8), ("signal", 0.125)):
+        error = metrics[name].std() / 4000**0.5
+        assert abs(metrics[name].mean() - value) < 5 * error
+
+
 def test_schedules_and_optimizers_read_traced_numbers():
     hyperparams = Hyperparams(learning_rate=2.0, critic_learning_rate=4.0, schedule_updates=10.0)
     half = scheduled(hyperparams, linear, jnp.int32(5))
@@ -217,6 +258,12 @@ TOO_FEW_STEPS = "num_envs x num_steps=9 is not a multiple of num_minibatches=4; 
         (Algorithm(PLAIN._replace(baseline=baselines.critic)), {}, "reads a critic"),
         (Algorithm(PLAIN, num_epochs=2), {}, "which the score surrogate cannot correct"),
         (Algorithm(PLAIN, num_epochs=0), {}, "num_epochs=0"),
+        (Algorithm(PLAIN, measure_noise=True), {"num_envs": 5}, "num_envs=5 must be even"),
+        (
+            algorithm("ppo")._replace(control_variate=control_variates.peters_schaal),
+            {},
+            "acts on the gradients of whole episodes",
+        ),
         (algorithm("vpg")._replace(critic_epochs=-1), {}, "critic_epochs=-1"),
     ],
 )  # fmt: skip

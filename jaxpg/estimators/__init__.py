@@ -1,7 +1,16 @@
 """Gradient estimators: five slots, and the two functions that compose them."""
 
-from jaxpg.estimators import baselines, credit, importance, surrogates
-from jaxpg.estimators.estimator import Batch, Estimator, assess, describe, objective, uses
+from jaxpg.estimators import baselines, control_variates, credit, importance, surrogates
+from jaxpg.estimators.estimator import (
+    Batch,
+    Estimator,
+    assess,
+    coefficients,
+    describe,
+    lane_gradients,
+    objective,
+    uses,
+)
 from jaxpg.estimators.importance import Weights
 
 __all__ = [
@@ -10,9 +19,12 @@ __all__ = [
     "Weights",
     "assess",
     "baselines",
+    "coefficients",
+    "control_variates",
     "credit",
     "describe",
     "importance",
+    "lane_gradients",
     "objective",
     "surrogates",
     "uses",

@@ -8,7 +8,9 @@ that does not call it costs nothing.
 from collections.abc import Callable
 from functools import partial
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpg.types import Array, Hyperparams, Trajectory
 
@@ -32,7 +34,31 @@ def _constant(value, psi, scores, trajectory, hyperparams):
     return jnp.full_like(psi, value)
 
 
-def batch_mean(psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams) -> Array:
+def tabulated(table: Array | np.ndarray) -> Baseline:
+    """b_t = table[step in the episode, observation], known before the data: [H, O], observations Discrete.
+
+    Steps from H on read the last row. Raises ValueError unless the table has two axes.
+    """
+    table = np.asarray(table)
+    if table.ndim != 2:
+        raise ValueError(
+            f"tabulated takes a table [steps, observations], got shape {table.shape}; for a b(s) without "
+            "time write table[None, :]"
+        )
+    return partial(_tabulated, table)
+
+
+def _tabulated(table, psi, scores, trajectory, hyperparams):
+    del scores, hyperparams
+    row = jnp.broadcast_to(jnp.arange(psi.shape[0])[:, None], psi.shape)
+    started = jax.lax.cummax(jnp.where(trajectory.first, row, 0), axis=0)
+    step = jnp.minimum(row - started, table.shape[0] - 1)
+    return jnp.asarray(table, psi.dtype)[step, trajectory.obs]
+
+
+def batch_mean(
+    psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
+) -> Array:
     """b_t = (1/N) sum_j psi_{t,j}, the own trajectory included.
 
     Biased: the expected gradient is exactly (N-1)/N of the true one, because the estimate is (N-1)/N
@@ -42,9 +68,12 @@ def batch_mean(psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: 
     return jnp.broadcast_to(psi.mean(axis=1, keepdims=True), psi.shape)
 
 
-def leave_one_out(psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams) -> Array:
-    """b_{t,i} = (1/(N-1)) sum_{j != i} psi_{t,j}: independent of trajectory i, so unbiased (Kool et al., 2019).
+def leave_one_out(
+    psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
+) -> Array:
+    """b_{t,i} = (1/(N-1)) sum_{j != i} psi_{t,j}, independent of trajectory i, so unbiased.
 
+    (Kool et al., 2019.)
     An episode that has ended counts with what its credit says there: 0 to go, or its total return.
     Raises ValueError when N < 2.
     """
@@ -53,7 +82,9 @@ def leave_one_out(psi: Array, scores: Scores, trajectory: Trajectory, hyperparam
     return (psi.sum(axis=1, keepdims=True) - psi) / (psi.shape[1] - 1)
 
 
-def time_mean(psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams) -> Array:
+def time_mean(
+    psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
+) -> Array:
     """b_{t,i} = mean of psi_{t,j} over the other trajectories still running at t; 0 where there is none.
 
     Unbiased like leave_one_out, and closer to the survivors where episodes differ in length.

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 from jaxpg.estimators import baselines, credit, importance, surrogates
 from jaxpg.estimators.baselines import Baseline
@@ -78,6 +79,29 @@ def objective(
     return estimator.reduce(gain, trajectory.mask), (log_prob, distribution)
 
 
+def coefficients(
+    estimator: Estimator, log_prob: Array, batch: Batch, hyperparams: Hyperparams
+) -> Array:
+    """w = B d reduce / d log pi(a|s) [T, B]: the objective's gradient is mean_i sum_t w_{t,i} u_{t,i}."""
+    mask = batch.trajectory.mask
+
+    def total(log_prob):
+        gain = estimator.surrogate(log_prob, batch.advantage, batch.trajectory, hyperparams)
+        return mask.shape[1] * estimator.reduce(gain, mask)
+
+    return jax.grad(total)(log_prob)
+
+
+def lane_gradients(policy: Network, params: Params, trajectory: Trajectory, weight: Array) -> Array:
+    """sum_t weight_{t,i} grad log pi(a_{t,i}|s_{t,i}) for each episode i, flattened: [B, P]."""
+
+    def of_one(lane, weight):
+        _, pull = jax.vjp(lambda theta: _lane_log_probs(policy, theta, lane), params)
+        return ravel_pytree(pull(weight)[0])[0]
+
+    return jax.vmap(of_one, in_axes=1)(trajectory, jnp.where(trajectory.mask, weight, 0.0))
+
+
 def describe(slot: Any) -> str:
     """A slot value by name: `from_start(one_step)`, `constant(2.0)`."""
     if isinstance(slot, partial):
@@ -104,13 +128,17 @@ def _scores(policy, params, trajectory, step, psi):
     # One trajectory at a time: a backward pass for sum_k w_k psi_k grad log pi_k, then a forward-mode
     # pass for its inner product with every step's score.
     def of_one(lane, cotangent):
-        lane = jax.tree.map(lambda x: x[:, None], lane)
-
         def log_probs(theta):
-            _, distribution = policy.apply(theta, policy.initial_carry(1), lane.obs, lane.first)
-            return jnp.where(lane.mask, distribution.log_prob(lane.action), 0.0)[:, 0]
+            return _lane_log_probs(policy, theta, lane)
 
         _, pull = jax.vjp(log_probs, params)
         return jax.jvp(log_probs, (params,), pull(cotangent))[1]
 
     return weight * jax.vmap(of_one, in_axes=1, out_axes=1)(trajectory, weight * psi)
+
+
+def _lane_log_probs(policy, params, lane):
+    """log pi(a_t|s_t) [T] of one whole episode, its fields [T, ...]."""
+    lane = jax.tree.map(lambda x: x[:, None], lane)
+    _, distribution = policy.apply(params, policy.initial_carry(1), lane.obs, lane.first)
+    return jnp.where(lane.mask, distribution.log_prob(lane.action), 0.0)[:, 0]

@@ -5,10 +5,12 @@ and `trace` enters the credit recursion. log_ratio [T, B] = log pi(a_t|s_t) - lo
 masked, is kept in log space until the last line.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from jaxpg.types import Array, Hyperparams, Trajectory
@@ -36,6 +38,81 @@ def one_step(log_ratio: Array, trajectory: Trajectory, hyperparams: Hyperparams)
     """
     del trajectory, hyperparams
     return Weights(jnp.exp(log_ratio), jnp.ones_like(log_ratio))
+
+
+def trajectory(log_ratio: Array, trajectory: Trajectory, hyperparams: Hyperparams) -> Weights:
+    """step_t = W = prod_k rho_k over the whole episode, trace = 1 (Kahn and Marshall, 1953).
+
+    Unbiased for every credit that is, on whole episodes; the variance of W grows exponentially in T.
+    """
+    del trajectory, hyperparams
+    return Weights(jnp.exp(_whole(log_ratio)), jnp.ones_like(log_ratio))
+
+
+def per_decision(log_ratio: Array, trajectory: Trajectory, hyperparams: Hyperparams) -> Weights:
+    """step_t = prod_{k<=t} rho_k, trace = rho: each reward weighs only what led to it (Precup et al., 2000).
+
+    sum_t u_t sum_{k>=t} gamma^(k-t) r_k prod_{j<=k} rho_j, every ratio once; unbiased on whole episodes.
+    With a critic's values, the doubly robust form (Jiang and Li, 2016).
+    """
+    del trajectory, hyperparams
+    return Weights(jnp.exp(_so_far(log_ratio)), jnp.exp(log_ratio))
+
+
+def prefix(log_ratio: Array, trajectory: Trajectory, hyperparams: Hyperparams) -> Weights:
+    """step_t = prod_{k<=t} rho_k, trace = 1: states as pi visits them, returns as beta earns them.
+
+    Biased for the gradient of J at pi, to first order in the distance of pi and beta; whole episodes.
+    """
+    del trajectory, hyperparams
+    return Weights(jnp.exp(_so_far(log_ratio)), jnp.ones_like(log_ratio))
+
+
+def truncated(ceiling: float) -> Importance:
+    """step_t = trace_t = min(rho_t, ceiling): V-trace with both ceilings alike (Espeholt et al., 2018).
+
+    Bounded weights for a bias. Raises ValueError unless ceiling > 0.
+    """
+    if not ceiling > 0:
+        raise ValueError(f"truncated(ceiling={ceiling}) must be positive; V-trace takes 1")
+    return partial(_truncated, ceiling)
+
+
+def _truncated(ceiling, log_ratio, trajectory, hyperparams):
+    weight = jnp.exp(jnp.minimum(log_ratio, math.log(ceiling)))
+    return Weights(weight, weight)
+
+
+def self_normalised(importance: Importance) -> Importance:
+    """step_{t,i} = W_{t,i} / mean_j W_{t,j}: weights relative to the batch, none above N.
+
+    Consistent, with a bias O(1/N), and invariant to the scale of W; an episode that has ended keeps the
+    weight it ended with. The gradient of sum_i W_i R_i / sum_i W_i itself differentiates the normaliser
+    too: that subtracts the weighted mean of R, a baseline that comes for free.
+    Raises ValueError unless importance is trajectory, prefix or one_step.
+    """
+    if importance not in _LOG_STEP:
+        raise ValueError(
+            f"self_normalised cannot wrap {getattr(importance, '__name__', importance)}; it wraps "
+            "trajectory, prefix or one_step, and from_start goes outside"
+        )
+    return partial(_self_normalised, importance)
+
+
+def _self_normalised(importance, log_ratio, trajectory, hyperparams):
+    share = jax.nn.softmax(_LOG_STEP[importance](log_ratio), axis=1)
+    return Weights(share * log_ratio.shape[1], jnp.ones_like(log_ratio))
+
+
+def _whole(log_ratio):
+    return jnp.broadcast_to(log_ratio.sum(axis=0, keepdims=True), log_ratio.shape)
+
+
+def _so_far(log_ratio):
+    return jnp.cumsum(log_ratio, axis=0)
+
+
+_LOG_STEP = {trajectory: _whole, prefix: _so_far, one_step: lambda log_ratio: log_ratio}
 
 
 def from_start(importance: Importance) -> Importance:

@@ -12,18 +12,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
 from jaxpg.envs import Env
 from jaxpg.estimators import (
     Estimator,
     assess,
     baselines,
+    coefficients,
     describe,
     importance,
+    lane_gradients,
     surrogates,
     uses,
 )
+from jaxpg.estimators.control_variates import ControlVariate
 from jaxpg.policies import Agent, AgentParams, Network
 from jaxpg.rollout import episodes
 from jaxpg.types import Array, Hyperparams, Key, Params, Trajectory
@@ -78,12 +80,14 @@ def gradient_samples(
     *,
     critic: Network | None = None,
     critic_params: Params = (),
+    control_variate: ControlVariate | None = None,
 ) -> Array:
     """Row i is trajectory i's contribution; the mean over rows is the batch estimate. [N, P]
 
     Parameters are flattened as by `ravel_pytree`. Trajectory i's key is fold_in(key, i), and the work goes
     in chunks of bounded memory, so rows do not depend on N, unless the estimator couples the batch.
     behaviour_params: the policy that acts, when it is another one; then the importance slot should say so.
+    control_variate: a per-parameter baseline of `estimators.control_variates`; it couples the rows.
     Pure: wrap it in `jax.jit` with num_trajectories bound to compile it once.
     Raises ValueError for N < 1, and for a baseline that compares trajectories with N < 2.
     """
@@ -102,7 +106,7 @@ def gradient_samples(
     size = min(chunk_size(source), num_trajectories)
     num_chunks = -(-num_trajectories // size)
     starts = size * jnp.arange(num_chunks)
-    if not couples(estimator):
+    if not couples(estimator) and control_variate is None:
         rows = jax.lax.map(lambda start: rows_of(source, gather(source, start, size)), starts)
         return rows.reshape(num_chunks * size, -1)[:num_trajectories]
     whole = jax.lax.map(lambda start: _roll(source, start, size), starts)
@@ -111,15 +115,27 @@ def gradient_samples(
     )
     whole = jax.tree.map(lambda x: x[:, :num_trajectories], whole)
     chunk = _weigh(source, whole)
-    padding = num_chunks * size - num_trajectories
-    padded = jax.tree.map(
-        lambda x: jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))), chunk
-    )
-    parts = jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(x.shape[0], num_chunks, size, *x.shape[2:]), 1, 0), padded
-    )
-    rows = jax.lax.map(partial(rows_of, source), parts)
-    return rows.reshape(num_chunks * size, -1)[:num_trajectories]
+
+    def gradients(weight):
+        return _in_chunks(partial(lane_gradients, policy, policy_params), size, whole, weight)
+
+    if control_variate is None:
+        return gradients(chunk.coefficient)
+    return control_variate(gradients, chunk.coefficient, whole, hyperparams)
+
+
+def _in_chunks(function, size: int, *trees) -> Array:
+    """function of [T, C] pieces of [T, N] trees, its [C, P] results put together: [N, P]."""
+    num_lanes = jax.tree.leaves(trees)[0].shape[1]
+    num_chunks = -(-num_lanes // size)
+    padding = num_chunks * size - num_lanes
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(x.shape[0], num_chunks, size, *x.shape[2:]), 1, 0)
+
+    rows = jax.lax.map(lambda parts: function(*parts), jax.tree.map(split, trees))
+    return rows.reshape(num_chunks * size, -1)[:num_lanes]
 
 
 def couples(estimator: Estimator) -> bool:
@@ -163,13 +179,7 @@ def gather(source: Source, start: Array | int, size: int) -> Chunk:
 def rows_of(source: Source, chunk: Chunk) -> Array:
     """One backward pass per trajectory: [C, P]."""
 
-    def row(lane):
-        lane = jax.tree.map(lambda x: x[:, None], lane)
-        log_prob = log_probs(source, lane.trajectory)
-        _, pull = jax.vjp(log_prob, source.policy_params)
-        return ravel_pytree(pull(lane.coefficient)[0])[0]
-
-    return jax.vmap(row, in_axes=1)(chunk)
+    return lane_gradients(source.policy, source.policy_params, chunk.trajectory, chunk.coefficient)
 
 
 def log_probs(source: Source, trajectory: Trajectory) -> Callable[[Params], Array]:
@@ -204,9 +214,5 @@ def _weigh(source: Source, trajectory: Trajectory) -> Chunk:
         estimator, trajectory, log_prob, hyperparams, source.policy, source.policy_params
     )
 
-    def total(log_prob):
-        gain = estimator.surrogate(log_prob, batch.advantage, trajectory, hyperparams)
-        return trajectory.mask.shape[1] * estimator.reduce(gain, trajectory.mask)
-
     log_ratio = jnp.where(trajectory.mask, log_prob - trajectory.log_prob, 0.0)
-    return Chunk(trajectory, jax.grad(total)(log_prob), log_ratio)
+    return Chunk(trajectory, coefficients(estimator, log_prob, batch, hyperparams), log_ratio)
