@@ -75,6 +75,9 @@ def check_algorithm(algorithm: Algorithm, has_critic: bool) -> None:
         for value, slot in (
             (credit.total_return, estimator.credit),
             (importance.from_start, estimator.importance),
+            (importance.trajectory, estimator.importance),
+            (importance.per_decision, estimator.importance),
+            (importance.prefix, estimator.importance),
             (surrogates.per_episode, estimator.reduce),
         ):
             if uses(slot, value):

@@ -32,7 +32,7 @@ class EpisodeSums(NamedTuple):
 
     returns: Array
     lengths: Array
-    count: Array
+    episodes: Array  # how many
 
 
 class Evaluation(NamedTuple):
@@ -40,7 +40,7 @@ class Evaluation(NamedTuple):
 
     mean: Array
     standard_error: Array
-    count: Array  # of complete episodes
+    episodes: Array  # how many were complete
 
 
 def episodes(

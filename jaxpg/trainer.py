@@ -304,8 +304,8 @@ def _noise(agent, algorithm, params, batch, carry, hyperparams) -> Metrics:
 def _episode_metrics(ended: EpisodeSums, trajectory: Trajectory) -> Metrics:
     # 0/0 is NaN: a curve has no value until an episode has ended.
     return {
-        "episode_return": ended.returns / ended.count,
-        "episode_length": ended.lengths / ended.count,
-        "episodes": ended.count,
+        "episode_return": ended.returns / ended.episodes,
+        "episode_length": ended.lengths / ended.episodes,
+        "episodes": ended.episodes,
         "env_steps": trajectory.mask.sum(),
     }

@@ -5,6 +5,8 @@ import os
 # jaxlib 0.10.0 to 0.11.0 can hang in batched LAPACK calls on two cores; read when jaxlib is loaded.
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The exact module's small matrices gain nothing from threads that spin on the cores of others.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest

@@ -255,6 +255,13 @@ TOO_FEW_STEPS = "num_envs x num_steps=9 is not a multiple of num_minibatches=4; 
             {},
             r"from_start\(on_policy\) needs whole episodes",
         ),
+        (
+            algorithm("ppo")._replace(
+                estimator=algorithm("ppo").estimator._replace(importance=importance.prefix)
+            ),
+            {},
+            "prefix needs whole episodes",
+        ),
         (Algorithm(PLAIN._replace(baseline=baselines.critic)), {}, "reads a critic"),
         (Algorithm(PLAIN, num_epochs=2), {}, "which the score surrogate cannot correct"),
         (Algorithm(PLAIN, num_epochs=0), {}, "num_epochs=0"),

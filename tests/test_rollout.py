@@ -34,7 +34,7 @@ def test_episodes_truncated_by_the_clock(limit):
     count = np.arange(limit)[:, None] + np.zeros((1, 3))
     assert np.allclose(traj.value, count + 0.5)
     assert np.allclose(traj.next_value, count + 1.5), "the value of the true successor"
-    assert sums.returns == 3 * limit and sums.count == 3 and sums.lengths == 3 * limit
+    assert sums.returns == 3 * limit and sums.episodes == 3 and sums.lengths == 3 * limit
     assert len(np.unique(traj.obs[0, :, 1])) == 3, "every lane its own reset"
 
 
@@ -56,7 +56,7 @@ def test_a_shorter_rollout_truncates_and_bootstraps():
     agent = clock_agent(env)
     params = init_params(agent, jax.random.key(0))
     traj, sums = episodes(env, agent, params, jax.random.key(1), 2, num_steps=9)
-    assert traj.last[-1].all() and (traj.discount[-1] == 1).all() and sums.count == 2
+    assert traj.last[-1].all() and (traj.discount[-1] == 1).all() and sums.episodes == 2
     assert np.allclose(traj.next_value[-1], 9.5)
 
 
@@ -121,7 +121,7 @@ def test_stream_resets_afresh_and_keeps_the_true_successor():
     assert (traj.discount == 1).all() and traj.mask.all()
     starts = np.asarray(traj.obs[::4, :, 1])
     assert len(np.unique(starts)) == starts.size, "fresh resets, never one cached start"
-    assert sums.count == 6 and sums.returns == 24 and sums.lengths == 24
+    assert sums.episodes == 6 and sums.returns == 24 and sums.lengths == 24
     # It carries on where it stopped: two steps into the third episode.
     _, (after, _) = unroll(env, agent, params, state, jax.random.key(3), 2)
     assert np.allclose(after.obs[:, :, 0], np.array([[2.0], [3.0]]) + column)
@@ -197,13 +197,13 @@ def test_evaluate_weighs_every_episode_alike():
     agent = Agent(uniform)
     params = init_params(agent, jax.random.key(0))
     result = jax.jit(lambda key: evaluate(env, agent, params, key, 20_000))(jax.random.key(1))
-    assert result.count == 20_000
+    assert result.episodes == 20_000
     assert abs(result.mean - 2.5) < 5 * result.standard_error
     assert np.isclose(result.standard_error, 1.5 / np.sqrt(20_000), rtol=0.01)
     # Control: pooling whatever ends in a window of 8 steps over-counts the short ones (2.29566).
     state = init_stream(env, agent, jax.random.key(2), 20_000)
     _, (_, sums) = unroll(env, agent, params, state, jax.random.key(3), 8)
-    assert abs(sums.returns / sums.count - 2.29566) < 0.02
+    assert abs(sums.returns / sums.episodes - 2.29566) < 0.02
 
 
 def test_evaluate_counts_only_complete_episodes():
@@ -211,7 +211,7 @@ def test_evaluate_counts_only_complete_episodes():
     agent = clock_agent(env)
     params = init_params(agent, jax.random.key(0))
     result = evaluate(env, agent, params, jax.random.key(1), 4)
-    assert result.count == 0 and np.isnan(result.mean)
+    assert result.episodes == 0 and np.isnan(result.mean)
 
 
 def test_greedy_evaluation_takes_the_mode():

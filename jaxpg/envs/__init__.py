@@ -4,6 +4,7 @@ from jaxpg.envs.env import Env
 from jaxpg.envs.gymnax import from_gymnax, gymnax_names
 from jaxpg.envs.mdp import Mdp, check_mdp, from_mdp
 from jaxpg.envs.spaces import Box, Discrete, MultiDiscrete, Space
+from jaxpg.envs.tabulate import mdp_from_gymnax
 
 __all__ = [
     "Box",
@@ -16,4 +17,5 @@ __all__ = [
     "from_gymnax",
     "from_mdp",
     "gymnax_names",
+    "mdp_from_gymnax",
 ]

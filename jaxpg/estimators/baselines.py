@@ -1,12 +1,12 @@
 """Baselines: what is subtracted?
 
-A slot takes (psi, scores, trajectory, hyperparams) and returns b [T, B]. `scores(psi)` [T, B] is the
-score kernel of each trajectory, <g_t, sum_k psi_k g_k> with g_t = step_t grad log pi(a_t|s_t); a baseline
-that does not call it costs nothing.
+A slot takes (psi, scores, trajectory, hyperparams) and returns b [T, B]. `scores` describes the weighted
+scores g_t = step_t grad log pi(a_t|s_t) that b will multiply; a baseline that does not ask costs nothing.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,14 @@ import numpy as np
 
 from jaxpg.types import Array, Hyperparams, Trajectory
 
-Scores = Callable[[Array], Array]
+
+class Scores(NamedTuple):
+    """The weighted scores g_t of every trajectory, without ever holding them."""
+
+    step: Array  # [T, B] their weights
+    inner: Callable[[Array], Array]  # psi [T, B] -> <g_t, sum_k psi_k g_k> [T, B]
+
+
 Baseline = Callable[[Array, Scores, Trajectory, Hyperparams], Array]
 
 
@@ -98,6 +105,20 @@ def time_mean(
     return (alive.sum(axis=1, keepdims=True) - alive) / jnp.maximum(others, 1.0)
 
 
+def weighted_mean(
+    psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
+) -> Array:
+    """b_t = sum_j w_{t,j} psi_{t,j} / sum_j w_{t,j}, the own trajectory included, w the step weights.
+
+    What differentiating a normaliser subtracts: with the total return and self_normalised(trajectory)
+    weights the estimate is exactly the gradient of sum_i W_i R_i / sum_i W_i (Levine and Koltun, 2013).
+    Biased O(1/N), as that objective is.
+    """
+    del trajectory, hyperparams
+    total = (scores.step * psi).sum(axis=1, keepdims=True)
+    return jnp.broadcast_to(total / scores.step.sum(axis=1, keepdims=True), psi.shape)
+
+
 def optimal_constant(
     psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
@@ -109,8 +130,8 @@ def optimal_constant(
     """
     del trajectory, hyperparams
     _check_others(psi, "optimal_constant")
-    numerator = scores(psi).sum(axis=0, keepdims=True)
-    denominator = scores(jnp.ones_like(psi)).sum(axis=0, keepdims=True)
+    numerator = scores.inner(psi).sum(axis=0, keepdims=True)
+    denominator = scores.inner(jnp.ones_like(psi)).sum(axis=0, keepdims=True)
     return jnp.broadcast_to(_ratio_of_others(numerator, denominator), psi.shape)
 
 
@@ -125,7 +146,7 @@ def optimal_per_time(
     """
     del trajectory, hyperparams
     _check_others(psi, "optimal_per_time")
-    return _ratio_of_others(scores(psi), scores(jnp.ones_like(psi)))
+    return _ratio_of_others(scores.inner(psi), scores.inner(jnp.ones_like(psi)))
 
 
 def critic(psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams) -> Array:

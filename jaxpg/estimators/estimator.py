@@ -51,7 +51,8 @@ def assess(
     log_ratio = jnp.where(trajectory.mask, log_prob - trajectory.log_prob, 0.0)
     weights = estimator.importance(log_ratio, trajectory, hyperparams)
     psi = estimator.credit(weights.trace, trajectory, hyperparams)
-    scores = partial(_scores, policy, params, trajectory, weights.step)
+    inner = partial(_score_kernel, policy, params, trajectory, weights.step)
+    scores = baselines.Scores(weights.step, inner)
     baseline = estimator.baseline(psi, scores, trajectory, hyperparams)
     advantage = jnp.where(trajectory.mask, weights.step * (psi - baseline), 0.0)
     return jax.lax.stop_gradient(Batch(trajectory, advantage, psi))
@@ -118,7 +119,7 @@ def uses(slot: Any, value: Callable) -> bool:
     return slot is value
 
 
-def _scores(policy, params, trajectory, step, psi):
+def _score_kernel(policy, params, trajectory, step, psi):
     if policy is None:
         raise ValueError(
             "this baseline weighs by scores: assess needs the policy and its parameters"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -87,8 +88,8 @@ def self_normalised(importance: Importance) -> Importance:
     """step_{t,i} = W_{t,i} / mean_j W_{t,j}: weights relative to the batch, none above N.
 
     Consistent, with a bias O(1/N), and invariant to the scale of W; an episode that has ended keeps the
-    weight it ended with. The gradient of sum_i W_i R_i / sum_i W_i itself differentiates the normaliser
-    too: that subtracts the weighted mean of R, a baseline that comes for free.
+    weight it ended with. Weights are not differentiated here: the gradient of sum_i W_i R_i / sum_i W_i,
+    through its normaliser, is this with the baseline `weighted_mean`.
     Raises ValueError unless importance is trajectory, prefix or one_step.
     """
     if importance not in _LOG_STEP:
@@ -128,3 +129,17 @@ def _from_start(importance, log_ratio, trajectory, hyperparams):
     weights = importance(log_ratio, trajectory, hyperparams)
     time = jnp.arange(log_ratio.shape[0], dtype=log_ratio.dtype)[:, None]
     return weights._replace(step=weights.step * hyperparams.gamma**time)
+
+
+def mixture(log_probs: Array, mask: Array) -> Array:
+    """The log-probabilities [T, B] of q = (1/K) sum_k beta_k, from those of each behaviour [K, T, B].
+
+    Step by step log q(a_t | history) = log mean_k exp sum_{j<=t} log beta_k - the same up to t-1. Put into
+    `trajectory.log_prob`, every importance slot then weighs by the density of the mixture: one behaviour
+    that never does what another did costs nothing, where 1/beta_k would be infinite (Veach and Guibas,
+    1995; Levine and Koltun, 2013). Unbiased when each behaviour gathered an equal share of the episodes.
+    """
+    chex.assert_equal_shape_suffix([log_probs, mask[None]], 2)
+    so_far = jnp.cumsum(jnp.where(mask[None], log_probs, 0.0), axis=1)
+    density = jax.nn.logsumexp(so_far, axis=0) - math.log(log_probs.shape[0])
+    return jnp.diff(density, axis=0, prepend=jnp.zeros_like(density[:1]))

@@ -40,6 +40,7 @@ COUPLED = (
     baselines.time_mean,
     baselines.optimal_constant,
     baselines.optimal_per_time,
+    baselines.weighted_mean,
     importance.self_normalised,
     surrogates.standardised,
     surrogates.per_step,
@@ -87,6 +88,8 @@ def gradient_samples(
     Parameters are flattened as by `ravel_pytree`. Trajectory i's key is fold_in(key, i), and the work goes
     in chunks of bounded memory, so rows do not depend on N, unless the estimator couples the batch.
     behaviour_params: the policy that acts, when it is another one; then the importance slot should say so.
+    A tuple of K of them is a mixture: trajectory i follows the (i mod K)-th and is weighted by the
+    density of all.
     control_variate: a per-parameter baseline of `estimators.control_variates`; it couples the rows.
     Pure: wrap it in `jax.jit` with num_trajectories bound to compile it once.
     Raises ValueError for N < 1, and for a baseline that compares trajectories with N < 2.
@@ -196,13 +199,21 @@ def log_probs(source: Source, trajectory: Trajectory) -> Callable[[Params], Arra
 def _roll(source: Source, start: Array | int, size: int) -> Trajectory:
     agent = Agent(source.policy, source.critic)
     behaviour = source.policy_params if source.behaviour_params is None else source.behaviour_params
-    params = AgentParams(behaviour, source.critic_params)
+    several = tuple(behaviour) if isinstance(behaviour, tuple | list) else (behaviour,)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *several)
 
     def one(index):
         key = jax.random.fold_in(source.key, index)
+        params = AgentParams(
+            jax.tree.map(lambda x: x[index % len(several)], stacked), source.critic_params
+        )
         return jax.tree.map(lambda x: x[:, 0], episodes(source.env, agent, params, key, 1)[0])
 
-    return jax.vmap(one, out_axes=1)(start + jnp.arange(size))
+    trajectory = jax.vmap(one, out_axes=1)(start + jnp.arange(size))
+    if len(several) == 1:
+        return trajectory
+    each = jax.vmap(log_probs(source, trajectory))(stacked)
+    return trajectory._replace(log_prob=importance.mixture(each, trajectory.mask))
 
 
 def _weigh(source: Source, trajectory: Trajectory) -> Chunk:

@@ -205,13 +205,16 @@ def _weights_of(source: Source, chunk) -> _Weights:
 
 def _unsupported(source: Source, trajectory):
     carry = source.policy.initial_carry(trajectory.mask.shape[1])
-    both = [
+    several = source.behaviour_params
+    several = several if isinstance(several, tuple | list) else (several,)
+    found = [
         source.policy.apply(params, carry, trajectory.obs, trajectory.first)[1]
-        for params in (source.policy_params, source.behaviour_params)
+        for params in (source.policy_params, *several)
     ]
-    if not hasattr(both[0], "logits"):
+    if not hasattr(found[0], "logits"):
         return jnp.zeros(trajectory.mask.shape)
-    target, behaviour = (jax.nn.softmax(d.logits) for d in both)
+    target, *each = (jax.nn.softmax(d.logits) for d in found)
+    behaviour = jnp.stack(each).max(axis=0)
     never = ((behaviour == 0.0) & (target > 0.0)).any(axis=-1)
     return never.reshape(*trajectory.mask.shape, -1).any(axis=-1).astype(target.dtype)
 

@@ -57,7 +57,8 @@ def tabular(observation: Space, action: Space | None) -> Network:
 
     def apply(params, carry, obs, first):
         del first
-        return carry, params["value"][obs] if action is None else Categorical(params["logits"][obs])
+        table = jnp.asarray(params["value" if action is None else "logits"])[obs]
+        return carry, table if action is None else Categorical(table)
 
     return Network(init, lambda num_lanes: (), apply)
 

@@ -136,14 +136,17 @@ def test_truncation_is_not_death():
         assert np.allclose(death, 1.0)
 
 
-def scores_never_called(psi):
+def never_called(psi):
     raise AssertionError
+
+
+UNREAD = baselines.Scores(jnp.ones((T, B)), never_called)
 
 
 def test_baselines_against_loops():
     traj = masked(trajectory(5))
     psi, mask = np.random.default_rng(6).normal(size=(T, B)), np.asarray(traj.mask)
-    arguments = (jnp.asarray(psi), scores_never_called, traj, HP)
+    arguments = (jnp.asarray(psi), UNREAD, traj, HP)
     assert (baselines.none(*arguments) == 0).all()
     assert (baselines.constant(2.5)(*arguments) == 2.5).all()
     assert np.allclose(baselines.critic(*arguments), traj.value)
@@ -165,7 +168,7 @@ def test_baselines_against_loops():
 def test_others_do_not_exist_in_a_batch_of_one(baseline):
     one = jax.tree.map(lambda x: x[:, :1], trajectory(0))
     with pytest.raises(ValueError, match="num_envs=1 must be at least 2"):
-        baseline(one.reward, scores_never_called, one, HP)
+        baseline(one.reward, UNREAD, one, HP)
 
 
 def test_importance_weights():
@@ -178,6 +181,37 @@ def test_importance_weights():
     start = importance.from_start(importance.one_step)(ratio, traj, HP)
     assert np.allclose(start.step, 0.9 ** np.arange(T)[:, None] * np.exp(log_ratio))
     assert (start.trace == 1).all()
+
+
+def test_self_normalised_with_its_baseline_is_the_gradient_of_the_normalised_objective():
+    """d/dx of sum_i W_i R_i / sum_i W_i, with log W_i = sum_t log_ratio: automatic differentiation."""
+    traj = masked(trajectory(20))._replace(value=jnp.zeros((T, B)), next_value=jnp.zeros((T, B)))
+    estimator = Estimator(
+        credit.total_return,
+        baselines.weighted_mean,
+        importance.self_normalised(importance.trajectory),
+    )
+    log_prob = traj.log_prob + jnp.asarray(np.random.default_rng(21).normal(size=(T, B)) * 0.3)
+    advantage = assess(estimator, traj, log_prob, HP).advantage
+    psi = credit.total_return(jnp.ones((T, B)), traj, HP)[0]
+
+    def normalised(log_prob):
+        weight = jnp.exp(jnp.where(traj.mask, log_prob - traj.log_prob, 0.0).sum(axis=0))
+        return (weight * psi).sum() / weight.sum()
+
+    assert np.allclose(jax.grad(normalised)(log_prob), advantage / B, atol=1e-12)
+
+
+def test_mixture_is_the_density_of_all_behaviours():
+    mask = np.asarray(masked(trajectory(22)).mask)
+    each = np.random.default_rng(23).normal(size=(3, T, B))
+    each[2, 0, 0] = -np.inf  # what one behaviour never does is no trouble
+    found = importance.mixture(jnp.asarray(each), jnp.asarray(mask))
+    for b in range(B):
+        length = mask[:, b].sum()
+        density = np.exp(each[:, :length, b].sum(axis=1)).mean()
+        assert np.isclose(np.asarray(found)[:length, b].sum(), np.log(density), atol=1e-10)
+    assert np.isfinite(found).all()
 
 
 def test_surrogate_values_and_gradients():

@@ -79,6 +79,25 @@ def test_means_and_traces_match_the_exact_ones(name):
 
 
 @pytest.mark.slow
+def test_a_mixture_of_behaviours_is_unbiased_even_without_common_support():
+    """The second behaviour never takes action 1 in state 0, which the target does half the time."""
+    narrow = np.array([(0.0, -1e9), (0.0, 0.0), (0.0, 0.0)])
+    behaviours = tuple({"logits": jnp.asarray(b, jnp.float32)} for b in (A[2], narrow))
+    env = from_mdp(A.mdp)
+    params = {"logits": jnp.asarray(A.logits, jnp.float32)}
+    estimator = Estimator(importance=START(importance.per_decision))
+    policy = tabular(env.observation, env.action)
+    run = jax.jit(
+        lambda key: gradient_samples(env, policy, estimator, params, key, N, HP, behaviours)
+    )
+    samples = np.asarray(run(jax.random.key(5)), np.float64)
+    gradient = exact.gradient(A.mdp, A.logits, GAMMA)
+    assert z_of_mean(samples, gradient) < 5
+    alone = rows(A, estimator, behaviour=narrow)
+    assert z_of_mean(alone, gradient) > 5, "control: without support the weights cannot help"
+
+
+@pytest.mark.slow
 def test_negative_controls_fail():
     gradient = exact.gradient(A.mdp, A.logits, GAMMA)
     dropped = rows(A, Estimator())  # gamma^t dropped

@@ -1,0 +1,203 @@
+"""Enumeration: every trajectory of a small world through the very slots that training uses.
+
+The second route to exact moments: any composition, batch-coupled ones too, in worlds so small that all
+trajectories (or all batches of them) can be listed. Precise to float64 where jax_enable_x64 is set.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpg.envs import Discrete, Mdp
+from jaxpg.estimators import Estimator, assess, objective
+from jaxpg.lab.exact.tables import Moments, Tables, tabulate
+from jaxpg.policies import tabular
+from jaxpg.types import Hyperparams, Trajectory
+
+LIMIT = 1_000_000  # trajectories, or batches of them
+CHUNK = 8192  # gradients computed at a time
+
+
+class Enumeration(NamedTuple):
+    """All trajectories of a world, [H, N], and how likely the behaviour is to produce each."""
+
+    trajectory: Trajectory
+    probability: np.ndarray  # [N]
+
+
+def count_trajectories(mdp: Mdp) -> int:
+    """The number of distinct trajectories, without listing them."""
+    return _count(tabulate(mdp, _zeros(mdp)))
+
+
+def enumerate_trajectories(mdp: Mdp, behaviour_logits, critic=None) -> Enumeration:
+    """Every trajectory with its probability under the behaviour; rows after an end are masked zeros.
+
+    critic: V(s) [S] or V_t(s) [H, S] for `value` and `next_value`; 0 when not given.
+    Raises ValueError for a world with reward noise, or with more than LIMIT trajectories.
+    """
+    world = tabulate(mdp, behaviour_logits)
+    if world.variance.any():
+        raise ValueError(
+            "reward noise has a continuum of trajectories; use lab.exact, or set it to 0"
+        )
+    count = _count(world)
+    if count > LIMIT:
+        raise ValueError(
+            f"the world has {count} trajectories, more than the {LIMIT} that can be listed; shorten the "
+            f"horizon={world.horizon}, or use lab.exact"
+        )
+    state, action, alive, probability = _paths(world)
+    return Enumeration(_trajectory(world, state, action, alive, critic), probability)
+
+
+def moments(
+    mdp: Mdp,
+    logits,
+    estimator: Estimator,
+    hyperparams: Hyperparams,
+    behaviour_logits=None,
+    *,
+    critic=None,
+    batch_size: int = 1,
+) -> Moments:
+    """Mean and covariance of the gradient of a batch of independent episodes, over all batches.
+
+    logits, behaviour_logits: [O, A]. The gradient is that of estimators.objective, at `logits`, of a
+    tabular policy. Batches are multisets: N trajectories make (N + batch_size - 1 choose batch_size).
+    Raises ValueError for a world with reward noise, or with more than LIMIT batches.
+    """
+    acting = logits if behaviour_logits is None else behaviour_logits
+    tabulate(mdp, logits, acting)  # checks shapes and support
+    count = math.comb(count_trajectories(mdp) + batch_size - 1, batch_size)
+    if count > LIMIT:
+        raise ValueError(
+            f"there are {count} batches of {batch_size} trajectories, more than the {LIMIT} that can be "
+            f"listed; shorten the horizon={mdp.horizon} or the batch"
+        )
+    listed = enumerate_trajectories(mdp, acting, critic)
+    index, weight = _batches(listed.probability, batch_size)
+    gradients = _gradients(estimator, listed.trajectory, logits, hyperparams, index)
+    mean = weight @ gradients
+    centred = gradients - mean
+    return Moments(mean, (weight[:, None] * centred).T @ centred)
+
+
+def _zeros(mdp):
+    return np.zeros((int(np.max(mdp.observation)) + 1, np.shape(mdp.reward)[1]))
+
+
+def _count(world: Tables) -> int:
+    """Python integers, so that a long horizon gives its true number."""
+    num_actions = world.reward.shape[1]
+    ways = [num_actions] * len(world.initial)  # at the last step the successor does not matter
+    for _ in range(world.horizon - 1):
+        ways = [
+            sum(
+                1 if world.terminal[after] else ways[after]
+                for action in range(num_actions)
+                for after in np.flatnonzero(world.transition[state, action])
+            )
+            for state in range(len(world.initial))
+        ]
+    return sum(ways[state] for state in np.flatnonzero(world.initial))
+
+
+def _paths(world: Tables):
+    """States, actions and life [H, N], and probabilities [N]: one step more for every path so far."""
+    start = np.flatnonzero(world.initial)
+    now, probability = start, world.initial[start]
+    rows = []  # of (state, action, alive), each [N so far]
+    for t in range(world.horizon):
+        alive = ~world.terminal[now]
+        # The action and, unless nothing follows, the successor; an ended path goes on as it is.
+        joint = world.behaviour[now][..., None] * world.transition[now]
+        if t == world.horizon - 1:
+            joint = np.concatenate([world.behaviour[now][..., None], joint[..., 1:] * 0], axis=-1)
+        joint[~alive] = 0.0
+        joint[~alive, 0, 0] = 1.0
+        path, action, after = np.nonzero(joint)
+        probability = probability[path] * joint[path, action, after]
+        rows = [tuple(x[path] for x in row) for row in rows]
+        rows.append((now[path], action, alive[path]))
+        now = np.where(alive[path], after, now[path])
+    state, action, alive = (np.stack(x) for x in zip(*rows, strict=True))
+    return state, action, alive, probability
+
+
+def _trajectory(world, state, action, alive, critic):
+    horizon = world.horizon
+    value = np.zeros((horizon, len(world.initial)))
+    value[:] = 0.0 if critic is None else critic
+    value[:, world.terminal] = 0.0
+    steps = np.arange(horizon)[:, None]
+    going_on = np.concatenate([alive[1:], np.zeros_like(alive[:1])])
+    columns = value[steps, state]
+    with np.errstate(divide="ignore"):
+        log_prob = np.log(world.behaviour)[state, action]
+    floats = {
+        "log_prob": log_prob,
+        "reward": world.reward[state, action],
+        "discount": going_on,
+        "value": columns,
+        "next_value": np.concatenate([columns[1:], np.zeros_like(columns[:1])]),
+    }
+    dtype = jnp.result_type(float)
+    return Trajectory(
+        obs=jnp.asarray(np.where(alive, world.observation[state], 0), jnp.int32),
+        action=jnp.asarray(np.where(alive, action, 0), jnp.int32),
+        first=jnp.asarray(alive & (steps == 0)),
+        last=jnp.asarray(alive & ~going_on),
+        mask=jnp.asarray(alive),
+        **{name: jnp.asarray(np.where(alive, x, 0.0), dtype) for name, x in floats.items()},
+    )
+
+
+def _batches(probability, batch_size):
+    """Multisets of trajectories [M, batch_size], in ascending order, and their probabilities [M]."""
+    count = len(probability)
+    index = np.arange(count)[:, None]
+    for _ in range(batch_size - 1):
+        more = count - index[:, -1]
+        grown = np.repeat(index, more, axis=0)
+        offset = np.arange(len(grown)) - np.repeat(np.cumsum(more) - more, more)
+        index = np.concatenate([grown, (grown[:, -1] + offset)[:, None]], axis=1)
+    # Of batch_size! orders, those that swap equal trajectories are one.
+    run = np.ones(len(index))
+    repeats = np.ones(len(index))
+    for i in range(1, batch_size):
+        run = np.where(index[:, i] == index[:, i - 1], run + 1, 1)
+        repeats *= run
+    return index, math.factorial(batch_size) / repeats * probability[index].prod(axis=1)
+
+
+def _gradients(estimator, trajectory, logits, hyperparams, index):
+    """The batch gradient [M, P] of every row of index, in chunks of one shape."""
+    logits = np.asarray(logits, np.float64)
+    policy = tabular(Discrete(logits.shape[0]), Discrete(logits.shape[1]))
+    params = {"logits": jnp.asarray(logits, jnp.result_type(float))}
+    of_all = jax.jit(
+        jax.vmap(partial(_gradient, estimator, policy, params, trajectory, hyperparams))
+    )
+    size = min(CHUNK, len(index))
+    padded = np.concatenate([index, np.repeat(index[:1], -len(index) % size, axis=0)])
+    chunks = [
+        np.asarray(of_all(jnp.asarray(rows))) for rows in np.split(padded, len(padded) // size)
+    ]
+    return np.concatenate(chunks)[: len(index)].astype(np.float64)
+
+
+def _gradient(estimator, policy, params, trajectory, hyperparams, lanes):
+    batch = jax.tree.map(lambda x: x[:, lanes], trajectory)
+
+    def gain(params):
+        _, distribution = policy.apply(params, (), batch.obs, batch.first)
+        log_prob = distribution.log_prob(batch.action)
+        assessed = assess(estimator, batch, log_prob, hyperparams, policy, params)
+        return objective(estimator, policy, params, (), assessed, hyperparams)[0]
+
+    return jax.grad(gain)(params)["logits"].reshape(-1)

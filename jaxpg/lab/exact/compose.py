@@ -1,0 +1,191 @@
+"""Compose: from the slots of an Estimator to the coefficients of the exact recursions."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxpg.envs import Mdp
+from jaxpg.estimators import Estimator, baselines, credit, describe, importance, surrogates
+from jaxpg.lab.exact.recursions import Coefficients, paired, whole
+from jaxpg.lab.exact.tables import Moments, Tables, action_values, discounts, tabulate
+from jaxpg.types import Hyperparams
+
+
+class _Factors(NamedTuple):
+    """What an importance slot does at (t, s, a); the step weight of the slot is step_t prod carry."""
+
+    step: Any
+    carry: Any = 1.0
+    trace: Any = 1.0
+    weighted: bool = False  # everything times the whole episode's ratio
+
+
+def moments(
+    mdp: Mdp,
+    logits,
+    estimator: Estimator,
+    hyperparams: Hyperparams,
+    behaviour_logits=None,
+    *,
+    critic=None,
+) -> Moments:
+    """Exact mean and covariance of one whole episode's gradient under an Estimator of slots.
+
+    logits, behaviour_logits: [O, A]; parameters are flattened state-major. critic: V(s) [S] or
+    V_t(s) [H, S], what `value` and `next_value` hold; where a slot names the critic and none is given,
+    the exact values of `logits`. Raises ValueError naming a slot that the recursions do not cover.
+    """
+    return composed(tabulate(mdp, logits, behaviour_logits), estimator, hyperparams, critic)
+
+
+def composed(world: Tables, estimator: Estimator, hyperparams: Hyperparams, critic=None) -> Moments:
+    """moments of tables."""
+    coefficients, weighted = compose(world, estimator, hyperparams, critic)
+    recursion = whole if estimator.credit is credit.total_return else paired
+    mean, covariance = recursion(world, coefficients, weighted)
+    scale = _reduction(world, estimator.reduce)
+    return Moments(scale * mean, scale**2 * covariance)
+
+
+def compose(
+    world: Tables, estimator: Estimator, hyperparams: Hyperparams, critic=None
+) -> tuple[Coefficients, bool]:
+    """The coefficients of an estimator's recursion, and whether the episode's ratio weighs it all."""
+    gamma = float(hyperparams.gamma)
+    factors = _importance(estimator.importance, world, gamma)
+    value = _critic(world, estimator, gamma, critic)
+    baseline = _baseline(estimator.baseline, world, value)
+    c = _credit(estimator.credit, world, hyperparams, factors.trace, value)
+    c = c._replace(step=factors.step, shift=factors.step * baseline, carry=factors.carry)
+    return _surrogate(estimator.surrogate, world, hyperparams, c, factors), factors.weighted
+
+
+def _critic(world, estimator, gamma, critic):
+    """V_t(s) [H, S], 0 where the episode has ended and where nobody asks for a critic."""
+    if critic is None:
+        named = credit.lambda_return, baselines.critic
+        asked = estimator.credit in named or estimator.baseline in named
+        value = action_values(world, gamma)[0][:-1] if asked else np.zeros(1)
+    else:
+        value = np.asarray(critic, np.float64)
+    shape = (world.horizon, len(world.initial))
+    if value.shape not in ((1,), shape, shape[1:]):
+        raise ValueError(
+            f"critic has shape {value.shape}; steps and states need {shape} or {shape[1:]}"
+        )
+    return np.where(world.terminal, 0.0, np.broadcast_to(value, shape))
+
+
+def _credit(slot, world, hyperparams, trace, value):
+    """psi_t = r_t + gamma Y_{t+1} with Y_t = V_t + lambda c_t (psi_t - V_t)."""
+    if slot is credit.unit:
+        return Coefficients(reward=1.0, decay=0.0)
+    lambdas = {
+        credit.reward_to_go: 1.0,
+        credit.total_return: 1.0,
+        credit.lambda_return: float(hyperparams.lambda_),
+    }
+    mix = _entry(lambdas, slot, "credit") * np.broadcast_to(trace, world.ratio.shape)
+    return Coefficients(
+        reward=world.reward,
+        decay=float(hyperparams.gamma),
+        variance=world.variance,
+        offset=(1.0 - mix) * value[:, :, None],
+        trace=mix,
+    )
+
+
+def _baseline(slot, world, value):
+    """b_t(s) [H, S, 1], or a number."""
+    function, arguments = _opened(slot)
+    table: dict[Callable, Callable] = {
+        baselines.none: lambda: 0.0,
+        baselines._constant: lambda b: float(b),
+        baselines._tabulated: lambda table: _by_step(table, world)[:, :, None],
+        baselines.critic: lambda: value[:, :, None],
+    }
+    return _entry(table, function, "baseline", slot)(*arguments)
+
+
+def _by_step(table, world):
+    rows = np.minimum(np.arange(world.horizon), len(table) - 1)
+    return np.asarray(table, np.float64)[rows][:, world.observation]
+
+
+def _importance(slot, world, gamma) -> _Factors:
+    function, arguments = _opened(slot)
+    rho = world.ratio
+    table: dict[Callable, Callable] = {
+        importance.on_policy: lambda: _Factors(1.0),
+        importance.one_step: lambda: _Factors(rho),
+        importance.trajectory: lambda: _Factors(1.0, weighted=True),
+        importance.prefix: lambda: _Factors(rho, carry=rho),
+        importance.per_decision: lambda: _Factors(rho, carry=rho, trace=rho),
+        importance._truncated: lambda top: _Factors(
+            np.minimum(rho, top), trace=np.minimum(rho, top)
+        ),
+        importance._from_start: lambda inner: _from_start(_importance(inner, world, gamma)),
+    }
+
+    def _from_start(factors):
+        start = discounts(gamma, world.horizon)[:, None, None]
+        return factors._replace(step=factors.step * start)
+
+    return _entry(table, function, "importance", slot)(*arguments)
+
+
+def _surrogate(slot, world, hyperparams, c, factors) -> Coefficients:
+    """The gradient of the gain is multiplier u (step psi - shift), less the penalty's own term."""
+    if float(hyperparams.entropy_coef) != 0.0:
+        raise ValueError(
+            f"entropy_coef={hyperparams.entropy_coef} is not covered by the recursions; use 0, or "
+            "lab.enumeration for a small world"
+        )
+    if slot is surrogates.score:
+        return c
+    rho, live = world.ratio, ~world.terminal
+    if slot is surrogates.clipped:
+        epsilon, seen = float(hyperparams.clip_eps), rho[live]
+        if (np.abs(seen - 1.0) > epsilon).any():
+            raise ValueError(
+                f"clipped with clip_eps={epsilon} cuts ratios from {seen.min():.3g} to {seen.max():.3g}: "
+                "which ones depends on the sign of a sampled advantage, so no recursion covers it; use "
+                "exact.surrogate_moments (known advantages) or lab.enumeration for a small world"
+            )
+    elif slot is surrogates.kl_penalised:
+        if factors.weighted or np.ndim(factors.carry):
+            raise ValueError(
+                "kl_penalised adds a penalty that products of ratios do not weigh, which no recursion "
+                "covers; use on_policy or one_step, or lab.enumeration for a small world"
+            )
+        penalty = float(hyperparams.kl_coef) * (rho - 1.0)
+        return c._replace(step=rho * c.step, shift=rho * c.shift + penalty)
+    elif slot is not surrogates.ratio:
+        raise _refusal("surrogate", slot)
+    return c._replace(step=rho * c.step, shift=rho * c.shift)
+
+
+def _reduction(world, slot) -> float:
+    if slot is surrogates.per_episode:
+        return 1.0
+    if slot is surrogates.per_step and not world.terminal.any():
+        return 1.0 / world.horizon
+    raise _refusal("reduction", slot)
+
+
+def _opened(slot) -> tuple[Any, tuple]:
+    return (slot.func, slot.args) if isinstance(slot, partial) else (slot, ())
+
+
+def _entry(table, function, kind, slot=None):
+    if function not in table:
+        raise _refusal(kind, function if slot is None else slot)
+    return table[function]
+
+
+def _refusal(kind, slot) -> ValueError:
+    return ValueError(
+        f"no exact recursion covers the {kind} {describe(slot)}; lab.enumeration does, for a small world"
+    )

@@ -1,0 +1,223 @@
+"""Speed of the command and of the laboratory, each case in a process of its own.
+
+scripts/benchmark [CASE ...] [--json FILE] [--repeats N] [--quick]
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def process(*command: str) -> float:
+    """Seconds of a whole process; its output goes nowhere unless it fails."""
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return time.perf_counter() - started
+
+
+def python(code: str) -> float:
+    return process(sys.executable, "-c", code)
+
+
+def startup(repeats: int, quick: bool) -> list[Row]:
+    """What `import jaxpg` adds to its libraries, in alternation; and the command's help."""
+    every = "; import jaxpg.trainer, jaxpg.policies, jaxpg.envs"
+    libraries, package, console = [], [], []
+    for _ in range(repeats):
+        libraries.append(python("import jax, flax.linen, optax"))
+        package.append(python(f"import jax, flax.linen, optax{every}"))
+        console.append(process(sys.executable, "-m", "jaxpg", "--help"))
+    added = [a - b for a, b in zip(package, libraries, strict=True)]
+    return [
+        {"case": "import jax, flax.linen, optax", "seconds": statistics.median(libraries)},
+        {"case": "import jaxpg adds", "seconds": statistics.median(added)},
+        {"case": "jaxpg --help", "seconds": statistics.median(console)},
+    ]
+
+
+def command(repeats: int, quick: bool) -> list[Row]:
+    """The default command and two others, from a cold process to the evaluation of 8 seeds."""
+    rows = []
+    for algorithm in ("ppo", "reinforce_baseline", "vpg"):
+        for seed in range(1 if quick else repeats):
+            with tempfile.TemporaryDirectory() as parent:
+                run = Path(parent, "run")
+                arguments = f"train CartPole-v1 --algorithm {algorithm} --seed {seed} --quiet"
+                seconds = process(
+                    sys.executable, "-m", "jaxpg", *arguments.split(), "--run", str(run)
+                )
+                rows.append(_row(algorithm, seed, seconds, run))
+    return rows
+
+
+def _row(algorithm: str, seed: int, seconds: float, run: Path) -> Row:
+    last = json.loads(run.joinpath("metrics.jsonl").read_text().splitlines()[-1])
+    returns = json.loads(run.joinpath("evaluation.json").read_text())["mean_return"]
+    return {
+        "case": f"train CartPole-v1 {algorithm} seed {seed}",
+        "seconds": seconds,
+        "train_seconds": last["seconds"],
+        "steps_per_second": sum(last["env_steps"]) / last["seconds"],
+        "seeds_at_475": sum(value >= 475 for value in returns),
+        "worst": min(returns),
+    }
+
+
+def laboratory(repeats: int, quick: bool) -> list[Row]:
+    """Per-trajectory gradients of a tabular world, and streaming statistics of CartPole's."""
+    import jax
+    import numpy as np
+
+    from jaxpg import Hyperparams
+    from jaxpg.envs import from_gymnax, from_mdp
+    from jaxpg.estimators import Estimator, credit, importance
+    from jaxpg.lab import gradient_samples, gradient_statistics
+    from jaxpg.lab.worlds import world
+    from jaxpg.policies import mlp
+
+    hyperparams, rows = Hyperparams(), []
+    a, num = world("A"), 10**5 if quick else 10**6
+    estimators = {
+        "total return": (Estimator(credit.total_return), None),
+        "per-decision": (
+            Estimator(importance=importance.per_decision),
+            {"logits": a.behaviour_logits},
+        ),
+    }
+    env = from_mdp(a.mdp)
+    for name, (estimator, behaviour) in estimators.items():
+        run = jax.jit(
+            lambda key, estimator=estimator, behaviour=behaviour: gradient_samples(
+                env, a.policy, estimator, a.params, key, num, hyperparams, behaviour
+            )
+        )
+        row = _timed(run, repeats)
+        rows.append({"case": f"gradient_samples A, {name}, {num:.0e}", **row})
+    env = from_gymnax("CartPole-v1")
+    policy, num = mlp(env.observation, env.action), 10**3 if quick else 10**5
+    params = policy.init(jax.random.key(0))
+    started = time.perf_counter()
+    found = gradient_statistics(
+        env, policy, Estimator(), params, jax.random.key(1), num, hyperparams
+    )
+    assert np.isfinite(found.trace.value)
+    rows.append(
+        {
+            "case": f"gradient_statistics CartPole 2x64, {num:.0e} (with compile)",
+            "seconds": time.perf_counter() - started,
+            "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        }
+    )
+    return rows + _probes(env, policy, params, hyperparams, repeats)
+
+
+def _probes(env, policy, params, hyperparams, repeats: int) -> list[Row]:
+    """The probes of the trace against a plain gradient, on one batch, in alternation."""
+    import jax
+
+    from jaxpg.estimators import Estimator
+    from jaxpg.lab import samples, traces
+
+    source = samples.Source(env, policy, Estimator(), params, jax.random.key(2), hyperparams)
+    chunk = jax.jit(lambda: samples.gather(source, 0, 64))()
+
+    def plain(chunk):
+        _, pull = jax.vjp(samples.log_probs(source, chunk.trajectory), params)
+        return pull(chunk.coefficient / 64)
+
+    key = jax.random.key(3)
+    routes = {"plain gradient": jax.jit(plain)} | {
+        name: jax.jit(lambda chunk, route=traces.ROUTES[name]: route(source, chunk, key))
+        for name in ("jvp", "vjp", "trajectories")
+    }
+    seconds = {name: [] for name in routes}
+    for run in routes.values():
+        jax.block_until_ready(run(chunk))
+    for _ in range(10 * repeats):
+        for name, run in routes.items():
+            started = time.perf_counter()
+            jax.block_until_ready(run(chunk))
+            seconds[name].append(time.perf_counter() - started)
+    floor = statistics.median(seconds["plain gradient"])
+    return [
+        {
+            "case": f"64 CartPole episodes: {name}",
+            "seconds": statistics.median(values),
+            "ratio": statistics.median(values) / floor,
+        }
+        for name, values in seconds.items()
+    ]
+
+
+def _timed(run: Callable[[Any], Any], repeats: int) -> Row:
+    import jax
+
+    key = jax.random.key(0)
+    started = time.perf_counter()
+    compiled = run.lower(key).compile()
+    compile_seconds, seconds = time.perf_counter() - started, []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(compiled(key))
+        seconds.append(time.perf_counter() - started)
+    spread = max(seconds) - min(seconds)
+    return {
+        "seconds": statistics.median(seconds),
+        "spread": spread,
+        "compile_seconds": compile_seconds,
+    }
+
+
+CASES = {"startup": startup, "command": command, "laboratory": laboratory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/benchmark", description=__doc__)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows, versions included")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes, to try the script itself"
+    )
+    chosen = parser.parse_args()
+    unknown = set(chosen.cases) - set(CASES)
+    if unknown:
+        parser.error(f"unknown case {min(unknown)!r}; use {', '.join(CASES)}")
+    rows = []
+    for name in chosen.cases or CASES:
+        for row in CASES[name](chosen.repeats, chosen.quick):
+            rows.append(row)
+            values = "  ".join(f"{key} {value:.4g}" for key, value in row.items() if key != "case")
+            print(f"{row['case']}\n    {values}", flush=True)
+    if chosen.json:
+        Path(chosen.json).write_text(json.dumps({"machine": _machine(), "rows": rows}, indent=1))
+
+
+def _machine() -> Row:
+    from importlib.metadata import version
+
+    names = ("jax", "jaxlib", "flax", "optax", "gymnax", "numpy")
+    return {
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        **{name: version(name) for name in names},
+    }
+
+
+if __name__ == "__main__":
+    main()
