@@ -10,7 +10,7 @@ from worlds import bandit, clock
 
 from jaxpg import Hyperparams, make_trainer, train
 from jaxpg.algorithms import ALGORITHMS, Algorithm, algorithm
-from jaxpg.envs import from_gymnax, from_mdp
+from jaxpg.envs import Box, Env, MultiDiscrete, from_gymnax, from_mdp
 from jaxpg.estimators import (
     Estimator,
     baselines,
@@ -25,6 +25,7 @@ from jaxpg.optimizers import OPTIMIZERS, SCHEDULES, linear, scheduled, sgd
 from jaxpg.policies import Agent, actor_critic, init_params, mlp
 from jaxpg.policies import linear as linear_network
 from jaxpg.rollout import episodes
+from jaxpg.types import TimeStep
 
 NUM_ENVS, NUM_STEPS = 8, 16
 
@@ -309,3 +310,33 @@ def test_imitation_needs_demonstrations():
     trainer = make_trainer(env, actor_critic(env), algorithm("behaviour_cloning"), num_envs=4)
     with pytest.raises(ValueError, match="imitates demonstrations"):
         train(trainer, trainer.init(jax.random.key(0)), Hyperparams(), num_updates=1)
+
+
+def parts_env(action):
+    """One step; pays 1 where every part of the action is right: [1, 2], or near (0.3, -0.3)."""
+    target = jnp.array([1.0, 2.0]) if isinstance(action, MultiDiscrete) else jnp.array([0.3, -0.3])
+
+    def step(key, state, chosen):
+        del key
+        near = jnp.exp(-4.0 * ((chosen - target) ** 2).sum())
+        over = jnp.bool_(True)
+        return state, TimeStep(jnp.zeros(1), near, over, ~over)
+
+    bound = np.ones(1, np.float32)
+    return Env(lambda key: (jnp.int32(0), jnp.zeros(1)), step, Box(-bound, bound), action, 1)
+
+
+@pytest.mark.parametrize(
+    "action", [MultiDiscrete((2, 4)), Box(-np.ones(2, np.float32), np.ones(2, np.float32))]
+)
+@pytest.mark.parametrize("name", ["reinforce_baseline", "ppo"])
+def test_action_vectors_are_learnt(action, name):
+    env = parts_env(action)
+    row = algorithm(name)
+    agent = actor_critic(env, hidden=(8,))
+    trainer = make_trainer(env, agent, row, num_envs=64, num_steps=None if row.episodic else 4)
+    state = trainer.init(jax.random.key(0))
+    hyperparams = Hyperparams(learning_rate=0.01, critic_learning_rate=0.01)
+    _, metrics = jax.jit(lambda s: train(trainer, s, hyperparams, num_updates=300))(state)
+    assert metrics["episode_return"][-5:].mean() > 0.85
+    assert metrics["episode_return"][0] < 0.5
