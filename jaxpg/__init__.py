@@ -1,12 +1,32 @@
 """jaxpg: a policy-gradient trainer and gradient-variance laboratory in JAX."""
 
-from jaxpg import algorithms, envs, estimators, optimizers, policies
-from jaxpg.algorithms import Algorithm
-from jaxpg.rollout import episodes, evaluate, unroll
-from jaxpg.trainer import Trainer, TrainState, make_trainer, train
-from jaxpg.types import Hyperparams, TimeStep, Trajectory
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxpg import algorithms, envs, estimators, lab, optimizers, policies
+    from jaxpg.algorithms import Algorithm
+    from jaxpg.rollout import episodes, evaluate, unroll
+    from jaxpg.trainer import Trainer, TrainState, make_trainer, train
+    from jaxpg.types import Hyperparams, TimeStep, Trajectory
 
 __version__ = "0.1.0"
+
+# Imported at first use, so that the command's help does not wait for jax (PEP 562).
+_HOMES = {
+    "Algorithm": "jaxpg.algorithms",
+    "Hyperparams": "jaxpg.types",
+    "TimeStep": "jaxpg.types",
+    "TrainState": "jaxpg.trainer",
+    "Trainer": "jaxpg.trainer",
+    "Trajectory": "jaxpg.types",
+    "episodes": "jaxpg.rollout",
+    "evaluate": "jaxpg.rollout",
+    "make_trainer": "jaxpg.trainer",
+    "train": "jaxpg.trainer",
+    "unroll": "jaxpg.rollout",
+}
+_MODULES = {"algorithms", "envs", "estimators", "lab", "optimizers", "policies"}
 
 __all__ = [
     "Algorithm",
@@ -20,9 +40,24 @@ __all__ = [
     "episodes",
     "estimators",
     "evaluate",
+    "lab",
     "make_trainer",
     "optimizers",
     "policies",
     "train",
     "unroll",
 ]
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return import_module(f"jaxpg.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxpg' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

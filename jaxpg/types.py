@@ -3,12 +3,14 @@
 Arrays are time-major, `[T, B, ...]`: T steps of B environments.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
+if TYPE_CHECKING:
+    from jax import Array
+else:
+    Array = Any  # the command's help reads Hyperparams, and must not wait for jax
 
-Array = jax.Array
-Key = jax.Array
+Key = Array
 Params = Any
 Carry = Any
 Metrics = dict[str, Array]
@@ -63,5 +65,5 @@ HYPERPARAM_HELP = {
     "entropy_coef": "weight of the entropy bonus",
     "kl_coef": "weight of the KL penalty of the kl_penalised surrogate",
     "max_grad_norm": "gradients are scaled down to this global norm",
-    "schedule_updates": "updates over which the learning-rate schedule runs",
+    "schedule_updates": "updates over which the learning-rate schedule runs; for the command, 0 is all",
 }

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +162,7 @@ def _probes(env, policy, params, hyperparams, repeats: int) -> list[Row]:
     ]
 
 
-def _timed(run: Callable[[Any], Any], repeats: int) -> Row:
+def _timed(run: Any, repeats: int) -> Row:
     import jax
 
     key = jax.random.key(0)

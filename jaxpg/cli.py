@@ -1,0 +1,105 @@
+"""The console command. A user's mistake is one line on stderr and exit status 2."""
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn
+
+HELP = """\
+usage: jaxpg COMMAND ...
+
+Policy-gradient methods in JAX.
+
+commands:
+  train ENV    train policies on an environment (jaxpg train ENV --help: the
+               flags, with their defaults for that environment)
+  lab NAME     measure gradients (jaxpg lab list: the experiments)
+
+options:
+  -h, --help   show this help message and exit
+  --version    show the version and exit
+
+example: jaxpg train CartPole-v1 --learning-rate 1e-3,3e-3
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command; exits with 0, 2 after a user's mistake, or 130 or 143 after a signal."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    try:
+        if command in ("-h", "--help"):
+            print(HELP, end="")
+        elif command == "--version":
+            print(f"jaxpg {_version()}")
+        elif command == "train":
+            _train(rest)
+        elif command == "lab":
+            _lab(rest)
+        else:
+            _fail(f"unknown command {command!r}; use train or lab (see jaxpg --help)")
+    except KeyboardInterrupt:  # before training, which handles it itself
+        _leave("stopped before the first update; nothing was saved", 130)
+    except BrokenPipeError:  # `jaxpg train ... | head`
+        _leave("", 141)
+
+
+def _train(argv):
+    # Imported here, so that help does not wait for jax.
+    from jaxpg.experiment.flags import parse
+
+    config, grid = parse(argv, prog="jaxpg train")
+    from jaxpg.experiment.interrupt import Interrupted
+    from jaxpg.experiment.run import execute, prepare
+
+    try:
+        experiment = prepare(config, grid)
+    except ValueError as error:
+        _fail(str(error))
+    try:
+        execute(experiment)
+    except Interrupted as stop:
+        _leave(str(stop), stop.status)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk, a folder that went away
+        _fail(f"cannot write {experiment.folder}: {error.strerror or error}", status=1)
+
+
+def _lab(argv):
+    from jaxpg.experiment.laboratory import execute, prepare
+
+    try:
+        execute(prepare(argv))
+    except ValueError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _leave("stopped; the running experiment was not saved", 130)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _fail(f"cannot write: {error.strerror or error}", status=1)
+
+
+def _fail(message: str, status: int = 2) -> NoReturn:
+    print(f"jaxpg: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _leave(message, status):
+    """Ends the process without waiting for threads that still compile."""
+    if message:
+        print(f"jaxpg: {message}", file=sys.stderr)
+    sys.stderr.flush()
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+    os._exit(status)
+
+
+def _version():
+    try:
+        return version("jaxpg")
+    except PackageNotFoundError:
+        return "(not installed)"

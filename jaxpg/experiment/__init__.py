@@ -1,0 +1,1 @@
+"""What surrounds training: configuration, the host loop, the run's folder, progress and tables."""

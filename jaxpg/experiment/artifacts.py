@@ -1,0 +1,138 @@
+"""Artifacts: what an experiment of the laboratory leaves behind, each file whole or not at all."""
+
+import csv
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxpg.experiment.folder import write_atomically, write_json
+
+TABLE, CSV, SUMMARY, PNG, SVG = FILES = (
+    "table.parquet",
+    "table.csv",
+    "summary.json",
+    "figure.png",
+    "figure.svg",
+)
+WIDTH = 80
+MOST_ROWS = 24
+MOST_WARNINGS = 4
+KEPT = ("estimator", "quantity", "measured", "exact")
+LAST = ("trajectories", "env_steps", "warning", "low", "high")  # shown otherwise, or in the files
+
+
+def write_table(folder: Path, table: dict[str, list]) -> None:
+    """The tidy table, as Parquet and as CSV."""
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = {name: [_plain(x) for x in column] for name, column in table.items()}
+    arrow = pyarrow.table({name: _column(pyarrow, name, x) for name, x in columns.items()})
+    write_atomically(folder / TABLE, lambda file: parquet.write_table(arrow, file))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    write_atomically(folder / CSV, lambda file: file.write(text.getvalue().encode()))
+
+
+def write_summary(folder: Path, value: Any) -> None:
+    """Strict JSON."""
+    write_json(folder / SUMMARY, value)
+
+
+def write_figure(folder: Path, draw: Callable[[Any], None]) -> None:
+    """The figure, as PNG at 160 dots per inch and as SVG."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # No display is asked for, and the same data gives the same file.
+    with matplotlib.rc_context({"svg.hashsalt": "jaxpg", "svg.fonttype": "none"}):
+        figure = Figure()
+        FigureCanvasAgg(figure)
+        draw(figure)
+        write_atomically(folder / PNG, lambda file: figure.savefig(file, format="png", dpi=160))
+        write_atomically(
+            folder / SVG,
+            lambda file: figure.savefig(file, format="svg", metadata={"Date": None}),
+        )
+
+
+def lines(table: dict[str, list]) -> list[str]:
+    """The table at 80 columns: numbers to four digits, intervals as ±; at most so many rows."""
+    count = len(table["estimator"])
+    chosen = list(range(count))
+    if count > MOST_ROWS:
+        # Measured rows say more than the points of an exact curve.
+        measured = [i for i in chosen if table["measured"][i] is not None]
+        chosen = (measured or chosen)[:MOST_ROWS]
+    names = [
+        name
+        for name, column in table.items()
+        if name not in LAST and any(column[i] is not None for i in chosen)
+    ]
+    cells = [[_cell(table, name, i) for i in chosen] for name in names]
+    widths = [max(map(len, (name, *column))) for name, column in zip(names, cells, strict=True)]
+    while sum(widths) + 2 * len(widths) > WIDTH and len(widths) > 3:
+        # Drop what says least: the last of the experiment's own columns.
+        own = [i for i, name in enumerate(names) if name not in KEPT]
+        if not own:
+            break
+        for each in (names, cells, widths):
+            del each[own[-1]]
+    rows = [names, *map(list, zip(*cells, strict=True))]
+    shown = [
+        "  ".join(
+            _aligned(x, w, i) for i, (x, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    if len(chosen) < count:
+        shown.append(f"({len(chosen)} of {count} rows; all are in {CSV})")
+    # One line for each estimator: its last warning stands for the others, which are in the files.
+    warnings = {e: w for e, w in zip(table["estimator"], table["warning"], strict=True) if w}
+    shown += [f"warning: {name}: {text}" for name, text in list(warnings.items())[:MOST_WARNINGS]]
+    if len(warnings) > MOST_WARNINGS:
+        shown.append(f"({len(warnings) - MOST_WARNINGS} more estimators have warnings)")
+    return [line[:WIDTH] for line in shown]
+
+
+def _cell(table, name, i) -> str:
+    value = _plain(table[name][i])
+    text = _number(value)
+    low, high = _plain(table["low"][i]), _plain(table["high"][i])
+    if name == "measured" and None not in (value, low, high) and math.isfinite(high - low):
+        text += f" ±{(high - low) / 2:.1g}"
+    return text
+
+
+def _number(value) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}" if math.isfinite(value) else "-"
+    return str(value)
+
+
+def _aligned(text, width, place) -> str:
+    return text.ljust(width) if place == 0 else text.rjust(width)
+
+
+def _plain(value):
+    """A Python number, string or None; NaN, which means that there is no value, is None."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _column(pyarrow, name, values):
+    if all(x is None for x in values):
+        kind = (
+            pyarrow.string() if name in ("estimator", "quantity", "warning") else pyarrow.float64()
+        )
+        return pyarrow.array(values, kind)
+    if any(isinstance(x, float) for x in values):
+        return pyarrow.array([None if x is None else float(x) for x in values], pyarrow.float64())
+    return pyarrow.array(values)

@@ -1,0 +1,103 @@
+"""What a run is: its structure, and lists of numbers that make a grid. Imports nothing heavy."""
+
+import math
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from jaxpg.types import Hyperparams
+
+Grid = Hyperparams  # whose every field is a tuple of values
+
+
+def _flag(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The structure of a run: what changes a shape or the program."""
+
+    environment: str = field(metadata={"help": "name of a gymnax environment, such as CartPole-v1"})
+    algorithm: str = _flag(
+        "ppo", "reinforce, reinforce_to_go, reinforce_baseline, vpg or ppo; sets the defaults below"
+    )
+    seeds: int = _flag(8, "agents trained side by side, for every point of the grid")
+    updates: int = _flag(200, "updates per agent")
+    num_envs: int = _flag(32, "parallel environments per agent; episodes per update of reinforce*")
+    num_steps: int | None = _flag(
+        None, "steps per environment and update; for reinforce*, the longest episode"
+    )
+    network: str = _flag("mlp", "mlp, linear, gru or tabular; policy and critic are built alike")
+    hidden: tuple[int, ...] = _flag((64, 64), "widths of the hidden layers")
+    activation: str = _flag("tanh", "tanh, relu, silu or gelu")
+    initial_std: float = _flag(0.5, "of real-valued actions at the start, in half action ranges")
+    optimizer: str = _flag("adam", "adam or sgd, for policy and critic")
+    schedule: str = _flag("constant", "of both learning rates: constant, linear or cosine")
+    num_epochs: int = _flag(1, "passes over each batch that move the policy")
+    num_minibatches: int = _flag(1, "parts of a batch, one step of the optimizer each")
+    critic_epochs: int = _flag(0, "further passes that move only the critic")
+    evaluation_episodes: int = _flag(128, "fresh episodes per agent for the final evaluation")
+    seed: int = _flag(0, "master seed, from which every agent's is derived")
+    run: str | None = _flag(None, "folder to write, new or empty; by default a new one under runs/")
+    quiet: bool = _flag(False, "print only the end")
+
+
+def points(grid: Grid) -> list[Hyperparams]:
+    """The full grid: every combination of the listed values, the last field varying fastest."""
+    return [Hyperparams(*values) for values in product(*grid)]
+
+
+def varying(grid: Grid) -> list[str]:
+    """The hyperparameters that have several values."""
+    return [name for name, values in grid._asdict().items() if len(values) > 1]
+
+
+def completed(config: Config, grid: Grid) -> Grid:
+    """The grid with 0 schedule_updates replaced by the number of updates."""
+    horizon = tuple(value or config.updates for value in grid.schedule_updates)
+    return grid._replace(schedule_updates=horizon)
+
+
+def check(config: Config, grid: Grid) -> None:
+    """Raises ValueError for a number that no run can have, saying the value and the way out."""
+    for name in ("seeds", "updates", "num_envs", "num_steps", "evaluation_episodes"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if any(width < 1 for width in config.hidden):
+        raise ValueError(
+            f"hidden={_listed(config.hidden)}: every width must be at least 1; for none, "
+            "use network=linear"
+        )
+    if not (math.isfinite(config.initial_std) and config.initial_std > 0):
+        raise ValueError(f"initial_std={config.initial_std} must be finite and above 0; try 0.5")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed={config.seed} must be between 0 and {2**32 - 1}")
+    for name, values in grid._asdict().items():
+        for value in values:
+            _check_number(name, value)
+
+
+_RANGES = {
+    "gamma": (lambda x: 0 <= x <= 1, "must lie in [0, 1]; try 0.99"),
+    "lambda_": (lambda x: 0 <= x <= 1, "must lie in [0, 1]; try 0.95"),
+    "learning_rate": (lambda x: x > 0, "must be above 0; try 1e-3"),
+    "critic_learning_rate": (lambda x: x > 0, "must be above 0; try 1e-3"),
+    "clip_eps": (lambda x: x > 0, "must be above 0; try 0.2"),
+    "kl_coef": (lambda x: x >= 0, "must not be negative; try 1"),
+    "max_grad_norm": (lambda x: x > 0, "must be above 0; a large one, such as 1e9, never clips"),
+    "schedule_updates": (lambda x: x > 0, "must be above 0; leave it out to mean all updates"),
+}
+
+
+def _check_number(name, value):
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value} must be a finite number")
+    holds, hint = _RANGES.get(name, (lambda x: True, ""))
+    if not holds(value):
+        raise ValueError(f"{name}={value:g} {hint}")
+
+
+def _listed(values):
+    return ",".join(f"{value:g}" for value in values)

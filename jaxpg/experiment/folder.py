@@ -1,0 +1,158 @@
+"""The run's folder: every file is written whole or not at all."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import numpy as np
+
+from jaxpg.experiment.config import Config, Grid
+
+CONFIG, METRICS, PARAMS, EVALUATION = FILES = (
+    "config.json",
+    "metrics.jsonl",
+    "params.npz",
+    "evaluation.json",
+)
+PACKAGES = ("jaxpg", "jax", "jaxlib", "flax", "optax", "gymnax")
+
+
+def create_folder(config: Config) -> Path:
+    """A new or empty folder for the run. Raises ValueError when it is in use or cannot be written."""
+    if config.run is None:
+        return _new_folder(Path("runs"), f"{config.environment}-{config.algorithm}")
+    folder = Path(config.run)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise ValueError(
+                f"{folder} is not empty; name a new folder with --run, or leave it out"
+            )
+        _probe(folder)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    return folder
+
+
+def _new_folder(parent, name):
+    name = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    number = 1
+    while True:
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            _probe(folder)
+            return folder
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+
+
+def _probe(folder):
+    # A folder may exist and still take no file.
+    write_atomically(folder / ".probe", lambda file: None)
+    (folder / ".probe").unlink()
+
+
+def _unwritable(folder, error):
+    return ValueError(
+        f"cannot write {folder}: {error.strerror or error}; name another folder with --run"
+    )
+
+
+def discard_folder(folder: Path) -> None:
+    """Removes a folder of a run that has learnt nothing."""
+    with suppress(
+        OSError
+    ):  # the folder may be a mount point, or hold something of the user's by now
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
+    """Calls write(binary file), then gives the file its name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Strict JSON: NaN and the infinities become null."""
+    text = json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def append_json(path: Path, value: Any) -> None:
+    """One more line, in one write."""
+    line = json.dumps(jsonable(value), allow_nan=False) + "\n"
+    with open(path, "ab", buffering=0) as file:
+        file.write(line.encode())
+
+
+def write_params(path: Path, params: Any) -> None:
+    """Leaves by their path in the tree, [N, ...] each."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    arrays = {
+        jax.tree_util.keystr(place, simple=True, separator="/"): np.asarray(leaf)
+        for place, leaf in leaves
+    }
+    write_atomically(path, lambda file: np.savez(file, **cast(Any, arrays)))
+
+
+def description(config: Config, grid: Grid, replicas: list[dict]) -> dict[str, Any]:
+    """What config.json says."""
+    device = jax.devices()[0]
+    return {
+        "config": asdict(config),
+        "hyperparameters": grid._asdict(),
+        "replicas": replicas,
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "device": {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "count": jax.device_count(),
+        },
+        # The networks ask for full float32 products, whatever the device's default.
+        "precision": {
+            "matmul": "highest",
+            "dtype": "float32",
+            "x64": jax.config.read("jax_enable_x64"),
+        },
+    }
+
+
+def jsonable(value: Any) -> Any:
+    """Plain Python values; floats to the digits that float32 has, NaN and infinities as None."""
+    if isinstance(value, dict):
+        return {name: jsonable(each) for name, each in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return jsonable(value.tolist())
+    if isinstance(value, list | tuple):
+        return [jsonable(each) for each in value]
+    if isinstance(value, float):
+        return float(f"{value:.8g}") if math.isfinite(value) else None
+    return value
+
+
+def _version(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None  # run from its sources

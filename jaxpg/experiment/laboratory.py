@@ -1,0 +1,278 @@
+"""The laboratory's command: settings, runs, files."""
+
+import argparse
+import difflib
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from jaxpg.experiment import artifacts
+
+FLAGS = ("env", "policy", "estimators", "trajectories", "repeats", "seed", "gamma", "checkpoint")
+QUIET_SECONDS = 5.0  # between two lines of progress, where they cannot be overwritten
+
+
+class Job(NamedTuple):
+    """One experiment, checked as far as can be without running it."""
+
+    name: str
+    experiment: Any
+    settings: Any
+    given: dict[str, Any]  # what the user asked for by name
+
+
+class Plan(NamedTuple):
+    jobs: list[Job]  # none: only show the list
+    out: str | None
+    together: bool  # `all`: one folder each, and what does not apply is left out
+
+
+def prepare(argv: Sequence[str]) -> Plan:
+    """What the arguments ask for. Raises ValueError for what cannot be; exits after --help."""
+    arguments = _parser().parse_args(list(argv))
+    if arguments.name == "list":
+        return Plan([], None, False)
+    # Imported here, so that help does not wait for jax.
+    from jaxpg.lab.experiments import EXPERIMENTS
+
+    given = {k: getattr(arguments, k) for k in FLAGS if getattr(arguments, k) is not None}
+    _check(given)
+    if "estimators" in given:
+        given["estimators"] = tuple(x for x in given["estimators"].split(",") if x)
+    if "checkpoint" in given:
+        from jaxpg.experiment.checkpoint import load
+
+        given["checkpoint"] = load(given["checkpoint"], arguments.replica)
+        given.setdefault("env", given["checkpoint"].environment)
+    together = arguments.name == "all"
+    names = list(EXPERIMENTS) if together else [_known(arguments.name, EXPERIMENTS)]
+    jobs = []
+    for name in names:
+        experiment = EXPERIMENTS[name]
+        base = experiment.quick if arguments.quick else experiment.defaults
+        refusal = _refusal(name, experiment, given)
+        if refusal and not together:
+            raise ValueError(refusal)
+        settings = base._replace(quick=arguments.quick, **given)
+        jobs.append(Job(name, None if refusal else experiment, settings, given))
+    return Plan(jobs, arguments.out, together)
+
+
+def execute(plan: Plan) -> None:
+    """Runs the jobs one after the other, each into its folder. Raises ValueError."""
+    if not plan.jobs:
+        print("\n".join(_listing()))
+        return
+    started, parent = time.perf_counter(), None
+    if plan.together:
+        parent = _folder(plan.out, "lab-all")
+    for job in plan.jobs:
+        if job.experiment is None:
+            print(f"{job.name}: left out; the settings do not apply to it")
+            continue
+        folder = _folder(plan.out, f"lab-{job.name}") if parent is None else parent / job.name
+        folder.mkdir(exist_ok=True)
+        try:
+            _run(job, folder)
+        except ValueError as error:
+            _discard(folder)
+            if not plan.together:
+                raise
+            print(f"{job.name}: left out; {error}")
+        except BaseException:
+            _discard(folder)
+            raise
+    if parent is not None:
+        print(f"all in {time.perf_counter() - started:.0f} s, saved in {parent}")
+
+
+def _run(job: Job, folder: Path) -> None:
+    started = time.perf_counter()
+    settings = job.settings
+    with _progress() as progress:
+        progress(f"{job.name} on {settings.env}")
+        result = job.experiment.run(settings, progress)
+    seconds = time.perf_counter() - started
+    artifacts.write_table(folder, result.table)
+    artifacts.write_figure(folder, result.draw)
+    summary = {
+        "experiment": job.name,
+        "settings": _described(settings),
+        "summary": result.summary,
+        "seconds": seconds,
+        **_surroundings(),
+    }
+    artifacts.write_summary(folder, summary)  # last, because it says that the rest is there
+    headline = f"{job.name} on {settings.env}: {job.experiment.summary}"
+    print(textwrap.fill(headline, artifacts.WIDTH))
+    print("\n".join(f"  {line}"[: artifacts.WIDTH] for line in artifacts.lines(result.table)))
+    print(f"{seconds:.1f} s, saved in {folder}")
+
+
+def _described(settings) -> dict[str, Any]:
+    """The settings, a checkpoint by what it was trained on."""
+    found = settings._asdict()
+    checkpoint = found.pop("checkpoint")
+    return {**found, "checkpoint": None if checkpoint is None else checkpoint.environment}
+
+
+def _surroundings() -> dict[str, Any]:
+    import jax
+
+    from jaxpg.experiment.folder import PACKAGES, _version
+
+    device = jax.devices()[0]
+    return {
+        "versions": {name: _version(name) for name in (*PACKAGES, "numpy", "scipy")},
+        "device": {"platform": device.platform, "kind": device.device_kind},
+        "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def _listing() -> list[str]:
+    from jaxpg.lab.experiments import EXPERIMENTS
+
+    width = max(map(len, EXPERIMENTS))
+    rows = [
+        textwrap.fill(
+            each.summary,
+            artifacts.WIDTH,
+            initial_indent=f"  {name.ljust(width)}  ",
+            subsequent_indent=" " * (width + 4),
+        )
+        for name, each in EXPERIMENTS.items()
+    ]
+    return ["experiments (jaxpg lab NAME; jaxpg lab all --quick runs every one):", *rows]
+
+
+def _refusal(name, experiment, given) -> str:
+    """Why an experiment cannot have what was asked, or nothing."""
+    for flag in experiment.ignores:
+        if flag in given and flag != "env":
+            return f"--{flag} means nothing to {name}; leave it out"
+    wanted = given.get("env", experiment.defaults.env)
+    if experiment.worlds and wanted not in experiment.worlds:
+        return f"{name} runs on {', '.join(experiment.worlds)}, not on {wanted}"
+    if "env" in experiment.ignores and "env" in given and wanted != experiment.defaults.env:
+        return f"{name} has a world of its own; leave out --env"
+    return ""
+
+
+def _check(given) -> None:
+    for name in ("trajectories", "repeats"):
+        if name in given and given[name] < 1:
+            raise ValueError(f"--{name} {given[name]} must be at least 1")
+    if "seed" in given and not 0 <= given["seed"] < 2**32:
+        raise ValueError(f"--seed {given['seed']} must be between 0 and {2**32 - 1}")
+    if "gamma" in given and not 0 <= given["gamma"] <= 1:
+        raise ValueError(f"--gamma {given['gamma']} must lie in [0, 1]")
+
+
+def _known(name, experiments) -> str:
+    if name not in experiments:
+        near = difflib.get_close_matches(name, experiments, n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(near)}?" if near else "see jaxpg lab list"
+        raise ValueError(f"unknown experiment {name!r}; {hint}")
+    return name
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jaxpg lab",
+        description="Experiments on the variance of policy gradients. Each writes a table (Parquet and "
+        "CSV), a JSON summary and a figure (PNG and SVG).",
+        epilog="example: jaxpg lab ladder --env FrozenLake-misc --trajectories 100000",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("name", metavar="NAME", help="an experiment, `all`, or `list` to see them")
+    add("--env", help="A, T or C (worked instances) or a gymnax environment; default: A")
+    add("--policy", help="mlp, linear, gru or tabular, at its initial parameters")
+    add(
+        "--checkpoint",
+        metavar="RUN",
+        help="folder of a jaxpg train run: its final policy and critic",
+    )
+    add("--replica", type=int, default=0, help="which of the run's agents; default: 0")
+    add(
+        "--estimators",
+        metavar="NAME,...",
+        help="names with commas between, such as total,rtg,gae_0.9",
+    )
+    add(
+        "--trajectories",
+        type=_count,
+        metavar="N",
+        help="per measured point; 1e6 and 2**20 are read",
+    )
+    add("--repeats", type=_count, metavar="N", help="independent batches or runs")
+    add("--seed", type=int, help="of all randomness; default: 0")
+    add("--gamma", type=float, help="discount; default: 1")
+    add(
+        "--out", metavar="DIR", help="folder to write, new or empty; default: a new one under runs/"
+    )
+    add("--quick", action="store_true", help="small sizes, to see what comes out")
+    parser.error = _refuse  # type: ignore[method-assign]
+    return parser
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(f"{message} (see jaxpg lab --help)")
+
+
+def _count(text: str) -> int:
+    base, power, exponent = text.partition("**")
+    value = int(base) ** int(exponent) if power else float(text)
+    if value != int(value):
+        raise ValueError
+    return int(value)
+
+
+def _folder(out: str | None, name: str) -> Path:
+    from jaxpg.experiment.folder import _new_folder
+
+    if out is None:
+        return _new_folder(Path("runs"), name)
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        occupied = any(folder.iterdir())
+        artifacts.write_atomically(folder / ".probe", lambda file: None)
+        (folder / ".probe").unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"cannot write {out}: {reason}; name another folder with --out") from error
+    if occupied:
+        raise ValueError(f"{out} is not empty; name a new folder with --out, or leave it out")
+    return folder
+
+
+def _discard(folder: Path) -> None:
+    with suppress(OSError):
+        for name in artifacts.FILES:
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Shows what goes on: one line that changes in a terminal, a line now and then elsewhere."""
+    terminal, shown = sys.stderr.isatty(), [time.perf_counter()]
+
+    def show(line: str) -> None:
+        if terminal:
+            print(f"\r\x1b[K  {line[: artifacts.WIDTH - 3]}", end="", file=sys.stderr, flush=True)
+        elif time.perf_counter() - shown[0] > QUIET_SECONDS:
+            shown[0] = time.perf_counter()
+            print(f"  {line}", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

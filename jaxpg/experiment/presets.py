@@ -1,0 +1,47 @@
+"""The one table of defaults, per algorithm and per environment."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+from jaxpg.experiment.config import Config, Grid
+from jaxpg.types import Hyperparams
+
+# (environment, algorithm) -> what differs from Config's and Hyperparams' own defaults. Later in this
+# order wins: (any, algorithm), (environment, any), (environment, algorithm).
+PRESETS: dict[tuple[str, str], dict[str, Any]] = {
+    ("*", "*"): {"hidden": (32, 32), "schedule": "linear", "schedule_updates": 0},
+    ("*", "reinforce"): {"num_envs": 64, "learning_rate": 1e-2},
+    ("*", "reinforce_to_go"): {"num_envs": 64, "learning_rate": 1e-2},
+    ("*", "reinforce_baseline"): {"learning_rate": 1e-2},
+    ("*", "vpg"): {
+        "updates": 400,
+        "num_envs": 16,
+        "num_steps": 64,
+        "critic_epochs": 9,
+        "learning_rate": 1e-2,
+        "critic_learning_rate": 1e-2,
+    },
+    ("*", "ppo"): {
+        "num_envs": 16,
+        "num_steps": 64,
+        "num_epochs": 4,
+        "num_minibatches": 8,
+        "learning_rate": 2.5e-3,
+        "critic_learning_rate": 2.5e-3,
+    },
+    # A pole falls within some ten steps of a mistake, so credit need not reach far.
+    ("CartPole-v1", "ppo"): {"gamma": 0.98, "lambda_": 0.8},
+    ("CartPole-v1", "reinforce_baseline"): {"updates": 100},
+}
+
+
+def preset(environment: str, algorithm: str) -> tuple[Config, Grid]:
+    """The defaults of one combination; of an unknown one, those of its known part."""
+    row: dict[str, Any] = {}
+    for key in (("*", "*"), ("*", algorithm), (environment, "*"), (environment, algorithm)):
+        row |= PRESETS.get(key, {})
+    structure = {f.name for f in fields(Config)}
+    config = Config(environment, algorithm)
+    config = replace(config, **{k: v for k, v in row.items() if k in structure})
+    numbers = {k: v for k, v in row.items() if k not in structure}
+    return config, Grid(*((float(value),) for value in Hyperparams()._replace(**numbers)))

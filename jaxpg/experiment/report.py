@@ -1,0 +1,59 @@
+"""What is said before and after a run."""
+
+import jax
+import numpy as np
+
+from jaxpg.experiment.config import Config, Grid, points, varying
+from jaxpg.experiment.progress import Status, steps_per_second
+from jaxpg.experiment.statistics import interval, number, summarise
+
+MOST_ROWS = 12
+
+
+def headline(config: Config, grid: Grid) -> str:
+    """One line on what is trained, and where."""
+    devices = jax.devices()
+    settings = len(points(grid))
+    agents = _count(config.seeds, "seed") + (f" x {settings} settings" if settings > 1 else "")
+    return (
+        f"{config.environment}, {config.algorithm}: {agents}, {_count(config.updates, 'update')}, "
+        f"{_count(len(devices), f'{devices[0].platform} device')}"
+    )
+
+
+def summary(config: Config, grid: Grid, status: Status, returns: np.ndarray) -> list[str]:
+    """Lines: the table of evaluated returns [N], and what the run took."""
+    return [
+        f"evaluation: {_count(config.evaluation_episodes, 'fresh episode')} per agent, mean over "
+        f"{_count(config.seeds, 'seed')}",
+        *table(grid, returns.reshape(-1, config.seeds)),
+        f"{status.env_steps:,} steps in {status.seconds:.1f} s "
+        f"({number(steps_per_second(status), 0)} steps/s), "
+        f"after {status.compile_seconds:.1f} s of compilation",
+    ]
+
+
+def table(grid: Grid, returns: np.ndarray) -> list[str]:
+    """Lines of a table with one row per point of the grid; returns: [points, seeds].
+
+    Of a large grid, the best rows only.
+    """
+    names, at = varying(grid), points(grid)
+    summaries = [summarise(row) for row in returns]
+    order = list(range(len(at)))
+    if len(order) > MOST_ROWS:
+        order.sort(key=lambda i: -np.nan_to_num(summaries[i].mean, nan=-np.inf))
+    rows = [[*names, "mean", "95 % interval", "min", "max"]]
+    for i in order[:MOST_ROWS]:
+        s = summaries[i]
+        settings = [f"{getattr(at[i], name):g}" for name in names]
+        rows.append([*settings, number(s.mean), interval(s), number(s.smallest), number(s.largest)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    if len(order) > MOST_ROWS:
+        lines.append(f"(the best {MOST_ROWS} of {len(order)})")
+    return [f"  {line}" for line in lines]
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")

@@ -1,0 +1,45 @@
+"""The experiments: one table of names, each with what it shows, how it runs and its sizes."""
+
+from jaxpg.lab.experiments.batches import EXPERIMENTS as _BATCHES
+from jaxpg.lab.experiments.clipping import EXPERIMENTS as _CLIPPING
+from jaxpg.lab.experiments.coupling import EXPERIMENTS as _COUPLING
+from jaxpg.lab.experiments.decomposition import EXPERIMENTS as _DECOMPOSITION
+from jaxpg.lab.experiments.frame import Experiment, Progress, Result, Settings, Table
+from jaxpg.lab.experiments.horizons import EXPERIMENTS as _HORIZONS
+from jaxpg.lab.experiments.hurts import EXPERIMENTS as _HURTS
+from jaxpg.lab.experiments.importance import EXPERIMENTS as _IMPORTANCE
+from jaxpg.lab.experiments.ladder import EXPERIMENTS as _LADDER
+from jaxpg.lab.experiments.learning import EXPERIMENTS as _LEARNING
+from jaxpg.lab.experiments.noise import EXPERIMENTS as _NOISE
+from jaxpg.lab.experiments.observability import EXPERIMENTS as _OBSERVABILITY
+from jaxpg.lab.experiments.offsets import EXPERIMENTS as _OFFSETS
+from jaxpg.lab.experiments.windows import EXPERIMENTS as _WINDOWS
+
+_FOUND: dict[str, Experiment] = {
+    **_BATCHES,
+    **_LADDER,
+    **_OFFSETS,
+    **_HURTS,
+    **_HORIZONS,
+    **_IMPORTANCE,
+    **_CLIPPING,
+    **_NOISE,
+    **_DECOMPOSITION,
+    **_COUPLING,
+    **_WINDOWS,
+    **_OBSERVABILITY,
+    **_LEARNING,
+}
+
+# In the order of a first course: batches, baselines, other policies' data, noise, and what comes of it.
+_ORDER = (
+    "batch-size", "ladder", "gae", "offset", "never-hurts", "horizon-is", "importance", "clipping",
+    "noise-scale", "stale", "cosine", "total-variance", "horizon", "coupled", "windows", "discount",
+    "partial-observability", "large-batch", "optimizers", "seeds", "committal", "behaviour",
+)  # fmt: skip
+
+EXPERIMENTS: dict[str, Experiment] = {
+    name: _FOUND[name] for name in (*_ORDER, *sorted(set(_FOUND) - set(_ORDER))) if name in _FOUND
+}
+
+__all__ = ["EXPERIMENTS", "Experiment", "Progress", "Result", "Settings", "Table"]

@@ -1,0 +1,88 @@
+"""The frame of an experiment: what it is asked, and what it gives back."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxpg.lab.worlds import Checkpoint, World, world
+from jaxpg.types import Key
+
+Table = dict[str, list]  # tidy: one row per measured or exact point
+Progress = Callable[[str], None]  # called on long work, with a line to show
+Draw = Callable[[Any], None]  # fills a matplotlib Figure
+
+# Present in every table, whatever else an experiment adds; None where it does not apply.
+COLUMNS = (
+    "estimator",
+    "quantity",
+    "measured",
+    "low",  # of the 95 % interval
+    "high",
+    "exact",
+    "trajectories",
+    "env_steps",
+    "warning",
+)
+
+
+class Settings(NamedTuple):
+    """What an experiment is asked to do."""
+
+    env: str = "A"
+    policy: str | None = None  # a network's name; None: the world's own
+    estimators: tuple[str, ...] = ()
+    trajectories: int = 2**16  # per measured point
+    repeats: int = 64  # independent batches or runs, where an experiment repeats something
+    seed: int = 0
+    quick: bool = False
+    gamma: float = 1.0
+    checkpoint: Checkpoint | None = None  # final parameters of a run
+
+
+class Result(NamedTuple):
+    table: Table
+    summary: dict[str, Any]  # JSON-able: the numbers the experiment is about
+    draw: Draw
+
+
+class Experiment(NamedTuple):
+    summary: str  # one line for `jaxpg lab list`
+    run: Callable[[Settings, Progress], Result]
+    defaults: Settings
+    quick: Settings
+    worlds: tuple[str, ...] = ()  # the only ones it runs on; (): any
+    ignores: tuple[str, ...] = ()  # settings that mean nothing to it, so that asking is a mistake
+
+
+def world_of(settings: Settings) -> World:
+    """The world that the settings name."""
+    return world(settings.env, settings.policy, settings.checkpoint, settings.gamma)
+
+
+def key_of(settings: Settings) -> Key:
+    """The key of a seed; named, so that results do not depend on a global switch."""
+    return jax.random.key(settings.seed, impl="threefry2x32")
+
+
+def tidy(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """Rows as columns: those of COLUMNS that no row has are None, an experiment's own come first."""
+    rows = list(rows)
+    own = [name for name in dict.fromkeys(k for row in rows for k in row) if name not in COLUMNS]
+    names = [COLUMNS[0], *own, *COLUMNS[1:]]
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def estimated(estimate, **rest) -> dict[str, Any]:
+    """A row's `measured`, `low` and `high` from a (value, low, high)."""
+    value, low, high = map(float, estimate)
+    return {"measured": value, "low": low, "high": high, **rest}
+
+
+def need_exact(world: World, experiment: str) -> None:
+    """Raises ValueError for a world without tables."""
+    if world.mdp is None:
+        raise ValueError(
+            f"{experiment} compares with exact answers, which {world.name} has not; use --env A, T, C, "
+            "FrozenLake-misc or Catch-bsuite"
+        )

@@ -1,0 +1,195 @@
+"""Offsets: what a constant added to every reward does, and when subtracting one hurts."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+from jaxpg.estimators import Estimator, baselines, credit
+from jaxpg.lab.exact import bandits
+from jaxpg.lab.exact.baselines import minimisers
+from jaxpg.lab.exact.compose import composed
+from jaxpg.lab.experiments.drawing import COLOURS, caption, label, line, panels, points
+from jaxpg.lab.experiments.estimators import Form
+from jaxpg.lab.experiments.frame import (
+    Experiment,
+    Progress,
+    Result,
+    Settings,
+    estimated,
+    key_of,
+    need_exact,
+    tidy,
+    world_of,
+)
+from jaxpg.lab.experiments.sampling import measure
+from jaxpg.lab.streaming import moments_of
+from jaxpg.lab.worlds import tables
+from jaxpg.types import Hyperparams
+
+OFFSETS = (0.0, 1.0, 10.0, 1e2, 1e3, 1e4, 1e5, 1e6)
+REWARDS = (1.0, -1.0)  # of the two arms, before the offset
+HALF = 0.5
+
+
+def offset(settings: Settings, progress: Progress) -> Result:
+    """Adding kappa to every return: tr(kappa) = tr(0) + 2 kappa E[|U|^2 R] + kappa^2 E|U|^2 without baseline.
+
+    With the best constant nothing changes. And the bandit that pays 10^6 +- 1: how often a batch of N
+    points the wrong way, and what is left of its variance in float32.
+    """
+    world = world_of(settings)
+    need_exact(world, "offset")
+    best = minimisers(tables(world), credit.total_return, world.gamma).scalar
+    # Adding kappa to the return and subtracting b is subtracting b - kappa.
+    named = {f"none, {k:g}": ("none", k, -k) for k in OFFSETS} | {
+        "optimal": ("optimal", None, best)
+    }
+    hyperparams = Hyperparams(gamma=world.gamma)
+    forms = [
+        Form(name, Estimator(credit.total_return, baselines.constant(b)), hyperparams, None)
+        for name, (_, _, b) in named.items()
+    ]
+    found = measure(world, forms, key_of(settings), settings.trajectories, (1,), progress)
+    rows: list[dict[str, Any]] = []
+    for each in forms:
+        kind, k, _ = named[each.name]
+        assert each.estimator is not None
+        known = composed(tables(world), each.estimator, hyperparams).trace
+        measured = found[each.name]
+        for kappa in OFFSETS if k is None else (k,):
+            rows.append(estimated(
+                measured.trace(), estimator=kind, offset=kappa, batch=1, quantity="trace", exact=known,
+                trajectories=measured.trajectories, env_steps=measured.env_steps,
+            ))  # fmt: skip
+    progress("signs and precision of the bandit")
+    rows += _signs(settings) + _precisions(settings)
+    big = bandits.sigmoid_moments(HALF, [1e6 + r for r in REWARDS])
+    summary = {
+        "bandit_variance_at_1e6": float(big.covariance[0, 0]),
+        "bandit_wrong_sign_at_1e6": bandits.wrong_sign_probability(big, 10**6),
+        "optimal_constant": best,
+        "quadratic": _quadratic(world),
+    }
+    return Result(tidy(rows), summary, lambda figure: _draw_offset(figure, rows, world.name))
+
+
+def _quadratic(world) -> dict[str, float]:
+    """tr(0), E[|U|^2 R] and E|U|^2: three traces determine them."""
+    hyperparams, found = Hyperparams(gamma=world.gamma), tables(world)
+
+    def trace(kappa):
+        slots = Estimator(credit.total_return, baselines.constant(-kappa))
+        return composed(found, slots, hyperparams).trace
+
+    here, above, below = (trace(k) for k in (0.0, 1.0, -1.0))
+    return {
+        "trace": here,
+        "cross": (above - below) / 4,
+        "score_square": (above + below) / 2 - here,
+    }
+
+
+def _signs(settings) -> list[dict[str, Any]]:
+    """How often the mean over N has the wrong sign: at 10^6 +- 1 and at +- 1, without a baseline."""
+    rng, rows = np.random.default_rng(settings.seed), []
+    repeats = max(settings.repeats, 64) * 64
+    for kappa in (1e6, 10.0, 0.0):
+        for n in (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000):
+            # Only how often each arm was drawn matters to the mean.
+            first = rng.binomial(n, HALF, repeats).astype(float)
+            mean = first * HALF * (kappa + 1) - (n - first) * HALF * (kappa - 1)
+            wrong = (mean < 0).sum()
+            # Jeffreys' interval.
+            low, high = stats.beta.ppf([0.025, 0.975], wrong + 0.5, repeats - wrong + 0.5)
+            low, high = (0.0 if wrong == 0 else low), (1.0 if wrong == repeats else high)
+            # Wrong where first (kappa + 1) < (n - first) (kappa - 1).
+            edge = n * (kappa - 1) / (2 * kappa) if kappa else 0.0
+            known = float(stats.binom.cdf(np.ceil(edge) - 1, n, HALF))
+            rows.append(estimated(
+                (wrong / repeats, low, high), estimator="none", offset=kappa, batch=n,
+                quantity="wrong sign", exact=known, trajectories=n * repeats, env_steps=n * repeats,
+            ))  # fmt: skip
+    return rows
+
+
+def _precisions(settings) -> list[dict[str, Any]]:
+    """Variance of the reward of the bandit (1, whatever the offset) by three formulas."""
+    draws = np.random.default_rng(settings.seed).integers(0, 2, 2**16) * 2.0 - 1.0
+    naive = jax.jit(lambda x: (x**2).mean() - x.mean() ** 2)
+    shifted = jax.jit(lambda x: moments_of(x[:, None]).squares[0] / (x.size - 1))
+    rows = []
+    for kappa in OFFSETS:
+        x = jnp.asarray(draws + kappa, jnp.float32)
+        with np.errstate(all="ignore"):
+            answers = {
+                "E x² − (E x)², float32": abs(float(naive(x))),
+                "shifted sums, float32": float(shifted(x)),
+                "shifted sums, float64": float((draws + kappa).var(ddof=1)),
+            }
+        for name, value in answers.items():
+            bad = abs(value - 1) > 0.05
+            rows.append({
+                "estimator": name, "offset": kappa, "quantity": "variance of the reward",
+                "measured": value, "exact": 1.0, "trajectories": len(draws), "env_steps": len(draws),
+                "warning": "cancellation: wrong" if bad else None,
+            })  # fmt: skip
+    return rows
+
+
+def _draw_offset(figure, rows, world):
+    axes = panels(figure, 3, width=4.7)
+    for index, (kind, text) in enumerate((("none", "no baseline"), ("optimal", "best constant"))):
+        mine = [r for r in rows if r["estimator"] == kind and r["quantity"] == "trace"]
+        line(axes[0], [r["offset"] for r in mine], [r["exact"] for r in mine], index, text)
+        points(
+            axes[0],
+            *([r[k] for r in mine] for k in ("offset", "measured", "low", "high")),
+            index=index,
+        )
+    axes[0].set_xscale("symlog", linthresh=1.0)
+    axes[0].set_yscale("log")
+    label(axes[0], f"Variance of REINFORCE, {world}", "offset κ added to the return",
+          "tr Cov, one trajectory", loc="upper left")  # fmt: skip
+    for index, kappa in enumerate((1e6, 10.0, 0.0)):
+        mine = [r for r in rows if r["quantity"] == "wrong sign" and r["offset"] == kappa]
+        line(
+            axes[1],
+            [r["batch"] for r in mine],
+            [r["exact"] for r in mine],
+            index,
+            f"κ = {kappa:,.0f}",
+        )
+        points(
+            axes[1],
+            *([r[k] for r in mine] for k in ("batch", "measured", "low", "high")),
+            index=index,
+        )
+    axes[1].set_xscale("log")
+    axes[1].set_ylim(-0.02, 0.62)
+    label(axes[1], "Batches that point the wrong way, bandit κ ± 1", "batch size N (pulls)",
+          "probability", ncols=3, loc="upper right")  # fmt: skip
+    names = dict.fromkeys(r["estimator"] for r in rows if r["quantity"] == "variance of the reward")
+    for index, name in enumerate(names):
+        mine = [r for r in rows if r["estimator"] == name]
+        axes[2].plot([r["offset"] for r in mine], [max(r["measured"], 1e-3) for r in mine], label=name,
+                     marker="osD"[index], markersize=8 - 2 * index, markerfacecolor="white",
+                     linestyle=("--", "-", ":")[index], color=COLOURS[index])  # fmt: skip
+    axes[2].set_xscale("symlog", linthresh=1.0)
+    axes[2].set_yscale("log")
+    label(axes[2], "Computed variance of a reward κ ± 1 (truth: 1)", "offset κ", "variance",
+          loc="upper left")  # fmt: skip
+    caption(figure)
+
+
+EXPERIMENTS = {
+    "offset": Experiment(
+        "a constant added to every reward: variance, wrong signs and float32, up to 10^6",
+        offset,
+        Settings(trajectories=2**18),
+        Settings(trajectories=2**14, quick=True),
+        ignores=("estimators", "policy", "checkpoint"),
+    ),
+}

@@ -1,0 +1,128 @@
+"""Training: the product's own loop, many replicas at a time, scored by exact J where a world has one."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+from jaxpg.algorithms import Algorithm
+from jaxpg.envs import Env, Mdp, check_mdp
+from jaxpg.lab.experiments.sampling import _compiler_options
+from jaxpg.lab.worlds import World
+from jaxpg.policies import NETWORKS, Agent, AgentParams
+from jaxpg.trainer import make_trainer, train
+from jaxpg.types import Array, Hyperparams, Params
+
+
+class Curves(NamedTuple):
+    """Of R replicas, [R, num_updates]."""
+
+    score: np.ndarray  # before each update
+    env_steps: np.ndarray  # gathered before each update
+
+
+# (keys [R], hyperparams of scalars or [R], reward_scale scalar or [R])
+Learner = Callable[..., Curves]
+
+
+def learner(
+    world: World,
+    algorithm: Algorithm,
+    *,
+    num_envs: int,
+    num_updates: int,
+    num_steps: int | None = None,
+) -> Learner:
+    """A program that trains R replicas from the world's parameters, and gives the score before each update.
+
+    The score is J of the policy, exact where the world has tables, else the mean return of the episodes
+    that the update itself learned from. reward_scale multiplies rewards, not the score.
+    """
+    critic = None
+    if algorithm.critic_optimizer is not None:
+        kind = "tabular" if world.mdp is not None else "mlp"
+        critic = world.critic or NETWORKS[kind](world.env.observation, None)
+    agent = Agent(world.policy, critic)
+    score = None if world.mdp is None else objective_of(world)
+
+    def one(key, hyperparams, reward_scale):
+        env = scaled(world.env, reward_scale)
+        trainer = make_trainer(env, agent, algorithm, num_envs=num_envs, num_steps=num_steps)
+        state = trainer.init(key)
+        state = state._replace(params=AgentParams(world.params, state.params.critic))
+
+        def step(state, _):
+            before = state.params.policy
+            state, metrics = train(trainer, state, hyperparams, num_updates=1)
+            seen = metrics["episode_return"][0] / reward_scale
+            return state, (seen if score is None else score(before), metrics["env_steps"][0])
+
+        return jax.lax.scan(step, state, length=num_updates)[1]
+
+    def run(keys, hyperparams: Hyperparams, reward_scale=1.0) -> Curves:
+        spread = jax.tree.map(
+            lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.result_type(float)), keys.shape),
+            (hyperparams, reward_scale),
+        )
+        work = keys.shape[0] * num_updates * num_envs * (num_steps or world.env.horizon)
+        program = jax.jit(jax.vmap(one), compiler_options=_compiler_options(work))
+        scores, steps = (np.asarray(x, np.float64) for x in program(keys, *spread))
+        return Curves(scores, np.cumsum(steps, axis=1) - steps)
+
+    return run
+
+
+def objective_of(world: World) -> Callable[[Params], Array]:
+    """J of the world's policy as a function of its parameters, by V_t = sum_a pi (r + gamma P V_{t+1})."""
+    assert world.mdp is not None
+    mdp, dtype = check_mdp(world.mdp), jnp.result_type(float)
+    alive = ~mdp.terminal[:, None]
+    reward = jnp.asarray(np.where(alive, mdp.reward, 0.0), dtype)
+    transition = jnp.asarray(mdp.transition * alive[..., None], dtype)
+    initial, observation = jnp.asarray(mdp.initial, dtype), jnp.asarray(mdp.observation)
+    seen = jnp.arange(int(np.max(mdp.observation)) + 1)[None]
+
+    def objective(params):
+        first = jnp.zeros(seen.shape, bool)
+        _, distribution = world.policy.apply(params, (), seen, first)
+        policy = jax.nn.softmax(distribution.logits[0])[observation]
+
+        def step(value, _):
+            return (policy * (reward + world.gamma * transition @ value)).sum(axis=1), None
+
+        value, _ = jax.lax.scan(step, jnp.zeros(len(mdp.initial), dtype), length=mdp.horizon)
+        return initial @ value
+
+    return objective
+
+
+def best_objective(mdp: Mdp, gamma: float) -> float:
+    """J of the best policy of state and time, by dynamic programming: nothing does better."""
+    mdp = check_mdp(mdp)
+    alive = ~mdp.terminal[:, None]
+    value = np.zeros(len(mdp.initial))
+    for _ in range(mdp.horizon):
+        value = (np.where(alive, mdp.reward + gamma * mdp.transition @ value, 0.0)).max(axis=1)
+    return float(mdp.initial @ value)
+
+
+def scaled(env: Env, factor) -> Env:
+    """The environment with its rewards multiplied."""
+
+    def step(key, state, action):
+        state, result = env.step(key, state, action)
+        return state, result._replace(reward=factor * result.reward)
+
+    return env._replace(step=step)
+
+
+def mean_interval(values, axis: int = 0, confidence: float = 0.95):
+    """Mean, low and high of independent values along an axis, by Student's t."""
+    values = np.asarray(values, np.float64)
+    count, mean = values.shape[axis], values.mean(axis=axis)
+    error = values.std(axis=axis, ddof=1) / np.sqrt(count)
+    reach = stats.t.ppf(0.5 + confidence / 2, count - 1) * error
+    return mean, mean - reach, mean + reach

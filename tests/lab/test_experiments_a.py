@@ -1,0 +1,348 @@
+"""Experiments of the laboratory: the numbers that each is about, measured against exact, and the command."""
+
+import csv
+import json
+
+import jax
+import numpy as np
+import pytest
+from instances import instance_a, instance_c, instance_t
+
+from jaxpg.cli import main
+from jaxpg.lab import exact
+from jaxpg.lab.experiments import EXPERIMENTS
+from jaxpg.lab.experiments.estimators import available, batch_moments, form, gradient, lambda_form
+from jaxpg.lab.experiments.frame import COLUMNS, Settings
+from jaxpg.lab.experiments.sampling import measure
+from jaxpg.lab.worlds import INSTANCES, lifted, tabular_world, world
+
+KEY = jax.random.key(3)
+
+
+def run(name, **settings):
+    """An experiment at its quick size: its table by rows, and its summary."""
+    asked = EXPERIMENTS[name].quick._replace(**settings)
+    result = EXPERIMENTS[name].run(asked, lambda line: None)
+    names = list(result.table)
+    rows = [
+        dict(zip(names, values, strict=True)) for values in zip(*result.table.values(), strict=True)
+    ]
+    assert set(COLUMNS) <= set(names)
+    json.dumps(result.summary)
+    return rows, result.summary
+
+
+def covered(rows, least=0.75):
+    """Intervals of 95 % hold the exact value: most of them, and none is far off."""
+    seen = [r for r in rows if r["measured"] is not None and r["exact"] is not None]
+    seen = [r for r in seen if np.isfinite(r["low"]) and r["high"] > r["low"]]
+    assert seen
+    inside = [r["low"] <= r["exact"] <= r["high"] for r in seen]
+    for r in seen:
+        assert abs(r["measured"] - r["exact"]) < 3.5 * (r["high"] - r["low"]) / 2 + 1e-6, r
+    assert np.mean(inside) >= least, [r for r, ok in zip(seen, inside, strict=True) if not ok]
+
+
+def test_worlds_hold_the_worked_instances():
+    for name, instance in (("A", instance_a()), ("T", instance_t()), ("C", instance_c())):
+        found = INSTANCES[name]()
+        for one, other in zip(found[0], instance.mdp, strict=True):
+            np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(found[1], instance.logits)
+
+
+def test_a_network_on_a_table_has_exact_moments():
+    # The linear policy sees one-hot observations, so J^T J is known, and sampling is the check.
+    place = world("T", "linear", gamma=0.9)
+    forms = [form(name, place) for name in ("total", "rtg", "rtg_optimal_state")]
+    found = measure(place, forms, KEY, 2**15)
+    truth = lifted(place, gradient(place))
+    for each in forms:
+        measured, known = found[each.name], each.exact()
+        assert abs(measured.trace().value / known.trace - 1) < 0.06
+        error = measured.mean - truth
+        assert error @ error < 4 * known.trace / measured.trajectories
+
+
+def test_every_named_estimator_has_the_gradient_for_mean_or_a_warning():
+    place = world("A", gamma=0.9)
+    truth = gradient(place)
+    for name in available(place):
+        each = form(name, place)
+        moments = batch_moments(each, place, 8)
+        if moments is None:  # estimated optima: measured only
+            assert "loo" in name
+            continue
+        biased = np.linalg.norm(moments.mean - truth) > 1e-9
+        assert biased == bool(each.warning), name
+
+
+def test_batch_size():
+    rows, summary = run("batch-size", seed=1)
+    covered(rows)
+    for name, number in (("total", 23.99647586), ("rtg", 10.78416704), ("rtg_value", 6.17171746)):
+        assert abs(summary[name]["slope"]["value"] + 1) < 0.02
+        assert summary[name]["exact_trace_at_one"] == pytest.approx(number, abs=1e-8)
+        assert summary[name]["trace_at_one"]["value"] == pytest.approx(number, rel=0.03)
+
+
+def test_batch_size_of_coupled_batches():
+    rows, _ = run("batch-size", estimators=("total_mean", "total_own_mean"), trajectories=2**12)
+    covered(rows)
+    two = {r["estimator"]: r["exact"] for r in rows if r["batch"] == 2}
+    assert two["total_mean"] == pytest.approx(27.25 / 2, abs=5e-3)
+    assert two["total_own_mean"] == pytest.approx(two["total_mean"] / 4)
+
+
+def test_shared_keys_are_seen():
+    # The negative control of the slope: batches of copies of one trajectory.
+    place = world("A")
+    each = [form("rtg", place)]
+    found = measure(place, each, KEY, 2**12, (1, 4))["rtg"]
+    copies = found._replace(levels={1: found.levels[1], 4: found.levels[1]})
+    assert copies.trace(4).value > 3 * found.trace(4).value
+
+
+def test_ladder():
+    rows, summary = run("ladder", seed=1)
+    covered(rows)
+    trace = {name: each["exact"] for name, each in summary["trace"].items()}
+    for name, number in (
+        ("total", 23.99647586),
+        ("total_constant", 13.96264449),
+        ("total_optimal", 13.61498921),
+        ("rtg", 10.78416704),
+        ("rtg_constant", 13.04368559),
+        ("rtg_optimal", 8.19389831),
+        ("rtg_time", 7.15040973),
+        ("rtg_value", 6.17171746),
+        ("rtg_optimal_state", 5.40105255),
+        ("gae_0.95", 5.49702005),
+        ("exact_advantage", 1.64738298),
+        ("all_action", 1.23208613),
+    ):
+        assert trace[name] == pytest.approx(number, abs=1e-8)
+    noise = {name: each["exact"] for name, each in summary["noise_scale"].items()}
+    for name, number in (("total", 10.25), ("rtg_value", 2.64), ("exact_advantage", 0.70)):
+        assert noise[name] == pytest.approx(number, abs=5e-3)
+
+
+def test_gae():
+    rows, summary = run("gae", seed=1)
+    covered(rows)
+    best = summary["best_lambda_by_batch"]
+    expected = {"1": 0.0, "10": 0.0, "100": 0.45, "1000": 0.83, "10000": 0.97, "100000": 1.0}
+    assert best == pytest.approx(expected)
+    place = world("A")
+    poor = lambda_form(place, 0.95, 0.5, 0.3).exact()
+    assert poor.trace == pytest.approx(5.69306982, abs=1e-8)
+    assert np.linalg.norm(poor.mean - gradient(place)) == pytest.approx(0.00879463, abs=1e-8)
+
+
+def test_offset():
+    rows, summary = run("offset", seed=1)
+    covered([r for r in rows if r["quantity"] != "variance of the reward"])
+    assert summary["quadratic"]["cross"] == pytest.approx(4.95057615, abs=1e-8)
+    assert summary["quadratic"]["score_square"] == pytest.approx(2.36076056, abs=1e-8)
+    assert summary["bandit_variance_at_1e6"] == pytest.approx(2.5e11)
+    wrong = [r for r in rows if r["quantity"] == "wrong sign" and r["batch"] == 10**6]
+    assert {r["offset"]: r["exact"] for r in wrong}[1e6] == pytest.approx(0.4996, abs=1e-5)
+    traces = {
+        r["offset"]: r["exact"]
+        for r in rows
+        if r["estimator"] == "none" and r["quantity"] == "trace"
+    }
+    assert np.log10(traces[1e6] / traces[1e5]) == pytest.approx(2, abs=1e-4)
+    assert len({round(r["exact"], 6) for r in rows if r["estimator"] == "optimal"}) == 1
+    bad = {r["estimator"] for r in rows if r["warning"]}
+    assert bad == {"E x² − (E x)², float32"}
+
+
+def test_never_hurts():
+    rows, summary = run("never-hurts", seed=1)
+    covered([r for r in rows if r["exact"]])
+    at_nine = summary["bandit_at_0.9"]
+    assert at_nine == pytest.approx({"b = 0": 0.0009, "b = E[r]": 0.0576, "b = b*": 0.0}, abs=1e-12)
+    cases = summary["cases"]
+    assert cases["A rtg_constant"] > cases["A rtg"]
+    assert cases["C total"] == pytest.approx(0) and cases["C rtg"] == pytest.approx(0.4763020666)
+
+
+def test_horizon_is():
+    rows, summary = run("horizon-is", seed=1)
+    covered([r for r in rows if r["horizon"] <= 10])
+    for r in rows:
+        if r["estimator"] == "gaussian" and r["quantity"] == "ESS / N":
+            assert r["exact"] == pytest.approx(np.exp(-0.09 * r["horizon"]))
+        if r["estimator"] == "gaussian" and r["quantity"] == "Var log W":
+            assert r["exact"] == pytest.approx(0.09 * r["horizon"])
+    assert summary["A_growth"] == pytest.approx(0.101730, abs=1e-6)
+    assert summary["A_second_moment"]["10"] == pytest.approx(2.679, abs=1e-3)
+    assert summary["A_second_moment"]["50"] == pytest.approx(156.7, abs=0.1)
+
+
+def test_degenerate_weights_have_no_interval():
+    rows, _ = run("horizon-is", trajectories=2**8, seed=2)
+    worst = [r for r in rows if r["horizon"] == 50 and r["quantity"] == "ESS / N"]
+    assert all("no interval" in r["warning"] and np.isnan(r["low"]) for r in worst)
+
+
+def test_importance():
+    rows, summary = run("importance", seed=1)
+    covered(rows, least=0.7)  # heavy tails: the trace's own interval is optimistic
+    known = summary["exact_at_lag_1"]
+    for name, bias, trace in (
+        ("is_total", 0.0, 53.20788435),
+        ("is_pdis", 0.0, 18.65836570),
+        ("is_first_order", 0.16991121, 14.50276358),
+        ("is_marginal", 0.16991121, 12.63949661),
+        ("is_step", 0.21452269, 12.43899572),
+    ):
+        assert known[f"{name} trace"] == pytest.approx(trace, abs=1e-8)
+        assert known[f"{name} squared_bias"] ** 0.5 == pytest.approx(bias, abs=1e-8)
+    assert summary["weights_at_lag_1"]["square"] == pytest.approx(1.61168126)
+    # Where policy and behaviour are one, every form is plain reward to go, or total return.
+    at_zero = {
+        r["estimator"]: r["exact"] for r in rows if r["lag"] == 0 and r["quantity"] == "trace"
+    }
+    total = at_zero.pop("is_total")
+    assert len({round(x, 9) for x in at_zero.values()}) == 1 and total > max(at_zero.values())
+
+
+def test_clipping():
+    rows, summary = run("clipping", seed=1)
+    covered(rows)
+    for name, lag, bias, trace in (
+        ("clipped_0.2", 1, 0.82743670, 2.57088662),
+        ("unclipped", 1, 0.21452269, 2.83231297),
+        ("clipped_0.2", 1.5, 0.8925880, None),
+        ("unclipped", 1.5, 0.3390881, None),
+    ):
+        found = summary[f"{name} at lag {lag:g}"]
+        assert found["bias"] == pytest.approx(bias, abs=1e-7)
+        assert trace is None or found["trace"] == pytest.approx(trace, abs=1e-8)
+    assert summary["clipped_0.2 at lag 0.5"] == summary["unclipped at lag 0.5"]
+
+
+def test_stale():
+    rows, summary = run("stale", seed=1)
+    covered([r for r in rows if r["lag"] == 1])
+    assert summary["slopes"]["gradient error"] == pytest.approx(1.007, abs=2e-3)
+    assert summary["slopes"]["objective gap"] == pytest.approx(2.002, abs=1e-3)
+    tenth = {r["quantity"]: r["exact"] for r in rows if abs(r["lag"] - 0.1) < 1e-9}
+    assert tenth == pytest.approx({"gradient error": 0.01724, "objective gap": 3.32e-4}, rel=1e-3)
+
+
+def test_cosine():
+    rows, _ = run("cosine", seed=1)
+    clt = {(r["quantity"], r["batch"]): r["exact"] for r in rows if r["estimator"] == "total"}
+    assert clt["to truth", 1] == pytest.approx(0.280, abs=1e-3)
+    assert clt["between batches", 1] == pytest.approx(0.079, abs=1e-3)
+    # The central limit: of no use for one trajectory, good from sixteen on.
+    covered([r for r in rows if r["batch"] >= 64])
+    dense = exact.cosine(batch_moments(form("total", world("A")), world("A"), 10**4)).to_truth
+    later = exact.cosine(batch_moments(form("total", world("A")), world("A"), 10**5)).to_truth
+    assert np.log10((1 - later) / (1 - dense)) == pytest.approx(-1, abs=0.01)
+
+
+def test_noise_scale():
+    rows, summary = run("noise-scale", seed=1)
+    covered(rows)
+    noise = summary["regulator_noise_to_signal"]
+    for name, k, number in (
+        ("rtg", -0.2, 23.4),
+        ("rtg", -1.3, 1082),
+        ("rtg", -1.45, 22188),
+        ("rtg_value", -0.6, 3.91),
+        ("rtg_value", -1.45, 345),
+    ):
+        assert noise[f"{name} k={k:g}"] == pytest.approx(number, rel=5e-3)
+
+
+def test_aliased_worlds_take_the_value_of_what_is_seen():
+    mdp, logits, behaviour = INSTANCES["A"](observation=(0, 1, 0))
+    place = tabular_world("aliased", mdp, logits, behaviour)
+    truth = [1.3682438082, -1.3682438082, -0.4989263193, 0.4989263193]
+    np.testing.assert_allclose(gradient(place), truth, atol=1e-9)
+    assert form("rtg", place).exact().trace == pytest.approx(9.91994022, abs=1e-8)
+    for name in ("rtg_value", "exact_advantage", "all_action", "rtg_optimal_state"):
+        np.testing.assert_allclose(form(name, place).exact().mean, truth, atol=1e-9)
+    assert form("rtg_optimal_state", place).exact().trace < form("rtg_value", place).exact().trace
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["imprtance"], "unknown experiment 'imprtance'; did you mean importance"),
+        (["ladder", "--estimators", "rgt"], "unknown estimator 'rgt'; did you mean rtg"),
+        (["ladder", "--env", "CartPol"], "unknown environment 'CartPol'; did you mean CartPole-v1"),
+        (["ladder", "--policy", "mpl"], "unknown policy 'mpl'; did you mean mlp"),
+        (["ladder", "--trajectories", "10"], "interval needs; use --trajectories"),
+        (["ladder", "--estimators", "is_step", "--env", "T"], "needs a behaviour policy"),
+        (["importance", "--trajectories", "64"], "below 50: an interval would mean nothing"),
+        (["gae", "--env", "CartPole-v1"], "exact answers, which CartPole-v1 has not"),
+        (["offset", "--estimators", "rtg"], "--estimators means nothing to offset"),
+        (["ladder", "--gamma", "1.5"], "must lie in [0, 1]"),
+        (["ladder", "--checkpoint", "nowhere"], "no config.json"),
+        (["ladder", "--bogus"], "unrecognized arguments: --bogus"),
+        (
+            ["ladder", "--env", "CartPole-v1", "--estimators", "rtg", "--trajectories", "2**23"],
+            "GiB, more than 2; use --trajectories",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main(["lab", *arguments, "--quick", "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("jaxpg: error:") and message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_writes_its_files(tmp_path, capsys):
+    from pyarrow import parquet
+
+    out = tmp_path / "out"
+    main(["lab", "ladder", "--env", "T", "--estimators", "total,rtg", "--quick", "--out", str(out)])
+    printed = capsys.readouterr().out.splitlines()
+    assert max(map(len, printed[:-1])) <= 80 and str(out) in printed[-1]
+    names = {"table.parquet", "table.csv", "summary.json", "figure.png", "figure.svg"}
+    assert {f.name for f in out.iterdir()} == names
+    with open(out / "table.csv") as file:
+        rows = list(csv.DictReader(file))
+    table = parquet.read_table(out / "table.parquet")
+    assert table.num_rows == len(rows) == 6
+    trace = {r["estimator"]: float(r["exact"]) for r in rows if r["quantity"] == "trace"}
+    assert trace["total"] == pytest.approx(73.76, abs=5e-3)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["settings"]["env"] == "T" and summary["seconds"] > 0
+    assert summary["versions"]["jax"] == jax.__version__
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_checkpoint_is_measured_where_it_was_trained(tmp_path, capsys):
+    run_folder, out = tmp_path / "run", tmp_path / "out"
+    arguments = (
+        "train FrozenLake-misc --algorithm reinforce --seeds 2 --updates 2 --num-envs 8 --quiet"
+    )
+    main([*arguments.split(), "--hidden", "8", "--run", str(run_folder)])
+    with pytest.raises(SystemExit):
+        main(["lab", "ladder", "--env", "A", "--checkpoint", str(run_folder)])
+    assert "was trained on FrozenLake-misc, not on A" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["lab", "ladder", "--checkpoint", str(run_folder), "--replica", "2"])
+    assert "replicas 0 to 1, not 2" in capsys.readouterr().err
+    command = ["lab", "ladder", "--estimators", "rtg", "--trajectories", "4096", "--out", str(out)]
+    main([*command, "--checkpoint", str(run_folder), "--replica", "1"])
+    rows = json.loads((out / "summary.json").read_text())["summary"]["trace"]["rtg"]
+    # An mlp's parameters, and still an exact trace to compare with.
+    assert rows["measured"] == pytest.approx(rows["exact"], rel=0.5) and rows["exact"] > 0
+
+
+def test_the_list_names_every_experiment(capsys):
+    main(["lab", "list"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in EXPERIMENTS)
+    assert max(map(len, printed.splitlines())) <= 80
+    assert isinstance(EXPERIMENTS["ladder"].defaults, Settings)

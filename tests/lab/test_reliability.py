@@ -1,0 +1,80 @@
+"""Statements about a handful of seeds: against SciPy, closed forms and synthetic data with known answers."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from jaxpg.lab.reliability import (
+    bootstrap,
+    interquartile_mean,
+    performance_profile,
+    probability_of_improvement,
+)
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (10, 2), (32, 5)])
+def test_interquartile_mean_is_the_trimmed_mean(shape):
+    scores = np.random.default_rng(0).normal(size=shape)
+    assert np.isclose(interquartile_mean(scores), stats.trim_mean(scores, 0.25, axis=None))
+
+
+def test_interquartile_mean_weighs_the_scores_at_the_quartiles():
+    # Of five equal shares of [0, 5], [1.25, 3.75] holds 3/4 of the second and fourth, all of the third.
+    scores = np.array([[100.0], [1.0], [2.0], [3.0], [-7.0]])
+    assert np.isclose(interquartile_mean(scores), (0.75 * 1 + 2 + 0.75 * 3) / 2.5)
+
+
+def test_interquartile_mean_of_normal_data_is_their_mean():
+    scores = np.random.default_rng(1).normal(3.0, 2.0, size=(4000, 5))
+    estimate = bootstrap(interquartile_mean, scores, num_resamples=200)
+    assert estimate.low < 3.0 < estimate.high
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("draw", ["normal", "lognormal"])
+def test_bootstrap_intervals_cover_the_truth(draw):
+    # Binomial standard error of 2000 repetitions at 95 %: 0.5 %; the band is 4 of them either side.
+    rng = np.random.default_rng(2)
+    draws = getattr(rng, draw)(size=(2000, 32, 5)) + np.arange(5.0)
+    grid = (np.arange(200_000) + 0.5) / 200_000
+    dist = stats.norm if draw == "normal" else stats.lognorm(1.0)
+    pooled = np.concatenate([dist.ppf(grid) + task for task in range(5)])
+    truth = interquartile_mean(pooled[:, None])
+    inside = 0
+    for seed, scores in enumerate(draws):
+        estimate = bootstrap(interquartile_mean, scores, num_resamples=400, seed=seed)
+        inside += estimate.low <= truth <= estimate.high
+    assert 0.93 < inside / len(draws) < 0.97
+
+
+def test_intervals_that_ignore_strata_are_too_wide():
+    # Negative control: tasks of very different scale, and a mean whose spread between tasks is no noise.
+    scores = np.random.default_rng(3).normal(size=(16, 4)) + 100.0 * np.arange(4)
+    stratified = bootstrap(lambda x: x.mean(axis=(-2, -1)), scores)
+    mixed = bootstrap(lambda x: x.mean(axis=(-2, -1)), scores.reshape(-1, 1))
+    assert mixed.high - mixed.low > 20 * (stratified.high - stratified.low)
+
+
+def test_performance_profile_counts_runs_above():
+    scores = np.array([[0.0, 1.0], [2.0, 3.0]])
+    np.testing.assert_array_equal(performance_profile(scores, [-1, 0, 1.5, 3]), [1, 0.75, 0.5, 0])
+
+
+def test_probability_of_improvement_is_mann_whitney():
+    rng = np.random.default_rng(4)
+    one, other = rng.normal(0.3, size=(20, 1)), rng.normal(size=(15, 1)).round(1)
+    one[:5] = other[:5]
+    known = stats.mannwhitneyu(one[:, 0], other[:, 0]).statistic / 300
+    assert np.isclose(probability_of_improvement(one, other), known)
+
+
+def test_probability_of_improvement_of_normals():
+    rng = np.random.default_rng(5)
+    one, other = rng.normal(0.5, size=(2, 200, 3)) - np.array([0.0, 0.5])[:, None, None]
+    estimate = bootstrap(probability_of_improvement, one, other, num_resamples=300)
+    assert estimate.low < stats.norm.cdf(0.5 / np.sqrt(2)) < estimate.high
+
+
+def test_an_interval_needs_two_runs():
+    with pytest.raises(ValueError, match=r"shape \(1, 3\).*2 runs or more"):
+        bootstrap(interquartile_mean, np.zeros((1, 3)))
