@@ -67,6 +67,12 @@ def peters_schaal(
     return jax.lax.scan(step, start, jnp.arange(reward.shape[0]))[0]
 
 
+CONTROL_VARIATES = {
+    "optimal_per_parameter": optimal_per_parameter,
+    "peters_schaal": peters_schaal,
+}
+
+
 def _of_others(numerator: Array, denominator: Array) -> Array:
     numerator, denominator = (x.sum(axis=0, keepdims=True) - x for x in (numerator, denominator))
     positive = denominator > 0.0

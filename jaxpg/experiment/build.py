@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxpg.algorithms import Algorithm, algorithm
 from jaxpg.envs import Env, from_gymnax
+from jaxpg.estimators.control_variates import CONTROL_VARIATES
 from jaxpg.experiment.config import Config
 from jaxpg.optimizers import OPTIMIZERS, SCHEDULES
 from jaxpg.policies import NETWORKS, Agent, actor_critic
@@ -55,6 +56,7 @@ def build_algorithm(config: Config) -> Algorithm:
             "leave it out, or use vpg or ppo"
         )
     optimizer = known(OPTIMIZERS, "optimizer", config.optimizer)
+    variate = config.control_variate
     return row._replace(
         policy_optimizer=optimizer,
         critic_optimizer=optimizer if row.critic_optimizer else None,
@@ -62,6 +64,8 @@ def build_algorithm(config: Config) -> Algorithm:
         num_minibatches=config.num_minibatches,
         critic_epochs=config.critic_epochs,
         schedule=known(SCHEDULES, "schedule", config.schedule),
+        control_variate=variate and known(CONTROL_VARIATES, "control variate", variate),
+        measure_noise=config.measure_noise,
     )
 
 

@@ -37,6 +37,12 @@ class Config:
     num_epochs: int = _flag(1, "passes over each batch that move the policy")
     num_minibatches: int = _flag(1, "parts of a batch, one step of the optimizer each")
     critic_epochs: int = _flag(0, "further passes that move only the critic")
+    control_variate: str | None = _flag(
+        None, "a baseline per parameter, of reinforce*: optimal_per_parameter or peters_schaal"
+    )
+    measure_noise: bool = _flag(
+        False, "log the gradient's noise scale and signal-to-noise, for one more backward pass"
+    )
     evaluation_episodes: int = _flag(128, "fresh episodes per agent for the final evaluation")
     seed: int = _flag(0, "master seed, from which every agent's is derived")
     run: str | None = _flag(None, "folder to write, new or empty; by default a new one under runs/")

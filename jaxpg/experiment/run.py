@@ -120,6 +120,14 @@ def _train(experiment, advance, state, compile_seconds, show, stopped):
         new = metrics.pop("env_steps").sum(axis=1).tolist()
         env_steps = [a + b for a, b in zip(env_steps, new, strict=True)]
         means = {name: nan_mean(values) for name, values in metrics.items()}
+        if config.measure_noise:
+            # Ratios of averages: each update's own is too noisy to be averaged.
+            noise, signal = means["noise"], means["signal"]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                means |= {
+                    "noise_scale": config.num_envs * noise / signal,  # in episodes, or lanes
+                    "signal_to_noise": signal / noise,
+                }
         line = {"update": updates, "env_steps": env_steps, "seconds": seconds, **means}
         files.append_json(folder / files.METRICS, line)
         status = status._replace(
