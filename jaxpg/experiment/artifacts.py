@@ -103,9 +103,10 @@ def lines(table: dict[str, list]) -> list[str]:
 def _cell(table, name, i) -> str:
     value = _plain(table[name][i])
     text = _number(value)
-    low, high = _plain(table["low"][i]), _plain(table["high"][i])
-    if name == "measured" and None not in (value, low, high) and math.isfinite(high - low):
-        text += f" ±{(high - low) / 2:.1g}"
+    if name == "measured" and value is not None:
+        low, high = _plain(table["low"][i]), _plain(table["high"][i])
+        if low is not None and high is not None and math.isfinite(high - low):
+            text += f" ±{(high - low) / 2:.1g}"
     return text
 
 

@@ -23,7 +23,7 @@ class Job(NamedTuple):
     name: str
     experiment: Any
     settings: Any
-    given: dict[str, Any]  # what the user asked for by name
+    refusal: str  # why it is left out of `all`, or nothing
 
 
 class Plan(NamedTuple):
@@ -55,11 +55,13 @@ def prepare(argv: Sequence[str]) -> Plan:
     for name in names:
         experiment = EXPERIMENTS[name]
         base = experiment.quick if arguments.quick else experiment.defaults
-        refusal = _refusal(name, experiment, given)
+        # For all, a setting is for those that know it; for one, it is a mistake if it does not.
+        meant = {k: v for k, v in given.items() if not (together and k in experiment.ignores)}
+        refusal = _refusal(name, experiment, meant)
         if refusal and not together:
             raise ValueError(refusal)
-        settings = base._replace(quick=arguments.quick, **given)
-        jobs.append(Job(name, None if refusal else experiment, settings, given))
+        settings = base._replace(quick=arguments.quick, **meant)
+        jobs.append(Job(name, experiment, settings, refusal))
     return Plan(jobs, arguments.out, together)
 
 
@@ -72,8 +74,8 @@ def execute(plan: Plan) -> None:
     if plan.together:
         parent = _folder(plan.out, "lab-all")
     for job in plan.jobs:
-        if job.experiment is None:
-            print(f"{job.name}: left out; the settings do not apply to it")
+        if job.refusal:
+            print(f"{job.name}: left out; {job.refusal}")
             continue
         folder = _folder(plan.out, f"lab-{job.name}") if parent is None else parent / job.name
         folder.mkdir(exist_ok=True)

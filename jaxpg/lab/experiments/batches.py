@@ -214,11 +214,13 @@ EXPERIMENTS = {
         batch_size,
         Settings(trajectories=2**20),
         Settings(trajectories=2**16, quick=True),
+        ignores=("repeats",),
     ),
     "cosine": Experiment(
         "cosine of a batch's gradient to the truth and to another batch's, against its size",
         cosine,
         Settings(trajectories=2**20),
         Settings(trajectories=2**15, quick=True),
+        ignores=("repeats",),
     ),
 }

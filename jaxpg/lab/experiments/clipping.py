@@ -120,5 +120,6 @@ EXPERIMENTS = {
         clipping,
         Settings(trajectories=2**18),
         Settings(trajectories=2**14, quick=True),
+        ignores=("estimators", "repeats"),
     ),
 }

@@ -233,11 +233,13 @@ EXPERIMENTS = {
         importance,
         Settings(trajectories=2**18),
         Settings(trajectories=2**14, quick=True),
+        ignores=("repeats",),
     ),
     "stale": Experiment(
         "how fast the surrogate goes wrong on stale data: slope 1 for gradients, 2 for values",
         stale,
         Settings(trajectories=2**20),
         Settings(trajectories=2**16, quick=True),
+        ignores=("estimators", "repeats"),
     ),
 }

@@ -196,5 +196,6 @@ EXPERIMENTS = {
         noise_scale,
         Settings(trajectories=2**18),
         Settings(trajectories=2**15, quick=True),
+        ignores=("repeats",),
     ),
 }

@@ -1,0 +1,286 @@
+"""The numeric signatures of the experiments on decompositions, batches, windows, discount and learning."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from jaxpg.lab import exact
+from jaxpg.lab.experiments import (
+    ascent,
+    coupling,
+    decomposition,
+    learning,
+    observability,
+    streams,
+    windows,
+)
+from jaxpg.lab.experiments.estimators import form, gradient
+from jaxpg.lab.experiments.frame import COLUMNS, Settings
+from jaxpg.lab.experiments.sampling import measure
+from jaxpg.lab.experiments.training import best_objective, objective_of
+from jaxpg.lab.worlds import world
+
+ALL = {
+    name: experiment
+    for module in (decomposition, coupling, windows, observability, learning)
+    for name, experiment in module.EXPERIMENTS.items()
+}
+A = world("A")
+
+
+def silent(line):
+    del line
+
+
+# Every experiment: a tidy table whose measurements agree with its exact values, and a figure.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+def test_measurements_agree_with_exact_values(name):
+    result = ALL[name].run(ALL[name].quick, silent)
+    table = result.table
+    assert set(COLUMNS) <= set(table)
+    assert len({len(column) for column in table.values()}) == 1
+    rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
+    for row in rows:
+        if row["measured"] is None or row["exact"] is None or not np.isfinite(row["high"]):
+            continue
+        # Intervals are of 95 %, about 2 standard errors either way: 5 of them, and rounding.
+        reach = 2.5 * (row["high"] - row["low"]) + 1e-5 * abs(row["exact"]) + 1e-9
+        assert abs(row["measured"] - row["exact"]) <= reach, row
+    result.draw(Figure())
+
+
+# The law of total variance.
+
+
+@pytest.mark.parametrize(
+    ("name", "trace"), [("rtg", 10.78416704), ("rtg_constant", 13.04368559), ("rtg_value", 6.17171746),
+                        ("rtg_optimal_state", 5.40105255)],
+)  # fmt: skip
+def test_components_sum_to_the_trace(name, trace):
+    known = decomposition.decompositions(A, name)
+    total = form(name, A).exact().trace
+    parts = sum(known["doob", part, None] for part in ("initial", "action", "transition"))
+    assert abs(parts - total) < 1e-10
+    assert abs(total - trace) < 1e-8
+    by_step = sum(v for (_, part, t), v in known.items() if t is not None and part == "action")
+    assert abs(by_step - known["doob", "action", None]) < 1e-10
+
+
+def test_a_baseline_changes_only_what_the_action_decides():
+    none, value = (decomposition.decompositions(A, name) for name in ("rtg", "rtg_value"))
+    for part in [
+        ("doob", "initial"),
+        ("doob", "transition"),
+        ("tucker", "trajectory"),
+        ("tucker", "state"),
+    ]:
+        assert abs(none[(*part, None)] - value[(*part, None)]) < 1e-12
+    assert round(none["tucker", "action", None], 8) == 0.95317384
+    assert round(value["tucker", "action", None], 8) == 0.06430514
+
+
+def test_split_by_initial_state_on_a_gymnax_environment():
+    catch = world("Catch-bsuite")
+    settings = Settings(env="Catch-bsuite", trajectories=2**13, estimators=("rtg",), quick=True)
+    result = decomposition.total_variance(settings, silent)
+    rows = {r: i for i, r in enumerate(result.table["component"][:3])}
+    measured = [result.table["measured"][rows[part]] for part in ("initial", "rest", "total")]
+    # The two parts come from other episodes than the total.
+    assert abs(measured[0] + measured[1] - measured[2]) < 0.1 * measured[2]
+    assert abs(measured[2] - form("rtg", catch).exact().trace) < 0.1 * measured[2]
+
+
+# Horizons.
+
+
+def test_the_trace_grows_with_the_horizon():
+    rows = []
+    for steps in (20, 50):
+        at = decomposition.at_horizon(A, steps)
+        for name in ("total", "rtg", "rtg_value", "exact_advantage"):
+            rows.append(
+                {"estimator": name, "horizon": steps, "exact": form(name, at).exact().trace}
+            )
+    slopes = [round(x, 2) for x in decomposition.growth(rows).values()]
+    np.testing.assert_allclose(slopes, [2.87, 2.82, 1.99, 1.03], atol=0.011)
+
+
+# Coupled batches.
+
+
+@pytest.mark.parametrize(("size", "trace"), [(2, 27.25), (8, 15.86), (64, 14.17)])
+def test_the_price_of_leaving_one_out(size, trace):
+    others = coupling.batch_moments(A, form("total_mean", A).estimator, size)
+    own = coupling.batch_moments(A, form("total_own_mean", A).estimator, size)
+    assert round(size * others.trace, 2) == trace
+    np.testing.assert_allclose(own.mean, (size - 1) / size * gradient(A), atol=1e-12)
+    assert np.isclose(own.trace, ((size - 1) / size) ** 2 * others.trace)
+
+
+def test_the_own_mean_shrinks_a_measured_gradient():
+    names = ("total_own_mean", "total_mean")
+    found = measure(A, [form(n, A) for n in names], jax.random.key(0), 2**14, (2,))
+    own, others = (found[name].mean for name in names)
+    # Sample by sample, whatever the sample.
+    np.testing.assert_allclose(own, others / 2, atol=1e-5)
+
+
+def test_standardised_advantages_scale_and_turn():
+    rows = coupling.standardised_bandit()
+    found = {(r["quantity"], r["batch"]): r["exact"] for r in rows}
+    np.testing.assert_allclose(
+        [found["scale", n] for n in (2, 4, 8)], [1.188, 1.812, 2.046], atol=6e-4
+    )
+    cosines = [found["cosine", n] for n in (2, 4, 8)]
+    np.testing.assert_allclose(cosines, [0.99255, 0.99953, 0.999995], atol=6e-6)
+
+
+# Behaviours.
+
+
+def test_the_best_behaviour_of_a_bandit_is_proportional_to_what_moves_the_gradient():
+    bandit = coupling._bandit_world()
+    policy, reward = np.array(coupling.RARE_POLICY), np.array(coupling.RARE_REWARDS)
+    length = np.linalg.norm(np.eye(3) - policy, axis=1)
+    share = policy * length * reward
+    np.testing.assert_allclose(
+        np.exp(coupling.tilted(bandit, 1.0))[0], share / share.sum(), atol=1e-12
+    )
+    best = coupling._trace(bandit, coupling.tilted(bandit, 1.0))
+    true = exact.gradient(bandit.mdp, bandit.logits, 1.0)
+    assert abs(best - (share.sum() ** 2 - true @ true)) < 1e-12
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        other = coupling.tilted(bandit, 1.0) + 0.1 * rng.normal(size=(1, 3))
+        assert coupling._trace(bandit, other) > best
+    assert abs(coupling._trace(bandit, coupling.best_behaviour(bandit)) - best) < 1e-6
+
+
+# Windows.
+
+WINDOW_TABLE = {
+    2: (-0.25, -0.5, -0.1875, -0.5, 1.0),
+    4: (0.75, 0.46774, 0.52865, 0.1875, 2.16129),
+    8: (0.75, 0.57972, 0.60966, 0.11328, 2.29566),
+    16: (0.75, 0.67085, 0.70144, 0.79762, 2.40502),
+    24: (0.75, 0.69736, 0.71730, 1.28019, 2.43683),
+}
+
+
+@pytest.mark.parametrize("length", WINDOW_TABLE)
+def test_window_table(length):
+    known = streams.exact_windows(length)
+    np.testing.assert_allclose(list(known.values()), WINDOW_TABLE[length], atol=6e-6)
+
+
+def test_pooling_more_environments_is_more_biased():
+    known = [streams.exact_pooled(8, n) for n in (1, 2, 4, 16, 64)]
+    np.testing.assert_allclose(known, [0.75, 0.66121, 0.61952, 0.58951, 0.58216], atol=6e-6)
+
+
+def test_simulated_windows_agree_with_the_table():
+    direction = {"preference": jnp.ones(())}
+    lengths, number = (2, 4, 8), 2**16
+    measured = streams.measure_windows(
+        streams.long_short(), direction, jax.random.key(1), number, lengths
+    )
+    for length, lanes in zip(lengths, measured, strict=True):
+        known = streams.exact_windows(length)
+        own = np.where(lanes.ends > 0, lanes.completed / np.maximum(lanes.ends, 1), 0.0)
+        for values, name in ((own, "per_environment"), (lanes.started / lanes.starts, "partial_as_full"),
+                             (lanes.unmasked, "unmasked")):  # fmt: skip
+            error = values.std() / np.sqrt(number)
+            assert abs(values.mean() - known[name]) < 5 * error, (length, name)
+        # Of a ratio of means, by the delta method.
+        for total, name in ((lanes.completed, "pooled"), (lanes.returns, "pooled_return")):
+            ratio = total.sum() / lanes.ends.sum()
+            error = (total - ratio * lanes.ends).std() / np.sqrt(number) / lanes.ends.mean()
+            assert abs(ratio - known[name]) <= 5 * error, (length, name)
+
+
+# Discount.
+
+
+def test_dropping_the_discount_is_no_gradient():
+    known = windows.discount_bias(A, 0.9)
+    assert round(known["bias"], 5) == 0.28413
+    assert round(known["relative_bias"], 3) == 0.228
+    assert round(known["asymmetry_without_start"], 4) == 0.0478
+    assert known["asymmetry_from_start"] < 1e-9
+
+
+# Partial observability.
+
+
+def test_bootstrapping_from_what_looks_alike_is_biased():
+    result = observability.partial_observability(Settings(trajectories=2**13), silent)
+    known = result.summary
+    for lambda_, bias, trace in ((0, 0.1465, 1.844), (0.5, 0.0823, 2.613), (0.95, 0.0092, 5.819)):
+        found = known[f"gae_{lambda_}"]
+        assert round(found["relative_bias"], 4) == bias
+        assert round(found["trace"], 3) == trace
+    assert known["gae_1"]["relative_bias"] < 1e-12
+    assert round(known["gae_1"]["trace"], 3) == 6.6
+    assert known["rtg"]["relative_bias"] < 1e-12
+    assert round(known["rtg"]["trace"], 8) == 9.91994022
+
+
+# Learning.
+
+
+def test_the_objective_of_training_is_exact():
+    for name in ("A", "T", "C"):
+        found = world(name, gamma=0.9)
+        known = exact.objective(found.mdp, found.logits, 0.9)
+        assert abs(float(objective_of(found)(found.params)) - known) < 1e-5
+
+
+def test_the_best_objective_is_an_upper_bound_that_ascent_approaches():
+    best = best_objective(A.mdp, 1.0)
+    logits = ascent.ascend(A, "natural", 300)[-1].reshape(3, 2)
+    assert 0.99 * best < exact.objective(A.mdp, logits, 1.0) <= best
+
+
+@pytest.mark.parametrize("name", ["natural", "trpo"])
+def test_the_natural_gradient_ignores_the_parameterisation(name):
+    matrix = ascent.mixing(6, 0)
+    assert ascent.reparameterisation_gap(A, name, matrix) < 1e-5
+    # The negative control: steepest ascent does not.
+    assert ascent.reparameterisation_gap(A, "sgd", matrix) > 1e-2
+
+
+def test_adam_ignores_the_unit_of_the_reward():
+    one, thousand = (ascent.ascend(A, "adam", 10, scale=scale) for scale in (1.0, 1000.0))
+    moved = np.abs(one[-1] - one[0]).max()
+    assert np.abs(thousand - one).max() < 1e-3 * moved
+    one, thousand = (ascent.ascend(A, "sgd", 1, scale=scale) for scale in (1.0, 1000.0))
+    np.testing.assert_allclose(thousand[1] - thousand[0], 1000 * (one[1] - one[0]), rtol=1e-4)
+
+
+def test_updates_to_a_target():
+    scores = np.array([[0.0, 0.5, 0.4, 0.6], [0.0, 0.1, 0.2, 0.3]])
+    np.testing.assert_array_equal(learning.updates_to(scores, 0.5), [1, np.inf])
+
+
+def test_a_hyperbola_is_found_again():
+    fronts = [{"batch": n, "measured": 5 * (1 + 20 / n), "rate": n} for n in (1, 4, 16, 64, 256)]
+    found = learning.front_summary(fronts)
+    assert np.isclose(found["critical_batch"], 20, rtol=1e-4)
+    assert np.isclose(found["least_updates"], 5, rtol=1e-4)
+    assert np.isclose(found["rate_exponent"], 1)
+
+
+@pytest.mark.slow
+def test_baselines_of_equal_variance_commit_differently():
+    # 2000 runs against fractions known to .007 (4000 runs): 5 standard errors of both together.
+    number, known = 2000, np.array([0.2245, 0.1205, 0.0793, 0.0318, 0.0])
+    final, _ = ascent.commit(jax.random.key(0), np.array(ascent.DELTAS), number)
+    stuck = (final[:, :, 0] < 0.5).mean(axis=1)
+    error = np.sqrt(known * (1 - known) * (1 / number + 1 / 4000))
+    assert (np.abs(stuck - known) <= 5 * error + 1e-12).all(), stuck
+    assert (np.diff(stuck) < 0).all()
