@@ -155,8 +155,11 @@ def _bars(axis, names, rows):
         axis.set_xscale("log")
     for row, value in zip(rows, shown, strict=True):
         reach = max(value, row.get("high") or value)
-        axis.annotate(f"{value:,.0f}" if value >= 1000 else f"{value:.3g}", (reach, place[row["estimator"]]), xytext=(6, 0), fontsize=8,
-                      textcoords="offset points", va="center")  # fmt: skip
+        text = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+        where = reach, place[row["estimator"]]
+        axis.annotate(
+            text, where, xytext=(6, 0), textcoords="offset points", fontsize=8, va="center"
+        )
     axis.margins(x=0.15)
 
 
