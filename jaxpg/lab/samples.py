@@ -112,12 +112,12 @@ def gradient_samples(
     if not couples(estimator) and control_variate is None:
         rows = jax.lax.map(lambda start: rows_of(source, gather(source, start, size)), starts)
         return rows.reshape(num_chunks * size, -1)[:num_trajectories]
-    whole = jax.lax.map(lambda start: _roll(source, start, size), starts)
+    whole = jax.lax.map(lambda start: roll(source, start, size), starts)
     whole = jax.tree.map(
         lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), whole
     )
     whole = jax.tree.map(lambda x: x[:, :num_trajectories], whole)
-    chunk = _weigh(source, whole)
+    chunk = weigh(source, whole)
 
     def gradients(weight):
         return _in_chunks(partial(lane_gradients, policy, policy_params), size, whole, weight)
@@ -176,7 +176,7 @@ def check_source(source: Source, num_trajectories: int) -> None:
 
 def gather(source: Source, start: Array | int, size: int) -> Chunk:
     """Trajectories start .. start+size-1, and the coefficients of their scores."""
-    return _weigh(source, _roll(source, start, size))
+    return weigh(source, roll(source, start, size))
 
 
 def rows_of(source: Source, chunk: Chunk) -> Array:
@@ -196,7 +196,7 @@ def log_probs(source: Source, trajectory: Trajectory) -> Callable[[Params], Arra
     return log_prob
 
 
-def _roll(source: Source, start: Array | int, size: int) -> Trajectory:
+def roll(source: Source, start: Array | int, size: int) -> Trajectory:
     agent = Agent(source.policy, source.critic)
     behaviour = source.policy_params if source.behaviour_params is None else source.behaviour_params
     several = tuple(behaviour) if isinstance(behaviour, tuple | list) else (behaviour,)
@@ -216,7 +216,7 @@ def _roll(source: Source, start: Array | int, size: int) -> Trajectory:
     return trajectory._replace(log_prob=importance.mixture(each, trajectory.mask))
 
 
-def _weigh(source: Source, trajectory: Trajectory) -> Chunk:
+def weigh(source: Source, trajectory: Trajectory) -> Chunk:
     estimator, hyperparams = source.estimator, source.hyperparams
     log_prob = trajectory.log_prob
     if source.behaviour_params is not None:

@@ -21,8 +21,8 @@ from jaxpg.lab.experiments.frame import (
     world_of,
 )
 from jaxpg.lab.experiments.pairs import grouped, intervals
-from jaxpg.lab.experiments.sampling import _compiler_options, measure, source_of
-from jaxpg.lab.samples import _roll, _weigh, rows_of
+from jaxpg.lab.experiments.sampling import compiler_options, measure, source_of
+from jaxpg.lab.samples import roll, weigh, rows_of
 from jaxpg.lab.streaming import Estimate, Moments, jackknife
 from jaxpg.lab.worlds import World, num_params, tabular_world
 
@@ -97,12 +97,12 @@ def split_by_start(world: World, forms, key, num_trajectories) -> list[tuple[Est
 
     work = num_trajectories * world.env.horizon
 
-    @partial(jax.jit, compiler_options=_compiler_options(work))
+    @partial(jax.jit, compiler_options=compiler_options(work))
     @partial(jax.vmap, in_axes=(None, 0))
     def of_start(key, index):
         k_start, k_episodes = jax.random.split(jax.random.fold_in(key, index))
         frozen = world.env._replace(reset=lambda _: world.env.reset(k_start))
-        whole = _roll(source_of(world, reader, k_episodes)._replace(env=frozen), 0, PER_START)
+        whole = roll(source_of(world, reader, k_episodes)._replace(env=frozen), 0, PER_START)
         return [_mean_and_spread(source_of(world, each, key), whole) for each in forms]
 
     chunks = [of_start(key, start + np.arange(size)) for start in range(0, num_starts, size)]
@@ -118,7 +118,7 @@ def split_by_start(world: World, forms, key, num_trajectories) -> list[tuple[Est
 
 def _mean_and_spread(source, trajectory):
     """The mean gradient of some episodes and the trace of their covariance, [P + 1]."""
-    rows = rows_of(source, _weigh(source, trajectory))
+    rows = rows_of(source, weigh(source, trajectory))
     return jnp.append(rows.mean(axis=0), rows.var(axis=0, ddof=1).sum())
 
 

@@ -20,7 +20,7 @@ from jaxpg.lab.experiments.frame import (
 )
 from jaxpg.lab.experiments.importance import Lag, lag_of
 from jaxpg.lab.experiments.sampling import group_size, source_of
-from jaxpg.lab.samples import _roll, log_probs
+from jaxpg.lab.samples import roll, log_probs
 from jaxpg.lab.statistics import MIN_EFFECTIVE
 from jaxpg.lab.streaming import GROUPS, quantile
 from jaxpg.lab.worlds import World, tabular_world
@@ -95,7 +95,7 @@ def _world_log_weights(world, settings, size, horizons, progress) -> list[np.nda
 
     @jax.jit
     def group(start):
-        trajectory = _roll(source, start, size)
+        trajectory = roll(source, start, size)
         log_prob = log_probs(source, trajectory)(source.policy_params)
         log_ratio = jnp.where(trajectory.mask, log_prob - trajectory.log_prob, 0.0)
         return jnp.cumsum(log_ratio, axis=0)[np.array(horizons) - 1]

@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxpg.lab.experiments.estimators import Form
 from jaxpg.lab.experiments.frame import Progress
-from jaxpg.lab.samples import Source, _roll, _weigh, log_probs
+from jaxpg.lab.samples import Source, roll, weigh, log_probs
 from jaxpg.lab.statistics import MIN_EFFECTIVE
 from jaxpg.lab.streaming import (
     GROUPS,
@@ -136,7 +136,7 @@ def measurer(
     progress(f"compiling {len(forms)} estimator{'s' * (len(forms) > 1)} on {world.name}")
     lowered = jax.jit(group).lower(jax.random.key(0, impl="threefry2x32"), world.params, 0)
     numbers = num_trajectories * world.env.horizon * num_params(world)
-    program = lowered.compile(_compiler_options(numbers // 4))
+    program = lowered.compile(compiler_options(numbers // 4))
 
     def run(key, params=world.params):
         found = []
@@ -213,7 +213,7 @@ def _group(world, forms, per_group, sizes, toward, key, start):
     for off_policy, critics in _shared(forms):
         for group in critics:
             source = source_of(world, group[-1], key)  # the last: those without a critic come first
-            trajectory = _roll(source, start, per_group)
+            trajectory = roll(source, start, per_group)
             batches = jax.tree.map(
                 lambda x: x.reshape(x.shape[0], -1, unit, *x.shape[2:]), trajectory
             )
@@ -230,7 +230,7 @@ def _group(world, forms, per_group, sizes, toward, key, start):
     return [rows[form.name] for form in forms], steps, log_weights
 
 
-def _compiler_options(steps) -> dict[str, Any] | None:
+def compiler_options(steps) -> dict[str, Any] | None:
     """For little work, the CPU compiler's optimisation costs more than it saves."""
     small = steps < 2**24 and jax.default_backend() == "cpu"
     return {"xla_backend_optimization_level": 0} if small else None
@@ -283,7 +283,7 @@ def _coefficient(source, trajectory):
     if source.critic is None:  # the rollout may have had one, for another form
         zero = jnp.zeros_like(trajectory.value)
         trajectory = trajectory._replace(value=zero, next_value=zero)
-    return _weigh(source, trajectory).coefficient / trajectory.mask.shape[1]
+    return weigh(source, trajectory).coefficient / trajectory.mask.shape[1]
 
 
 def _log_weights(source, trajectory):

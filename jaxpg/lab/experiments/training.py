@@ -10,7 +10,7 @@ from scipy import stats
 
 from jaxpg.algorithms import Algorithm
 from jaxpg.envs import Env, Mdp, check_mdp
-from jaxpg.lab.experiments.sampling import _compiler_options
+from jaxpg.lab.experiments.sampling import compiler_options
 from jaxpg.lab.worlds import World
 from jaxpg.policies import NETWORKS, Agent, AgentParams
 from jaxpg.trainer import make_trainer, train
@@ -68,7 +68,7 @@ def learner(
             (hyperparams, reward_scale),
         )
         work = keys.shape[0] * num_updates * num_envs * (num_steps or world.env.horizon)
-        program = jax.jit(jax.vmap(one), compiler_options=_compiler_options(work))
+        program = jax.jit(jax.vmap(one), compiler_options=compiler_options(work))
         scores, steps = (np.asarray(x, np.float64) for x in program(keys, *spread))
         return Curves(scores, np.cumsum(steps, axis=1) - steps)
 
