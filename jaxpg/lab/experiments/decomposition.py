@@ -22,7 +22,7 @@ from jaxpg.lab.experiments.frame import (
 )
 from jaxpg.lab.experiments.pairs import grouped, intervals
 from jaxpg.lab.experiments.sampling import compiler_options, measure, source_of
-from jaxpg.lab.samples import roll, weigh, rows_of
+from jaxpg.lab.samples import roll, rows_of, weigh
 from jaxpg.lab.streaming import Estimate, Moments, jackknife
 from jaxpg.lab.worlds import World, num_params, tabular_world
 

@@ -20,7 +20,7 @@ from jaxpg.lab.experiments.frame import (
 )
 from jaxpg.lab.experiments.importance import Lag, lag_of
 from jaxpg.lab.experiments.sampling import group_size, source_of
-from jaxpg.lab.samples import roll, log_probs
+from jaxpg.lab.samples import log_probs, roll
 from jaxpg.lab.statistics import MIN_EFFECTIVE
 from jaxpg.lab.streaming import GROUPS, quantile
 from jaxpg.lab.worlds import World, tabular_world

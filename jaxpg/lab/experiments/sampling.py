@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxpg.lab.experiments.estimators import Form
 from jaxpg.lab.experiments.frame import Progress
-from jaxpg.lab.samples import Source, roll, weigh, log_probs
+from jaxpg.lab.samples import Source, log_probs, roll, weigh
 from jaxpg.lab.statistics import MIN_EFFECTIVE
 from jaxpg.lab.streaming import (
     GROUPS,
