@@ -31,7 +31,13 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     },
     # A pole falls within some ten steps of a mistake, so credit need not reach far.
     ("CartPole-v1", "ppo"): {"gamma": 0.98, "lambda_": 0.8},
+    ("CartPole-v1", "vpg"): {"updates": 600, "gamma": 0.98},
     ("CartPole-v1", "reinforce_baseline"): {"updates": 100},
+    # Torques press on the pendulum at once, and a swing takes two seconds.
+    ("Pendulum-v1", "ppo"): {"updates": 400, "gamma": 0.9, "initial_std": 1.0},
+    # The entropy bonus keeps every seed swinging until it has reached the line once.
+    ("Acrobot-v1", "ppo"): {"updates": 150, "num_steps": 128, "entropy_coef": 0.01},
+    ("Catch-bsuite", "ppo"): {"updates": 100},
 }
 
 
