@@ -93,15 +93,15 @@ def test_a_grid_of_seeds_is_trained_and_every_file_written(tmp_path):
 )
 def test_a_signal_saves_what_was_learnt(tmp_path, number, status, wait_for):
     arguments = f"train CartPole-v1 --seeds 1 --updates 1000000 {SMALL} --run r"
+    # A shell's background job has SIGINT ignored, and children inherit that.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     process = subprocess.Popen(
-        [sys.executable, "-m", "jaxpg", *arguments.split()],
+        [sys.executable, "-c", f"{heed}; from jaxpg.cli import main; main()", *arguments.split()],
         cwd=tmp_path,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell's background job has SIGINT ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         deadline = time.monotonic() + 200
