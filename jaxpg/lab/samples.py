@@ -6,6 +6,7 @@ whatever couples the trajectories of the batch (a mean baseline, self-normalisat
 """
 
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -92,7 +93,8 @@ def gradient_samples(
     density of all.
     control_variate: a per-parameter baseline of `estimators.control_variates`; it couples the rows.
     Pure: wrap it in `jax.jit` with num_trajectories bound to compile it once.
-    Raises ValueError for N < 1, and for a baseline that compares trajectories with N < 2.
+    Raises ValueError for N < 1, for a baseline that compares trajectories with N < 2, and for rows that
+    would not fit in memory.
     """
     source = Source(
         env,
@@ -107,6 +109,7 @@ def gradient_samples(
     )
     check_source(source, num_trajectories)
     size = min(chunk_size(source), num_trajectories)
+    _check_memory(source, num_trajectories, size)
     num_chunks = -(-num_trajectories // size)
     starts = size * jnp.arange(num_chunks)
     if not couples(estimator) and control_variate is None:
@@ -172,6 +175,28 @@ def check_source(source: Source, num_trajectories: int) -> None:
             f"importance {describe(slot)} needs the log-probabilities of another behaviour; pass "
             "behaviour_params=, or use on_policy"
         )
+
+
+def _check_memory(source: Source, num_trajectories: int, size: int) -> None:
+    num_params = sum(x.size for x in jax.tree.leaves(source.policy_params))
+    needed, limit = 4 * num_trajectories * num_params, _memory()
+    if needed > limit:
+        raise ValueError(
+            f"{num_trajectories:,} gradients of {num_params:,} parameters are {needed / 2**30:.1f} GiB, more "
+            f"than the {limit / 2**30:.1f} GiB of memory; gradient_statistics needs only chunks of {size:,}, "
+            f"or ask for {limit // (4 * num_params):,} trajectories"
+        )
+
+
+def _memory() -> int:
+    """Bytes of memory of the default device, or of the machine."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is not None:
+        return limit
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # not a POSIX system
+        return 2**63
 
 
 def gather(source: Source, start: Array | int, size: int) -> Chunk:

@@ -251,3 +251,13 @@ def test_requests_that_make_no_sense(estimator, num, message):
         gradient_samples(
             env, policy, estimator, policy.init(jax.random.key(0)), jax.random.key(1), num, HP
         )
+
+
+def test_rows_that_would_not_fit_are_refused_before_anything_runs():
+    env = clock(3)
+    policy = mlp(env.observation, env.action)
+    params = policy.init(jax.random.key(0))
+    with pytest.raises(
+        ValueError, match=r"GiB of memory; gradient_statistics needs only chunks of \d+"
+    ):
+        gradient_samples(env, policy, Estimator(), params, jax.random.key(1), 10**9, HP)
