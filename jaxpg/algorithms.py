@@ -23,6 +23,7 @@ class Algorithm(NamedTuple):
 
 
 _TO_GO = Estimator(credit.reward_to_go)
+_ACTOR_CRITIC = Estimator(credit.lambda_return, baselines.critic, reduce=surrogates.per_step)
 
 ALGORITHMS = {
     # Williams, 1992.
@@ -31,24 +32,14 @@ ALGORITHMS = {
     "reinforce_baseline": Algorithm(_TO_GO._replace(baseline=baselines.leave_one_out)),
     # Sutton et al., 2000, with the credit of Schulman et al., 2016.
     "vpg": Algorithm(
-        Estimator(
-            credit.lambda_return,
-            baselines.critic,
-            surrogate=surrogates.standardised(surrogates.score),
-            reduce=surrogates.per_step,
-        ),
+        _ACTOR_CRITIC._replace(surrogate=surrogates.standardised(surrogates.score)),
         critic_optimizer=adam,
         critic_epochs=9,
         episodic=False,
     ),
     # Schulman et al., 2017.
     "ppo": Algorithm(
-        Estimator(
-            credit.lambda_return,
-            baselines.critic,
-            surrogate=surrogates.standardised(surrogates.clipped),
-            reduce=surrogates.per_step,
-        ),
+        _ACTOR_CRITIC._replace(surrogate=surrogates.standardised(surrogates.clipped)),
         critic_optimizer=adam,
         num_epochs=4,
         num_minibatches=4,
