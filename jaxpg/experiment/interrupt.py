@@ -3,8 +3,12 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+# Seconds within which signals are one: `timeout` and schedulers signal a process and then its group.
+SAME = 0.5
 
 
 class Interrupted(Exception):
@@ -19,15 +23,20 @@ class Interrupted(Exception):
 def signals() -> Iterator[Callable[[], int]]:
     """Yields a function that gives the number of the first signal so far, or 0; a second one aborts."""
     received: list[int] = []
+    first = 0.0
 
     def handle(number, frame):
         # Little may be done here: the signal may have come in the middle of a print.
+        nonlocal first
         del frame
+        if received and time.monotonic() - first < SAME:
+            return
         if received:
             show_cursor = b"\x1b[?25h" if os.isatty(2) else b""  # the live display had hidden it
             os.write(2, show_cursor + b"\njaxpg: aborted\n")
             os._exit(128 + number)
         received.append(number)
+        first = time.monotonic()
 
     # Only the main thread may set handlers; elsewhere, such as in a notebook's worker, leave them be.
     own = threading.current_thread() is threading.main_thread()

@@ -62,7 +62,15 @@ def merge_groups(moments: Moments) -> Moments:
 def jackknife(
     function: Callable[[Moments], Any], moments: Moments, confidence: float = 0.95
 ) -> Estimate:
-    """function of all groups, with the interval from leaving out one group at a time."""
+    """function of all groups, with the interval from leaving out one group at a time.
+
+    A ratio to a variance of 0 is infinite or undefined, and comes out as such.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _jackknife(function, moments, confidence)
+
+
+def _jackknife(function, moments, confidence) -> Estimate:
     groups = len(moments.count)
     level = quantile(confidence, groups)
     value = float(function(merge_groups(moments)))

@@ -259,6 +259,26 @@ def test_noise_scale():
         assert noise[f"{name} k={k:g}"] == pytest.approx(number, rel=5e-3)
 
 
+@pytest.mark.parametrize("name", ["importance", "clipping", "stale", "offset", "gae", "horizon-is"])
+def test_worlds_without_tables_are_measured_only(name):
+    rows, _ = run(name, env="CartPole-v1", policy="linear", trajectories=2**8)
+    own_world = ("gaussian", "wrong sign", "variance of the reward")  # a bandit's, or a walk's
+    seen = [r for r in rows if not {r["estimator"], r["quantity"]} & set(own_world)]
+    assert seen
+    for r in seen:
+        assert r["exact"] is None and r["trajectories"] == 2**8
+        assert 2**8 <= r["env_steps"] <= 50 * 2**8
+        assert r["low"] <= r["measured"] <= r["high"]
+    # Where policy and behaviour are one, the weights change nothing, down to the rounding.
+    for r in seen:
+        if name == "importance" and r["lag"] == 0 and r["estimator"] != "is_total":
+            at_zero = r["quantity"] == "squared_distance_to_on_policy"
+            assert not at_zero or abs(r["measured"]) < 1e-3
+    if name == "offset":
+        traces = {r["offset"]: r["measured"] for r in seen}
+        assert np.log10(traces[1e6] / traces[1e5]) == pytest.approx(2, abs=1e-3)
+
+
 def test_aliased_worlds_take_the_value_of_what_is_seen():
     mdp, logits, behaviour = INSTANCES["A"](observation=(0, 1, 0))
     place = tabular_world("aliased", mdp, logits, behaviour)
@@ -280,7 +300,7 @@ def test_aliased_worlds_take_the_value_of_what_is_seen():
         (["ladder", "--trajectories", "10"], "interval needs; use --trajectories"),
         (["ladder", "--estimators", "is_step", "--env", "T"], "needs a behaviour policy"),
         (["importance", "--trajectories", "64"], "below 50: an interval would mean nothing"),
-        (["gae", "--env", "CartPole-v1"], "exact answers, which CartPole-v1 has not"),
+        (["behaviour", "--env", "CartPole-v1"], "exact answers, which CartPole-v1 has not"),
         (["offset", "--estimators", "rtg"], "--estimators means nothing to offset"),
         (["ladder", "--gamma", "1.5"], "must lie in [0, 1]"),
         (["ladder", "--checkpoint", "nowhere"], "no config.json"),

@@ -2,19 +2,31 @@
 
 from functools import partial
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxpg.estimators import Estimator, surrogates
+from jaxpg.estimators import Estimator, credit, surrogates
 from jaxpg.lab import exact
 from jaxpg.lab.experiments.drawing import caption, label, line, panels, points
 from jaxpg.lab.experiments.estimators import (
     Form,
+    form,
     gradient,
     known_advantage,
     value_tables_of_actions,
 )
-from jaxpg.lab.experiments.frame import Experiment, Progress, Result, Settings, tidy
-from jaxpg.lab.experiments.importance import Lag, lag_of, lag_rows, measured_lags
+from jaxpg.lab.experiments.frame import Experiment, Progress, Result, Settings, key_of, tidy
+from jaxpg.lab.experiments.importance import (
+    PILOT,
+    Lag,
+    lag_of,
+    lag_rows,
+    measured_lags,
+    measured_result,
+)
+from jaxpg.lab.experiments.sampling import source_of
+from jaxpg.lab.samples import roll
 from jaxpg.lab.worlds import World
 from jaxpg.types import Hyperparams
 
@@ -25,9 +37,13 @@ def clipping(settings: Settings, progress: Progress) -> Result:
     Clipping stops steps outside 1 +- eps (Schulman et al., 2017): it bounds the variance and adds bias,
     because what it cuts is not the tail of the noise but the side that has moved furthest.
     """
-    lag = lag_of(settings, "clipping")
+    lag = lag_of(settings)
     epsilons = (None, 0.1, 0.2, 0.3)
     lags = (0.5, 1.0, 1.5) if settings.quick else (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+    if lag.world.mdp is None:
+        centred = _centred_returns(lag, settings)
+        forms = [_clipped(centred, epsilon, lag.world.gamma) for epsilon in epsilons]
+        return measured_result(lag, forms, lags, settings, progress)
     grid = sorted({*np.linspace(0.0, 1.5, 31).round(3).tolist(), *lags})
     advantages = partial(known_advantage, value_tables_of_actions(lag.world, lag.behaviour))
     forms = [_clipped(advantages, epsilon, lag.world.gamma) for epsilon in epsilons]
@@ -61,6 +77,23 @@ def clipping(settings: Settings, progress: Progress) -> Result:
     return Result(
         tidy(rows), summary, lambda figure: _draw_clipping(figure, rows, names, lag.world.name)
     )
+
+
+def _centred_returns(lag: Lag, settings):
+    """A credit: reward to go minus its mean at each step, of the behaviour's episodes set apart for it."""
+    world, key = lag.at(0.0), jax.random.fold_in(key_of(settings), 2)
+    source = source_of(world, form("rtg", world), key)
+    trajectory = jax.jit(partial(roll, source, 0, PILOT))()
+    hyperparams = Hyperparams(gamma=world.gamma)
+    psi = credit.reward_to_go(jnp.ones(trajectory.mask.shape), trajectory, hyperparams)
+    # An episode that has ended has nothing to go, and does not count.
+    alive = np.asarray(trajectory.mask)
+    mean = np.where(alive, psi, 0.0).sum(axis=1) / np.maximum(alive.sum(axis=1), 1)
+
+    def centred(trace, trajectory, hyperparams):
+        return credit.reward_to_go(trace, trajectory, hyperparams) - mean[:, None]
+
+    return centred
 
 
 def _at(rows, name, x):

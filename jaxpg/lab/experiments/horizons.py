@@ -35,29 +35,37 @@ def horizon_is(settings: Settings, progress: Progress) -> Result:
     Gaussian actions whose means differ by delta: ESS/N = exp(-T delta^2) and Var log W = T delta^2. A
     tabular world: (1/T) log E[W^2] tends to log of the spectral radius of sum_a pi^2 / beta P.
     """
-    lag = lag_of(settings, "horizon-is")
+    lag = lag_of(settings)
     longest = 50 if settings.quick else 100
+    tables = lag.world.mdp is not None
+    if not tables:
+        longest = min(longest, lag.world.env.horizon)
     horizons = [t for t in (1, 2, 5, 10, 20, 50, 100, 200) if t <= longest]
     size = group_size(settings.trajectories, 2)
     progress(f"{GROUPS * size:,} episodes of {longest} steps")
     world = _longer(lag, longest)
+    log_weights, steps = _world_log_weights(world, settings, size, horizons, progress)
+    walks = _gaussian_log_weights(settings.seed, GROUPS * size, horizons)
     found = {
-        "gaussian": _gaussian_log_weights(settings.seed, GROUPS * size, horizons),
-        world.name: _world_log_weights(world, settings, size, horizons, progress),
+        "gaussian": (walks, [GROUPS * size * t for t in horizons]),
+        world.name: (log_weights, steps),
     }
     rows: list[dict[str, Any]] = []
-    for name, log_weights in found.items():
-        for t, log_weight in zip(horizons, log_weights, strict=True):
-            known = (
-                exact.gaussian.gaussian_chain(SHIFT, t) if name == "gaussian" else _weights(lag, t)
-            )
-            rows += _rows(name, t, log_weight, known)
+    for name, columns in found.items():
+        for t, log_weight, env_steps in zip(horizons, *columns, strict=True):
+            known = exact.gaussian.gaussian_chain(SHIFT, t)
+            if name != "gaussian":
+                known = _weights(lag, t) if tables else None
+            rows += _rows(name, t, log_weight, known, env_steps)
+    summary: dict[str, Any] = {"delta": SHIFT, "gaussian_rate": SHIFT**2}
+    if not tables:
+        return Result(
+            tidy(rows), summary, lambda figure: _draw(figure, rows, horizons, world.name, None)
+        )
     progress("exact traces")
     rows += _traces(lag, horizons, settings.estimators or FORMS)
     growth = exact.weight_growth(world.mdp, world.logits, world.behaviour_logits)
-    summary = {
-        "delta": SHIFT,
-        "gaussian_rate": SHIFT**2,
+    summary |= {
         f"{world.name}_growth": growth,
         f"{world.name}_second_moment": {str(t): _weights(lag, t).square for t in horizons},
     }
@@ -69,6 +77,8 @@ def horizon_is(settings: Settings, progress: Progress) -> Result:
 def _longer(lag: Lag, horizon: int) -> World:
     """The pair of policies at lag 1, in the world with another horizon."""
     there = lag.at(1.0)
+    if there.mdp is None:
+        return there._replace(env=there.env._replace(horizon=horizon))
     mdp = there.mdp._replace(horizon=horizon)
     return tabular_world(there.name, mdp, there.logits, lag.behaviour, gamma=there.gamma)
 
@@ -90,7 +100,8 @@ def _gaussian_log_weights(seed, count, horizons) -> list[np.ndarray]:
     return rows
 
 
-def _world_log_weights(world, settings, size, horizons, progress) -> list[np.ndarray]:
+def _world_log_weights(world, settings, size, horizons, progress):
+    """log W after each horizon, and the environment steps until then."""
     source = source_of(world, form("is_total", world), key_of(settings))
 
     @jax.jit
@@ -98,17 +109,20 @@ def _world_log_weights(world, settings, size, horizons, progress) -> list[np.nda
         trajectory = roll(source, start, size)
         log_prob = log_probs(source, trajectory)(source.policy_params)
         log_ratio = jnp.where(trajectory.mask, log_prob - trajectory.log_prob, 0.0)
-        return jnp.cumsum(log_ratio, axis=0)[np.array(horizons) - 1]
+        steps = jnp.cumsum(trajectory.mask.sum(axis=1))
+        return tuple(x[np.array(horizons) - 1] for x in (jnp.cumsum(log_ratio, axis=0), steps))
 
-    columns = []
+    columns, steps = [], []
     for index in range(GROUPS):
-        columns.append(np.asarray(group(index * size), np.float64))
+        log_weight, taken = group(index * size)
+        columns.append(np.asarray(log_weight, np.float64))
+        steps.append(np.asarray(taken))
         if index == 0:
             progress(f"{GROUPS * size:,} episodes on {world.name}")
-    return list(np.concatenate(columns, axis=1))
+    return list(np.concatenate(columns, axis=1)), np.sum(steps, axis=0).tolist()
 
 
-def _rows(name, horizon, log_weight, known) -> list[dict[str, Any]]:
+def _rows(name, horizon, log_weight, known, env_steps) -> list[dict[str, Any]]:
     """Effective share of the sample and variance of log W, with intervals over the groups."""
     count = len(log_weight)
     peak = log_weight.max()
@@ -130,13 +144,13 @@ def _rows(name, horizon, log_weight, known) -> list[dict[str, Any]]:
         "estimator": name,
         "horizon": horizon,
         "trajectories": count,
-        "env_steps": count * horizon,
+        "env_steps": env_steps,
     }
     return [
-        estimated((share, share - half, share + half), quantity="ESS / N", exact=known.ess_fraction,
+        estimated((share, share - half, share + half), quantity="ESS / N", exact=known and known.ess_fraction,
                   warning=warning, **common),
         estimated((spread.mean(), spread.mean() - spread_half, spread.mean() + spread_half),
-                  quantity="Var log W", exact=known.log_variance, **common),
+                  quantity="Var log W", exact=known and known.log_variance, **common),
     ]  # fmt: skip
 
 
@@ -154,25 +168,27 @@ def _traces(lag, horizons, names) -> list[dict[str, Any]]:
 
 
 def _draw(figure, rows, horizons, world, growth):
-    axes = panels(figure, 3, width=4.6)
-    names = {"gaussian": f"Gaussian, δ = {SHIFT}", world: f"{world}, rate {growth:.3f}"}
+    axes = panels(figure, 2 if growth is None else 3, width=4.6)
+    rate = "" if growth is None else f", rate {growth:.3f}"
+    names = {"gaussian": f"Gaussian, δ = {SHIFT}", world: world + rate}
     for axis, quantity, title, unit in (
         (axes[0], "ESS / N", "Effective share of the sample", "ESS / N"),
         (axes[1], "Var log W", "Spread of the log weight", "Var log W"),
     ):
         for index, (name, text) in enumerate(names.items()):
             mine = [r for r in rows if r["estimator"] == name and r["quantity"] == quantity]
-            line(axis, horizons, [r["exact"] for r in mine], index, text)
-            points(
-                axis,
-                horizons,
-                *([r[k] for r in mine] for k in ("measured", "low", "high")),
-                index=index,
-            )
+            known = [r["exact"] for r in mine]
+            if known[0] is not None:
+                line(axis, horizons, known, index, text)
+            seen = ([r[k] for r in mine] for k in ("measured", "low", "high"))
+            points(axis, horizons, *seen, index=index, label=text if known[0] is None else None)
         axis.set_yscale("log")
         if quantity == "Var log W":
             axis.set_xscale("log")
         label(axis, title, "horizon T (steps)", unit)
+    caption(figure)
+    if growth is None:
+        return
     traces = [r for r in rows if r["quantity"] == "trace"]
     for index, name in enumerate(dict.fromkeys(r["estimator"] for r in traces)):
         mine = [r for r in traces if r["estimator"] == name]
@@ -181,7 +197,6 @@ def _draw(figure, rows, horizons, world, growth):
     label(
         axes[2], f"Variance of the gradient, {world}", "horizon T (steps)", "tr Cov, one trajectory"
     )
-    caption(figure)
 
 
 EXPERIMENTS = {
@@ -190,6 +205,6 @@ EXPERIMENTS = {
         horizon_is,
         Settings(trajectories=2**17),
         Settings(trajectories=2**14, quick=True),
-        ignores=("policy", "checkpoint", "repeats"),
+        ignores=("repeats",),
     ),
 }

@@ -2,7 +2,10 @@
 
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from jaxpg.lab import exact
 from jaxpg.lab.exact import Moments
@@ -18,48 +21,82 @@ from jaxpg.lab.experiments.frame import (
     Settings,
     estimated,
     key_of,
-    need_exact,
     tidy,
     world_of,
 )
-from jaxpg.lab.experiments.sampling import Measured, measurer, need_effective
+from jaxpg.lab.experiments.pairs import paired, squares
+from jaxpg.lab.experiments.sampling import Measured, measurer, need_effective, source_of
+from jaxpg.lab.samples import log_probs, roll
+from jaxpg.lab.streaming import Estimate, jackknife
 from jaxpg.lab.worlds import World, table_params
 
 FORMS = ("is_total", "is_pdis", "is_first_order", "is_marginal", "is_step")
 LAGS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+REFERENCE = "squared_distance_to_on_policy"  # of means, in place of a bias where no truth is known
+SPREAD = 0.5  # of an episode's log weight at lag 1, to first order, where the step is random
+PILOT = 256  # episodes that scale it
+QUICK_STEPS = 50  # of an episode, in a quick run where no answers are exact
 
 
 class Lag(NamedTuple):
     """A behaviour policy, and the way from it to the policy to improve: target = behaviour + lag step."""
 
     world: World
-    behaviour: np.ndarray  # [O, A] logits
-    step: np.ndarray  # [O, A]
+    behaviour: Any  # [O, A] logits, or a network's parameters where the world has no tables
+    step: Any  # likewise
 
     def at(self, lag: float) -> World:
         """The world whose policy is ahead of its data by a lag."""
-        logits = self.behaviour + lag * self.step
+        moved = jax.tree.map(lambda x, step: x + lag * step, self.behaviour, self.step)
+        if self.world.mdp is None:
+            return self.world._replace(params=moved, behaviour_params=self.behaviour)
         return self.world._replace(
-            logits=logits,
-            params=table_params(logits),
+            logits=moved,
+            params=table_params(moved),
             behaviour_logits=self.behaviour,
             behaviour_params=table_params(self.behaviour),
         )
 
 
-def lag_of(settings: Settings, name: str) -> Lag:
+def lag_of(settings: Settings) -> Lag:
     """The world's own behaviour policy at lag 0 and its policy at 1; or one step up the gradient.
 
-    Raises ValueError for a world without tables, and for a network in place of a table.
+    A network steps in a random direction, and its world is measured only.
     """
-    world = world_of(settings)
-    need_exact(world, name)
-    if world.factor is not None:
-        raise ValueError(f"{name} moves tabular policies; leave out --policy and --checkpoint")
+    world = measured_world(settings)
+    if world.mdp is None:
+        return _random_lag(world, settings)
     if world.behaviour_logits is not None:
         return Lag(world, world.behaviour_logits, world.logits - world.behaviour_logits)
     up = exact.gradient(world.mdp, world.logits, world.gamma).reshape(world.logits.shape)
     return Lag(world, world.logits, up / max(np.abs(up).max(), 1e-12))
+
+
+def measured_world(settings: Settings) -> World:
+    """The world, without the tables of a network; short episodes where it has none and time is short."""
+    world = world_of(settings)
+    if world.mdp is not None and world.factor is None:
+        return world
+    if settings.quick:
+        world = world._replace(env=world.env._replace(horizon=min(world.env.horizon, QUICK_STEPS)))
+    return world._replace(mdp=None, logits=None, factor=None, basis=None)
+
+
+def _random_lag(world: World, settings: Settings) -> Lag:
+    """A random direction, so long that at lag 1 an episode's log weight spreads by SPREAD."""
+    walk, draw = jax.random.split(jax.random.fold_in(key_of(settings), 1))
+    flat, unravel = ravel_pytree(world.params)
+    step = unravel(jax.random.normal(draw, flat.shape, flat.dtype))
+    source = source_of(world, form("rtg", world), walk)
+
+    @jax.jit
+    def spread(params, step):
+        trajectory = roll(source, 0, PILOT)
+        _, change = jax.jvp(log_probs(source, trajectory), (params,), (step,))
+        return jnp.sqrt((change.sum(axis=0) ** 2).mean())
+
+    size = SPREAD / spread(world.params, step)
+    return Lag(world, world.params, jax.tree.map(lambda x: size * x, step))
 
 
 def importance(settings: Settings, progress: Progress) -> Result:
@@ -68,13 +105,16 @@ def importance(settings: Settings, progress: Progress) -> Result:
     At lag 0 all weights are 1. Whole-episode and per-decision weights stay unbiased and grow noisy; those
     that leave ratios out stay calm and drift.
     """
-    lag = lag_of(settings, "importance")
-    names = settings.estimators or FORMS
+    lag = lag_of(settings)
+    tables = lag.world.mdp is not None
+    names = settings.estimators or tuple(n for n in FORMS if tables or n != "is_marginal")
     lags = LAGS[::2] if settings.quick else LAGS
     forms = [form(name, lag.at(1.0)) for name in names]
     for each in forms:
         if not each.off_policy:
             raise ValueError(f"{each.name} takes no other policy's data; use {', '.join(FORMS)}")
+    if not tables:
+        return measured_result(lag, forms, lags, settings, progress)
     found = measured_lags(lag, [each for each in forms if each.estimator], lags, settings, progress)
     rows = []
     small = lag.behaviour.size <= 16
@@ -107,6 +147,46 @@ def measured_lags(lag, forms, lags, settings, progress) -> dict[float, dict[str,
     return found
 
 
+def measured_result(lag: Lag, forms, lags, settings, progress) -> Result:
+    """Traces and distances to the mean of on-policy rewards to go, where no answer is exact."""
+    aim = form("rtg", lag.at(1.0))
+    found = measured_lags(lag, [*forms, aim], lags, settings, progress)
+    rows = [
+        row
+        for x in lags
+        for each in forms
+        for row in _seen_rows(each, x, found[x][each.name], found[x][aim.name])
+    ]
+    summary = {
+        "horizon": lag.world.env.horizon,
+        "measured_at_lag_1": {
+            f"{r['estimator']} {r['quantity']}": r["measured"] for r in rows if r["lag"] == 1
+        },
+    }
+    names, title = [each.name for each in forms], lag.world.name
+    return Result(
+        tidy(rows), summary, lambda figure: _draw_lags(figure, rows, names, title, REFERENCE)
+    )
+
+
+def _seen_rows(each, x, measured: Measured, on_policy: Measured) -> list[dict]:
+    common = {
+        "estimator": each.name,
+        "lag": float(x),
+        "warning": each.warning if x and each.warning else None,
+        "trajectories": measured.trajectories,
+        "env_steps": measured.env_steps,
+        "effective_sample_size": measured.effective_sample_size,
+    }
+    values = {REFERENCE: distance(measured, on_policy), "trace": measured.trace()}
+    return [estimated(value, quantity=name, **common) for name, value in values.items()]
+
+
+def distance(measured: Measured, on_policy: Measured) -> Estimate:
+    """|E g - E g'|^2 for two forms, unbiased, with the interval of their difference."""
+    return jackknife(lambda m: squares(m)[2], paired(on_policy.levels[1], measured.levels[1]))
+
+
 def lag_rows(name, x, moments: Moments, truth, measured: Measured | None, **more) -> list[dict]:
     """Rows of the squared bias and the trace at a lag."""
     bias = float(((moments.mean - truth) ** 2).sum())
@@ -128,23 +208,27 @@ def lag_rows(name, x, moments: Moments, truth, measured: Measured | None, **more
     ]
 
 
-def _draw_lags(figure, rows, names, title):
+def _draw_lags(figure, rows, names, title, other="squared_bias"):
     axes = panels(figure, 2)
+    known = other == "squared_bias"
     for axis, quantity, text, unit in (
         (axes[0], "trace", "Variance", "tr Cov, one trajectory"),
-        (axes[1], "squared_bias", "Squared bias", "|E g − ∇J|²"),
-    ):
+        (axes[1], other, "Squared bias" if known else "Distance to the on-policy mean",
+         "|E g − ∇J|²" if known else "|E g − E g on-policy|²"),
+    ):  # fmt: skip
         for index, name in enumerate(names):
             mine = [r for r in rows if r["estimator"] == name and r["quantity"] == quantity]
-            line(axis, [r["lag"] for r in mine], [r["exact"] for r in mine], index, name)
+            if known:
+                line(axis, [r["lag"] for r in mine], [r["exact"] for r in mine], index, name)
             seen = [r for r in mine if r.get("measured") is not None]
             columns = [[r[k] for r in seen] for k in ("lag", "measured", "low", "high")]
-            points(axis, *columns, index=index)
+            points(axis, *columns, index=index, label=None if known else name)
         label(axis, f"{text}, {title}", "lag: policy = behaviour + lag · step", unit,
               legend=axis is axes[0])  # fmt: skip
-    caption(figure)
     plain_logarithms(axes[0])
-    axes[1].set_ylim(*_clear([r for r in rows if r["quantity"] == "squared_bias"]))
+    if known:
+        caption(figure)
+        axes[1].set_ylim(*_clear([r for r in rows if r["quantity"] == other]))
 
 
 def _clear(rows):
@@ -159,10 +243,12 @@ def stale(settings: Settings, progress: Progress) -> Result:
     The surrogate L has the right value and gradient at alpha = 0 (Kakade and Langford, 2002), so J - L
     starts with the square and the gradients differ from the first order on.
     """
-    lag = lag_of(settings, "stale")
+    lag = lag_of(settings)
     name, lags = "is_step", np.geomspace(1e-3, 1.0, 13)
     chosen = [lags[-1], lags[-3]] if settings.quick else list(lags[-5:][::-1])
     each = form(name, lag.at(1.0))
+    if lag.world.mdp is None:
+        return _stale_measured(lag, each, chosen, settings, progress)
     found = measured_lags(lag, [each], chosen, settings, progress)
     rows = []
     for x in lags:
@@ -189,6 +275,25 @@ def stale(settings: Settings, progress: Progress) -> Result:
     )
 
 
+def _stale_measured(lag: Lag, each, lags, settings, progress) -> Result:
+    """The surrogate's gradient against the mean of on-policy rewards to go."""
+    aim = form("rtg", lag.at(1.0))
+    found = measured_lags(lag, [each, aim], lags, settings, progress)
+    rows = []
+    for x in lags:
+        measured = found[x][each.name]
+        value = [np.sqrt(max(v, 0.0)) for v in distance(measured, found[x][aim.name])]
+        rows.append(estimated(
+            value, estimator=each.name, lag=float(x), quantity="distance to on-policy", warning="biased",
+            trajectories=measured.trajectories, env_steps=measured.env_steps,
+        ))  # fmt: skip
+    summary = {"horizon": lag.world.env.horizon}
+    slopes = {"distance to on-policy": None}
+    return Result(
+        tidy(rows), summary, lambda figure: _draw_stale(figure, rows, slopes, lag.world.name)
+    )
+
+
 def _slope(rows, quantity) -> float:
     """Of the logarithms, over two decades of small lags."""
     small = [r for r in rows if r["quantity"] == quantity and r["lag"] <= 0.11]
@@ -212,11 +317,13 @@ def _gap(lag: Lag, there: World) -> float:
 
 def _draw_stale(figure, rows, slopes, world):
     (axis,) = panels(figure, width=6.2, height=4.4)
-    units = {"gradient error": "|E g − ∇J|", "objective gap": "|J − L|"}
+    units = {"gradient error": "|E g − ∇J|", "objective gap": "|J − L|",
+             "distance to on-policy": "|E g − E g on-policy|"}  # fmt: skip
     for index, (quantity, slope) in enumerate(slopes.items()):
         mine = [r for r in rows if r["quantity"] == quantity]
-        text = f"{units[quantity]}, exact: slope {slope:.3f}"
-        line(axis, [r["lag"] for r in mine], [r["exact"] for r in mine], index, text)
+        if slope is not None:
+            text = f"{units[quantity]}, exact: slope {slope:.3f}"
+            line(axis, [r["lag"] for r in mine], [r["exact"] for r in mine], index, text)
         seen = [r for r in mine if r.get("measured") is not None]
         if seen:
             columns = [[r[k] for r in seen] for k in ("lag", "measured", "low", "high")]

@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxpg.lab.experiments.drawing import COLOURS, label, line, panels, points
@@ -21,12 +22,13 @@ from jaxpg.lab.experiments.frame import (
     Settings,
     estimated,
     key_of,
-    need_exact,
     tidy,
     world_of,
 )
+from jaxpg.lab.experiments.importance import QUICK_STEPS, REFERENCE, distance
 from jaxpg.lab.experiments.sampling import Measured, group_size, measure, need_effective
 from jaxpg.lab.worlds import World, lifted
+from jaxpg.policies import actor_critic
 
 LADDER = (
     "total", "total_constant", "total_optimal", "rtg", "rtg_constant", "rtg_optimal", "rtg_time",
@@ -178,7 +180,9 @@ def gae(settings: Settings, progress: Progress) -> Result:
     The critic is 0.5 V + 0.3. The best lambda grows with N, because only the variance falls with it.
     """
     world = world_of(settings)
-    need_exact(world, "gae")
+    chosen = [0.0, 0.5, 0.9, 1.0] if settings.quick else [0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0]
+    if world.mdp is None:
+        return _gae_measured(world, chosen, settings, progress)
     truth = gradient(world)
     started, grid = time.perf_counter(), np.linspace(0.0, 1.0, 101)
     lambda_form(world, 0.5, QUALITY, OFFSET).exact()  # type: ignore[misc]
@@ -188,7 +192,6 @@ def gae(settings: Settings, progress: Progress) -> Result:
     curve = [lambda_form(world, float(x), QUALITY, OFFSET).exact() for x in grid]  # type: ignore[misc]
     trace = np.array([m.trace for m in curve])
     bias = np.array([_square(m.mean - truth) for m in curve])
-    chosen = [0.0, 0.5, 0.9, 1.0] if settings.quick else [0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0]
     forms = [lambda_form(world, x, QUALITY, OFFSET) for x in chosen]
     found = measure(world, forms, key_of(settings), settings.trajectories, (1,), progress)
     rows = _gae_rows(world, truth, grid, bias, trace, dict(zip(chosen, forms, strict=True)), found)
@@ -203,6 +206,47 @@ def gae(settings: Settings, progress: Progress) -> Result:
     return Result(
         tidy(rows), summary, lambda figure: _draw_gae(figure, grid, bias, trace, rows, world)
     )
+
+
+def _gae_measured(world, chosen, settings, progress) -> Result:
+    """The trace and the distance to the mean of rewards to go, with the world's critic or a new one."""
+    if settings.quick:
+        world = world._replace(env=world.env._replace(horizon=min(world.env.horizon, QUICK_STEPS)))
+    kind = "trained" if world.critic is not None else "untrained"
+    if world.critic is None:
+        critic = actor_critic(world.env, settings.policy or "mlp").critic
+        assert critic is not None
+        params = critic.init(jax.random.fold_in(key_of(settings), 1))
+        world = world._replace(critic=critic, critic_params=params)
+    aim, forms = form("rtg", world), {x: lambda_form(world, x) for x in chosen}
+    key = key_of(settings)
+    found = measure(world, [aim, *forms.values()], key, settings.trajectories, (1,), progress)
+    rows = []
+    for x, each in forms.items():
+        seen = found[each.name]
+        values = {REFERENCE: distance(seen, found[aim.name]), "trace": seen.trace()}
+        rows += [
+            estimated(value, estimator="gae", quantity=name, trajectories=seen.trajectories,
+                      env_steps=seen.env_steps, warning=each.warning or None, **{"lambda": x})
+            for name, value in values.items()
+        ]  # fmt: skip
+    summary = {"critic": kind, "horizon": world.env.horizon}
+    return Result(tidy(rows), summary, lambda figure: _draw_gae_measured(figure, rows, world))
+
+
+def _draw_gae_measured(figure, rows, world):
+    axes = panels(figure, 2)
+    for index, (axis, name, title) in enumerate(
+        zip(axes, ("trace", REFERENCE), ("tr Cov", "|E g − E g of rewards to go|²"), strict=True)
+    ):
+        seen = [r for r in rows if r["quantity"] == name]
+        points(
+            axis,
+            *([r[k] for r in seen] for k in ("lambda", "measured", "low", "high")),
+            index=index,
+        )
+        label(axis, f"Generalised advantages, {world.name}", "λ", f"{title}, one trajectory",
+              legend=False)  # fmt: skip
 
 
 def _gae_rows(world, truth, grid, bias, trace, forms, found):
