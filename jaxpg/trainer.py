@@ -21,7 +21,15 @@ from jaxpg.estimators import (
     uses,
 )
 from jaxpg.optimizers import scheduled
-from jaxpg.policies import Agent, AgentCarry, AgentParams, check_agent, init_params, initial_carry
+from jaxpg.policies import (
+    Agent,
+    AgentCarry,
+    AgentParams,
+    check_agent,
+    init_params,
+    initial_carry,
+    observed,
+)
 from jaxpg.rollout import EpisodeSums, RolloutState, episodes, init_stream, unroll
 from jaxpg.types import Array, Hyperparams, Key, Metrics, Trajectory
 
@@ -108,6 +116,7 @@ def make_trainer(
         (params, opt_state), metrics = _fit(
             agent, algorithm, layout, state, batch, carry, hyperparams, k_fit
         )
+        params = observed(agent, params, trajectory)
         metrics |= _episode_metrics(ended, trajectory)
         if algorithm.measure_noise:
             metrics |= _noise(

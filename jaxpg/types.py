@@ -53,6 +53,7 @@ class Hyperparams(NamedTuple):
     entropy_coef: Any = 0.0
     kl_coef: Any = 1.0
     max_grad_norm: Any = 0.5
+    weight_decay: Any = 0.0  # of adamw, lion and muon
     schedule_updates: Any = 1e9  # updates over which a learning-rate schedule runs
 
 
@@ -65,5 +66,6 @@ HYPERPARAM_HELP = {
     "entropy_coef": "weight of the entropy bonus",
     "kl_coef": "weight of the KL penalty of the kl_penalised surrogate",
     "max_grad_norm": "gradients are scaled down to this global norm",
+    "weight_decay": "of weight matrices, by adamw, lion and muon, in units of the learning rate",
     "schedule_updates": "updates over which the learning-rate schedule runs; for the command, 0 is all",
 }

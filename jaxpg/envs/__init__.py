@@ -5,6 +5,7 @@ from jaxpg.envs.gymnax import from_gymnax, gymnax_names
 from jaxpg.envs.mdp import Mdp, check_mdp, from_mdp
 from jaxpg.envs.spaces import Box, Discrete, MultiDiscrete, Space
 from jaxpg.envs.tabulate import mdp_from_gymnax
+from jaxpg.envs.wrappers import history, mask_observation, repeat_action
 
 __all__ = [
     "Box",
@@ -17,5 +18,8 @@ __all__ = [
     "from_gymnax",
     "from_mdp",
     "gymnax_names",
+    "history",
+    "mask_observation",
     "mdp_from_gymnax",
+    "repeat_action",
 ]

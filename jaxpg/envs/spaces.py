@@ -2,7 +2,10 @@
 
 from typing import NamedTuple
 
+import jax
 import numpy as np
+
+from jaxpg.types import Array
 
 
 class Discrete(NamedTuple):
@@ -37,3 +40,20 @@ class MultiDiscrete(NamedTuple):
 
 
 Space = Discrete | Box | MultiDiscrete
+
+
+def encoded_size(space: Space) -> int:
+    """How many numbers `encode` makes of one element."""
+    if isinstance(space, Box):
+        return int(np.prod(space.shape))
+    return space.n if isinstance(space, Discrete) else sum(space.nvec)
+
+
+def encode(space: Space, x: Array) -> Array:
+    """Elements [..., *shape] as vectors [..., features]: real numbers flattened, integers one-hot."""
+    if isinstance(space, Box):
+        return x.reshape(*x.shape[: x.ndim - len(space.shape)], -1)
+    if isinstance(space, Discrete):
+        return jax.nn.one_hot(x, space.n)
+    offsets = np.cumsum((0, *space.nvec[:-1]))
+    return jax.nn.one_hot(x + np.broadcast_to(offsets, x.shape), sum(space.nvec)).sum(-2)

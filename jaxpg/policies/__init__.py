@@ -9,10 +9,12 @@ from jaxpg.policies.agent import (
     check_agent,
     init_params,
     initial_carry,
+    observed,
 )
 from jaxpg.policies.distributions import Categorical, Distribution, Gaussian, MultiCategorical
 from jaxpg.policies.initializers import orthogonal
 from jaxpg.policies.networks import Network, gru, linear, mlp, tabular
+from jaxpg.policies.normalisation import normalised
 
 __all__ = [
     "NETWORKS",
@@ -31,6 +33,8 @@ __all__ = [
     "initial_carry",
     "linear",
     "mlp",
+    "normalised",
+    "observed",
     "orthogonal",
     "tabular",
 ]

@@ -8,7 +8,8 @@ from jaxpg.envs import Box, Discrete, Env
 from jaxpg.policies import networks
 from jaxpg.policies.distributions import Categorical, Gaussian, MultiCategorical
 from jaxpg.policies.networks import Network, _example
-from jaxpg.types import Carry, Key, Params
+from jaxpg.policies.normalisation import normalised
+from jaxpg.types import Carry, Key, Params, Trajectory
 
 
 class Agent(NamedTuple):
@@ -41,18 +42,30 @@ def initial_carry(agent: Agent, num_lanes: int) -> AgentCarry:
     return AgentCarry(agent.policy.initial_carry(num_lanes), critic)
 
 
-def actor_critic(env: Env, network: str = "mlp", **settings) -> Agent:
+def observed(agent: Agent, params: AgentParams, trajectory: Trajectory) -> AgentParams:
+    """After an update: networks that keep statistics of observations take in the trajectory's."""
+
+    def after(network, params):
+        if network is None or network.observe is None:
+            return params
+        return network.observe(params, trajectory.obs, trajectory.mask)
+
+    return AgentParams(after(agent.policy, params.policy), after(agent.critic, params.critic))
+
+
+def actor_critic(env: Env, network: str = "mlp", *, normalise: bool = False, **settings) -> Agent:
     """An agent whose policy and critic are built alike for an environment's spaces.
 
     network: one of NETWORKS; settings go to its builder (`hidden=(64, 64)`, `activation="tanh"`).
-    Raises ValueError for an unknown network.
+    normalise: both see normalised observations. Raises ValueError for an unknown network.
     """
     builder = NETWORKS.get(network)
     if builder is None:
         raise ValueError(f"unknown network {network!r}; use one of {', '.join(NETWORKS)}")
-    return Agent(
-        builder(env.observation, env.action, **settings), builder(env.observation, None, **settings)
-    )
+    pair = [builder(env.observation, output, **settings) for output in (env.action, None)]
+    if normalise:
+        pair = [normalised(network, env.observation) for network in pair]
+    return Agent(*pair)
 
 
 def check_agent(env: Env, agent: Agent) -> None:

@@ -5,6 +5,7 @@ Every builder takes the observation space and what to put out: an action space g
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpg.envs import Box, Discrete, Space
+from jaxpg.envs import Box, Discrete, Space, spaces
 from jaxpg.policies.distributions import (
     MASKED_LOGIT,
     Categorical,
@@ -34,6 +35,8 @@ class Network(NamedTuple):
     apply: Callable[
         [Params, Carry, Array, Array], tuple[Carry, Any]
     ]  # obs [T, B, ...], first [T, B]
+    # After an update, from its obs [T, B, ...] and mask [T, B]; the optimizer's part of params stays.
+    observe: Callable[[Params, Array, Array], Params] | None = None
 
 
 def tabular(observation: Space, action: Space | None) -> Network:
@@ -89,7 +92,7 @@ def mlp(
     precision: of matrix products; below "highest", GPUs and TPUs round to 10 or 7 mantissa bits.
     """
     body, head = _body(hidden, activation, precision), _head(action, initial_std, precision)
-    encode = _encoder(observation)
+    encode = partial(spaces.encode, observation)
 
     def init(key):
         k_body, k_head = jax.random.split(key)
@@ -116,7 +119,7 @@ def gru(
 ) -> Network:
     """Dense layers, then a gated recurrent unit whose carry restarts before an episode's first row."""
     body, head = _body(hidden, activation, precision), _head(action, initial_std, precision)
-    encode = _encoder(observation)
+    encode = partial(spaces.encode, observation)
     cell = nn.GRUCell(
         features,
         kernel_init=orthogonal(),
@@ -215,18 +218,6 @@ def _distribution_head(action: Space, initial_std) -> tuple[int, Callable[..., D
         )
 
     return len(nvec) * widest, multi, {}
-
-
-def _encoder(space: Space) -> Callable[[Array], Array]:
-    """From [T, B, ...] observations to [T, B, features]."""
-    if isinstance(space, Discrete):
-        return lambda obs: jax.nn.one_hot(obs, space.n)
-    if isinstance(space, Box):
-        return lambda obs: obs.reshape(*obs.shape[: obs.ndim - len(space.shape)], -1)
-    offsets = np.cumsum((0, *space.nvec[:-1]))
-    return lambda obs: jax.nn.one_hot(
-        obs + jnp.broadcast_to(offsets, obs.shape), sum(space.nvec)
-    ).sum(-2)
 
 
 def _example(space: Space) -> Array:

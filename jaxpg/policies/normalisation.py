@@ -1,0 +1,76 @@
+"""Observation normalisation by running statistics, which live in a network's parameters."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpg.envs import Box, Space
+from jaxpg.envs.spaces import encoded_size
+from jaxpg.policies.networks import Network
+from jaxpg.types import Array
+
+LIMIT = 10.0
+SMALLEST_VARIANCE = 1e-8
+
+
+class Statistics(NamedTuple):
+    """Of the observations seen, flattened: weight decay, which is for matrices, leaves vectors alone."""
+
+    seen: Array  # [] how many
+    mean: Array  # [D]
+    squares: Array  # [D] sum of (x - mean)^2
+
+
+def normalised(network: Network, observation: Space) -> Network:
+    """The network on (obs - mean) / std, clipped to +- 10, over all observations of earlier updates.
+
+    Params: {"network": ..., "statistics": Statistics}. Their gradient is 0; `observe` moves them, between
+    updates alone, so that log-probs at the update equal those at the rollout. Before the first update
+    observations pass unscaled. Raises ValueError unless observations are a Box.
+    """
+    if not isinstance(observation, Box):
+        raise ValueError(
+            f"normalise scales real observations, and these are {type(observation).__name__}; "
+            "leave normalise out"
+        )
+    size = encoded_size(observation)
+
+    def init(key):
+        zeros = jnp.zeros(size)
+        return {"network": network.init(key), "statistics": Statistics(zeros[0], zeros, zeros)}
+
+    def apply(params, carry, obs, first):
+        # Not what the estimator differentiates, but data.
+        seen, mean, squares = jax.lax.stop_gradient(params["statistics"])
+        std = jnp.sqrt(jnp.maximum(squares / jnp.maximum(seen, 1.0), SMALLEST_VARIANCE))
+        mean, scale = (
+            jnp.broadcast_to(x.reshape(observation.shape), obs.shape)
+            for x in (mean, jnp.where(seen > 0, std, 1.0))
+        )
+        scaled = jnp.clip((obs - mean) / scale, -LIMIT, LIMIT)
+        return network.apply(params["network"], carry, scaled, first)
+
+    def observe(params, obs, mask):
+        rows = obs.reshape(-1, size)
+        return params | {"statistics": merged(params["statistics"], rows, mask.ravel())}
+
+    return network._replace(init=init, apply=apply, observe=observe)
+
+
+def merged(statistics: Statistics, rows: Array, mask: Array) -> Statistics:
+    """With further observations [N, D], where mask [N] is set (Chan, Golub and LeVeque, 1983).
+
+    Deviations are from the running mean, so float32 loses nothing to a mean far from 0.
+    """
+    seen, mean, squares = statistics
+    keep = mask[:, None]
+    new = mask.sum().astype(seen.dtype)
+    total = jnp.maximum(seen + new, 1.0)
+    deviation = jnp.where(keep, rows - mean[None], 0.0)
+    shift = deviation.sum(axis=0) / jnp.maximum(new, 1.0)
+    within = jnp.where(keep, deviation - shift[None], 0.0) ** 2
+    between = shift**2 * seen * (new / total)
+    return Statistics(
+        seen + new, mean + shift * (new / total), squares + within.sum(axis=0) + between
+    )
