@@ -3,6 +3,8 @@
 import difflib
 from typing import NamedTuple
 
+from jaxpg import adaptation, natural
+from jaxpg.adaptation import Adaptation
 from jaxpg.estimators import Estimator, baselines, credit, describe, importance, surrogates, uses
 from jaxpg.estimators.control_variates import ControlVariate
 from jaxpg.optimizers import Optimizer, Schedule, adam, constant
@@ -15,15 +17,36 @@ class Algorithm(NamedTuple):
     num_epochs: int = 1  # passes over the batch that move the policy (and the critic)
     num_minibatches: int = 1  # parts of the batch, one step each
     critic_epochs: int = 0  # further passes that move only the critic
+    critic_minibatches: int = 1  # parts of the batch in those
     episodic: bool = True  # data: whole episodes, or a stream that carries on
-    imitates: bool = False  # data: demonstrations
+    num_batches: int = 1  # data: the last so many batches, weighed by the importance slot
+    imitates: bool = False  # data: demonstrations alone
+    guided: bool = False  # data: whole episodes and demonstrations, as one mixture
     schedule: Schedule = constant
+    adaptation: Adaptation = adaptation.fixed  # of numbers to the KL of each update
+    fisher_samples: int | None = None  # steps (or lanes) that the Fisher matrix is of; None: all
+    measure_kl: bool = False  # log the KL of each whole update, for two more forward passes
     control_variate: ControlVariate | None = None  # a baseline per parameter, on whole episodes
     measure_noise: bool = False  # log the gradient's signal and noise, for one more backward pass
 
 
 _TO_GO = Estimator(credit.reward_to_go)
 _ACTOR_CRITIC = Estimator(credit.lambda_return, baselines.critic, reduce=surrogates.per_step)
+_PPO = Algorithm(
+    _ACTOR_CRITIC._replace(surrogate=surrogates.standardised(surrogates.clipped)),
+    critic_optimizer=adam,
+    num_epochs=4,
+    num_minibatches=4,
+    episodic=False,
+)
+_TRUST_REGION = Algorithm(
+    _ACTOR_CRITIC._replace(surrogate=surrogates.standardised(surrogates.ratio)),
+    policy_optimizer=natural.trpo,
+    critic_optimizer=adam,
+    critic_epochs=9,
+    episodic=False,
+    measure_kl=True,
+)
 
 ALGORITHMS = {
     # Williams, 1992.
@@ -37,13 +60,53 @@ ALGORITHMS = {
         critic_epochs=9,
         episodic=False,
     ),
-    # Schulman et al., 2017.
-    "ppo": Algorithm(
-        _ACTOR_CRITIC._replace(surrogate=surrogates.standardised(surrogates.clipped)),
+    # Mnih et al., 2016, without the asynchrony: short rollouts, one joint step each.
+    "a2c": Algorithm(_ACTOR_CRITIC, critic_optimizer=adam, episodic=False),
+    # Espeholt et al., 2018: stale streams under V-trace weights.
+    "impala": Algorithm(
+        _ACTOR_CRITIC._replace(importance=importance.truncated(1.0)),
         critic_optimizer=adam,
-        num_epochs=4,
-        num_minibatches=4,
         episodic=False,
+        num_batches=4,
+    ),
+    # Schulman et al., 2017.
+    "ppo": _PPO,
+    "ppo_kl": _PPO._replace(
+        estimator=_ACTOR_CRITIC._replace(
+            surrogate=surrogates.standardised(surrogates.kl_penalised)
+        ),
+        adaptation=adaptation.kl_penalty,
+        measure_kl=True,
+    ),
+    # Kakade, 2001.
+    "npg": _TRUST_REGION._replace(policy_optimizer=natural.npg),
+    # Schulman et al., 2015.
+    "trpo": _TRUST_REGION,
+    # Peters and Schaal, 2008: batch_mean is what the intercept of the regression subtracts.
+    "enac": Algorithm(
+        Estimator(credit.total_return, baselines.batch_mean),
+        policy_optimizer=natural.enac,
+        measure_kl=True,
+    ),
+    # Baxter and Bartlett, 2001: the discounted sum from the start of the episode ...
+    "gpomdp": Algorithm(_TO_GO._replace(importance=importance.from_start(importance.on_policy))),
+    # ... and the eligibility trace z <- gamma z + u over num_steps of a task that never ends, where gamma
+    # is their beta: (1/T) sum_t r_t z_t = (1/T) sum_t u_t sum_{k>=t} gamma^(k-t) r_k.
+    "gpomdp_continuing": Algorithm(_TO_GO._replace(reduce=surrogates.per_step), episodic=False),
+    # Precup et al., 2000: whole episodes of the last policies, each reward weighed by what led to it.
+    "off_policy": Algorithm(
+        _TO_GO._replace(baseline=baselines.time_mean, importance=importance.per_decision),
+        num_batches=4,
+    ),
+    # Levine and Koltun, 2013: the gradient of the self-normalised estimate of J from the mixture of the
+    # policy's own episodes and demonstrations, through its normaliser.
+    "guided": Algorithm(
+        Estimator(
+            credit.total_return,
+            baselines.regularised(baselines.weighted_mean),
+            importance.self_normalised(importance.trajectory),
+        ),
+        guided=True,
     ),
     # Maximum likelihood is REINFORCE with weight 1, on somebody else's data.
     "behaviour_cloning": Algorithm(Estimator(credit.unit), imitates=True),
@@ -98,8 +161,35 @@ def check_algorithm(algorithm: Algorithm, has_critic: bool) -> None:
             "a control variate acts on the gradients of whole episodes; use episodic=True, reduce "
             "per_episode, and one step per batch"
         )
-    for name in ("num_epochs", "num_minibatches"):
+    _check_sources(algorithm)
+    if algorithm.adaptation is not adaptation.fixed and not algorithm.measure_kl:
+        raise ValueError("adaptation reads the KL of each update; set measure_kl=True")
+    for name in ("num_epochs", "num_minibatches", "critic_minibatches", "num_batches"):
         if getattr(algorithm, name) < 1:
             raise ValueError(f"{name}={getattr(algorithm, name)} must be at least 1")
     if algorithm.critic_epochs < 0:
         raise ValueError(f"critic_epochs={algorithm.critic_epochs} must not be negative")
+
+
+def _check_sources(algorithm):
+    unweighted = uses(algorithm.estimator.importance, importance.on_policy)
+    if algorithm.num_batches > 1 and unweighted:
+        raise ValueError(
+            f"num_batches={algorithm.num_batches} reuses data of older policies, which "
+            f"{describe(algorithm.estimator.importance)} takes for the present one's; use per_decision, "
+            "trajectory, prefix, one_step, truncated or a self_normalised form"
+        )
+    if algorithm.guided:
+        if unweighted:
+            raise ValueError(
+                "demonstrations come from another policy, which "
+                f"{describe(algorithm.estimator.importance)} does not correct; use "
+                "self_normalised(trajectory)"
+            )
+        if not algorithm.episodic or algorithm.imitates or algorithm.num_batches > 1:
+            raise ValueError(
+                "guided joins demonstrations to whole episodes of the present policy; use "
+                "episodic=True, imitates=False and num_batches=1"
+            )
+        if algorithm.critic_optimizer or algorithm.control_variate:
+            raise ValueError("guided has neither a critic nor a control variate")

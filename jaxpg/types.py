@@ -52,6 +52,13 @@ class Hyperparams(NamedTuple):
     clip_eps: Any = 0.2
     entropy_coef: Any = 0.0
     kl_coef: Any = 1.0
+    target_kl: Any = 0.01
+    stop_kl: Any = 1e9
+    max_kl: Any = 0.01
+    damping: Any = 0.1
+    value_clip_eps: Any = 1e9
+    ess_floor: Any = 0.1
+    normaliser_coef: Any = 0.0
     max_grad_norm: Any = 0.5
     weight_decay: Any = 0.0  # of adamw, lion and muon
     schedule_updates: Any = 1e9  # updates over which a learning-rate schedule runs
@@ -65,6 +72,13 @@ HYPERPARAM_HELP = {
     "clip_eps": "epsilon of the clipped surrogate: ratios outside 1 +- epsilon are clipped",
     "entropy_coef": "weight of the entropy bonus",
     "kl_coef": "weight of the KL penalty of the kl_penalised surrogate",
+    "target_kl": "KL per update, in nats per step, that --adaptation steers to",
+    "stop_kl": "a minibatch whose KL exceeds it ends the policy's steps of its update",
+    "max_kl": "KL in nats per step of one step of npg, trpo and enac",
+    "damping": "added to the diagonal of the Fisher matrix by npg, trpo and enac",
+    "value_clip_eps": "the critic's loss lets a value move this far per update; a large one is no limit",
+    "ess_floor": "old data is dropped where its effective share of the sample is below it, in [0, 1]",
+    "normaliser_coef": "weight of the log normaliser of guided's self-normalised weights",
     "max_grad_norm": "gradients are scaled down to this global norm",
     "weight_decay": "of weight matrices, by adamw, lion and muon, in units of the learning rate",
     "schedule_updates": "updates over which the learning-rate schedule runs; for the command, 0 is all",

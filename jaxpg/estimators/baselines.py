@@ -119,6 +119,18 @@ def weighted_mean(
     return jnp.broadcast_to(total / scores.step.sum(axis=1, keepdims=True), psi.shape)
 
 
+def regularised(baseline: Baseline) -> Baseline:
+    """b - normaliser_coef: with self-normalised weights, adds normaliser_coef grad log sum_i W_i.
+
+    Holds the policy to where the samples have density (Levine and Koltun, 2013, equation 4).
+    """
+    return partial(_regularised, baseline)
+
+
+def _regularised(baseline, psi, scores, trajectory, hyperparams):
+    return baseline(psi, scores, trajectory, hyperparams) - hyperparams.normaliser_coef
+
+
 def optimal_constant(
     psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:

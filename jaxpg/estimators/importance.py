@@ -6,7 +6,7 @@ masked, is kept in log space until the last line.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -101,8 +101,11 @@ def self_normalised(importance: Importance) -> Importance:
 
 
 def _self_normalised(importance, log_ratio, trajectory, hyperparams):
-    share = jax.nn.softmax(_LOG_STEP[importance](log_ratio), axis=1)
-    return Weights(share * log_ratio.shape[1], jnp.ones_like(log_ratio))
+    # A lane that never counts is no episode: data that was dropped has no share.
+    present = trajectory.mask.any(axis=0, keepdims=True)
+    log_step = jnp.where(present, _LOG_STEP[importance](log_ratio), -jnp.inf)
+    share = jax.nn.softmax(log_step, axis=1)
+    return Weights(share * present.sum(), jnp.ones_like(log_ratio))
 
 
 def _whole(log_ratio):
@@ -131,15 +134,18 @@ def _from_start(importance, log_ratio, trajectory, hyperparams):
     return weights._replace(step=weights.step * hyperparams.gamma**time)
 
 
-def mixture(log_probs: Array, mask: Array) -> Array:
-    """The log-probabilities [T, B] of q = (1/K) sum_k beta_k, from those of each behaviour [K, T, B].
+def mixture(log_probs: Array, mask: Array, counts: Sequence[int] | None = None) -> Array:
+    """The log-probabilities [T, B] of q = sum_k c_k beta_k, from those of each behaviour [K, T, B].
 
-    Step by step log q(a_t | history) = log mean_k exp sum_{j<=t} log beta_k - the same up to t-1. Put into
+    c_k = counts_k / sum counts, by default 1/K. Step by step
+    log q(a_t | history) = log sum_k c_k exp sum_{j<=t} log beta_k - the same up to t-1. Put into
     `trajectory.log_prob`, every importance slot then weighs by the density of the mixture: one behaviour
     that never does what another did costs nothing, where 1/beta_k would be infinite (Veach and Guibas,
-    1995; Levine and Koltun, 2013). Unbiased when each behaviour gathered an equal share of the episodes.
+    1995; Levine and Koltun, 2013). Unbiased when behaviour k gathered a share c_k of the episodes.
     """
     chex.assert_equal_shape_suffix([log_probs, mask[None]], 2)
     so_far = jnp.cumsum(jnp.where(mask[None], log_probs, 0.0), axis=1)
-    density = jax.nn.logsumexp(so_far, axis=0) - math.log(log_probs.shape[0])
+    counts = counts or [1] * log_probs.shape[0]
+    shares = jnp.array([count / sum(counts) for count in counts], log_probs.dtype)
+    density = jax.nn.logsumexp(so_far, axis=0, b=shares[:, None, None])
     return jnp.diff(density, axis=0, prepend=jnp.zeros_like(density[:1]))

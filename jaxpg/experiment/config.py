@@ -1,11 +1,15 @@
 """What a run is: its structure, and lists of numbers that make a grid. Imports nothing heavy."""
 
+import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from jaxpg.types import Hyperparams
+
+CONFIG = "config.json"
 
 Grid = Hyperparams  # whose every field is a tuple of values
 
@@ -28,12 +32,24 @@ class Config:
     num_steps: int | None = _flag(
         None, "steps per environment and update; for reinforce*, the longest episode"
     )
+    keep: tuple[int, ...] = _flag((), "entries of the observation to see, as in 0,2; none: all")
+    repeat: int = _flag(1, "times that every action is taken; the rewards are summed")
+    history: int | None = _flag(None, "see the last so many observations and actions")
+    normalise: bool = _flag(False, "scale observations by their running mean and deviation")
     network: str = _flag("mlp", "mlp, linear, gru or tabular; policy and critic are built alike")
     hidden: tuple[int, ...] = _flag((64, 64), "widths of the hidden layers")
     activation: str = _flag("tanh", "tanh, relu, silu or gelu")
     initial_std: float = _flag(0.5, "of real-valued actions at the start, in half action ranges")
-    optimizer: str = _flag("adam", "adam or sgd, for policy and critic")
+    optimizer: str = _flag(
+        "adam", "sgd, momentum, rmsprop, adam, adamw, lion or muon, for policy and critic"
+    )
     schedule: str = _flag("constant", "of both learning rates: constant, linear or cosine")
+    batch_scaling: str = _flag(
+        "none", "both learning rates times (batch / reference-batch)^p: none, linear or sqrt"
+    )
+    reference_batch: int | None = _flag(
+        None, "the batch that the learning rates fit, in steps; for reinforce*, in episodes"
+    )
     num_epochs: int = _flag(1, "passes over each batch that move the policy")
     num_minibatches: int = _flag(1, "parts of a batch, one step of the optimizer each")
     critic_epochs: int = _flag(0, "further passes that move only the critic")
@@ -47,6 +63,13 @@ class Config:
     seed: int = _flag(0, "master seed, from which every agent's is derived")
     run: str | None = _flag(None, "folder to write, new or empty; by default a new one under runs/")
     quiet: bool = _flag(False, "print only the end")
+    checkpoint_seconds: float = _flag(
+        30.0, "least time between two checkpoints; one is always written at the end"
+    )
+    tensorboard: bool = _flag(False, "also write TensorBoard event files")
+    wandb: bool = _flag(False, "also log to Weights & Biases, offline unless WANDB_MODE is set")
+    debug_nans: bool = _flag(False, "slower; name the operation that first gave a NaN")
+    compilation_cache: bool = _flag(True, "keep compiled programs for later runs")
 
 
 def points(grid: Grid) -> list[Hyperparams]:
@@ -67,7 +90,8 @@ def completed(config: Config, grid: Grid) -> Grid:
 
 def check(config: Config, grid: Grid) -> None:
     """Raises ValueError for a number that no run can have, saying the value and the way out."""
-    for name in ("seeds", "updates", "num_envs", "num_steps", "evaluation_episodes"):
+    at_least_one = "seeds updates num_envs num_steps repeat history reference_batch"
+    for name in (*at_least_one.split(), "evaluation_episodes"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
@@ -78,6 +102,10 @@ def check(config: Config, grid: Grid) -> None:
         )
     if not (math.isfinite(config.initial_std) and config.initial_std > 0):
         raise ValueError(f"initial_std={config.initial_std} must be finite and above 0; try 0.5")
+    if not config.checkpoint_seconds >= 0:
+        raise ValueError(
+            f"checkpoint_seconds={config.checkpoint_seconds:g} must not be negative; 0 is every chunk"
+        )
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed={config.seed} must be between 0 and {2**32 - 1}")
     for name, values in grid._asdict().items():
@@ -92,6 +120,12 @@ _RANGES = {
     "critic_learning_rate": (lambda x: x > 0, "must be above 0; try 1e-3"),
     "clip_eps": (lambda x: x > 0, "must be above 0; try 0.2"),
     "kl_coef": (lambda x: x >= 0, "must not be negative; try 1"),
+    "target_kl": (lambda x: x > 0, "must be above 0; try 0.01"),
+    "stop_kl": (lambda x: x > 0, "must be above 0; a large one, such as 1e9, never stops"),
+    "max_kl": (lambda x: x > 0, "must be above 0; try 0.01"),
+    "damping": (lambda x: x >= 0, "must not be negative; try 0.1"),
+    "value_clip_eps": (lambda x: x > 0, "must be above 0; a large one, such as 1e9, never clips"),
+    "ess_floor": (lambda x: 0 <= x <= 1, "must lie in [0, 1]; try 0.1"),
     "max_grad_norm": (lambda x: x > 0, "must be above 0; a large one, such as 1e9, never clips"),
     "schedule_updates": (lambda x: x > 0, "must be above 0; leave it out to mean all updates"),
 }
@@ -103,6 +137,35 @@ def _check_number(name, value):
     holds, hint = _RANGES.get(name, (lambda x: True, ""))
     if not holds(value):
         raise ValueError(f"{name}={value:g} {hint}")
+
+
+def load_config(run: str | Path) -> tuple[Config, Grid]:
+    """What a run's config.json says; run: its folder, or the file. Raises ValueError."""
+    path = Path(run)
+    path = path / CONFIG if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{run} has no {CONFIG}; name the folder of a jaxpg train run")
+    try:
+        saved = json.loads(path.read_text())
+        structure = {name: _tuple(value) for name, value in saved["config"].items()}
+        numbers = {name: _tuple(value) for name, value in saved["hyperparameters"].items()}
+        unknown = structure.keys() - {f.name for f in fields(Config)}
+        unknown |= numbers.keys() - set(Hyperparams._fields)
+        if unknown:
+            raise ValueError(
+                f"{path} has the setting {min(unknown)!r}, which this version of jaxpg does not know"
+            )
+        # A setting that came later than the run has its default, which is what the run had.
+        defaults = {name: (value,) for name, value in Hyperparams()._asdict().items()}
+        return Config(**structure), Grid(**(defaults | numbers))
+    except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"cannot read {path}, which is not JSON: {error}") from error
+
+
+def _tuple(value):
+    return tuple(value) if isinstance(value, list) else value  # JSON has lists only
 
 
 def _listed(values):

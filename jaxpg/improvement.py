@@ -1,0 +1,240 @@
+"""Improvement: from an assessed batch to new parameters, in epochs of minibatch steps."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+from jaxpg.algorithms import Algorithm
+from jaxpg.estimators import coefficients, lane_gradients, objective, surrogates
+from jaxpg.estimators.estimator import Batch
+from jaxpg.policies import Agent, AgentCarry, AgentParams
+from jaxpg.types import Array, Hyperparams, Key, Metrics, Params
+
+
+class Fitted(NamedTuple):
+    """What the steps of an update carry on."""
+
+    params: AgentParams
+    opt_state: Any  # of the policy's and the critic's optimizer
+    moving: Array  # [] bool: no minibatch of this update has exceeded stop_kl
+
+
+def optimizers(
+    algorithm: Algorithm, hyperparams: Hyperparams
+) -> tuple[optax.GradientTransformationExtraArgs, optax.GradientTransformation]:
+    """The policy's and the critic's, with these numbers."""
+    critic = algorithm.critic_optimizer
+    # The critic's optimizer is an ordinary one that reads its own learning rate.
+    for_critic = hyperparams._replace(learning_rate=hyperparams.critic_learning_rate)
+    return (
+        optax.with_extra_args_support(algorithm.policy_optimizer(hyperparams)),
+        critic(for_critic) if critic else optax.identity(),
+    )
+
+
+def improve(
+    agent: Agent,
+    algorithm: Algorithm,
+    layout: str,
+    params: AgentParams,
+    opt_state: Any,
+    batch: Batch,
+    carry: AgentCarry,
+    hyperparams: Hyperparams,
+    key: Key,
+) -> tuple[AgentParams, Any, Metrics]:
+    """Epochs of minibatch steps: first of policy and critic together, then of the critic alone.
+
+    layout: what a minibatch is made of, "steps" or "lanes".
+    """
+    if layout == "steps":
+        # Without memory and with a mean over steps, the layout means nothing: one row of T x B lanes.
+        batch = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
+        carry = AgentCarry((), ())
+    policy_optimizer, critic_optimizer = optimizers(algorithm, hyperparams)
+    policy_step = partial(_policy_step, agent.policy, algorithm, policy_optimizer, hyperparams)
+    critic_step = partial(_critic_step, agent.critic, critic_optimizer, hyperparams)
+
+    def minibatch_step(with_policy, state, minibatch):
+        (policy, critic), (policy_opt, critic_opt), moving = state
+        metrics: Metrics = {}
+        if with_policy:
+            policy, policy_opt, moving, metrics = policy_step(
+                policy, policy_opt, moving, *minibatch
+            )
+        if agent.critic is not None:
+            critic, critic_opt, more = critic_step(critic, critic_opt, *minibatch)
+            metrics |= more
+        return Fitted(AgentParams(policy, critic), (policy_opt, critic_opt), moving), metrics
+
+    def epoch(with_policy, state, key):
+        parts = algorithm.num_minibatches if with_policy else algorithm.critic_minibatches
+        if parts == 1:
+            return minibatch_step(with_policy, state, (batch, carry))
+        num_lanes = batch.advantage.shape[1]
+        order = jax.random.permutation(key, num_lanes).reshape(parts, -1)
+
+        def step(state, lanes):
+            minibatch = (
+                jax.tree.map(lambda x: x[:, lanes], batch),
+                jax.tree.map(lambda x: x[lanes], carry),
+            )
+            return minibatch_step(with_policy, state, minibatch)
+
+        state, metrics = jax.lax.scan(step, state, order)
+        return state, jax.tree.map(lambda x: x.mean(axis=0), metrics)
+
+    def run(with_policy, state, key, num_epochs):
+        def step(state, key):
+            return epoch(with_policy, state, key)
+
+        state, metrics = jax.lax.scan(step, state, jax.random.split(key, num_epochs))
+        return state, jax.tree.map(lambda x: x.mean(axis=0), metrics)
+
+    k_both, k_critic = jax.random.split(key)
+    state, metrics = run(
+        True, Fitted(params, opt_state, jnp.bool_(True)), k_both, algorithm.num_epochs
+    )
+    if agent.critic is not None and algorithm.critic_epochs:
+        state, more = run(False, state, k_critic, algorithm.critic_epochs)
+        metrics |= more
+    if algorithm.measure_kl:
+        # The divergence of the whole update, which a KL measured before the last step is not.
+        moved = _kl_from(agent.policy, params.policy, batch, carry)
+        metrics["kl"] = moved(state.params.policy)
+    return state.params, state.opt_state, metrics
+
+
+def _policy_step(
+    policy, algorithm, optimizer, hyperparams, params, opt_state, moving, batch, carry
+):
+    def loss(params):
+        value, (log_prob, distribution) = objective(
+            algorithm.estimator, policy, params, carry.policy, batch, hyperparams
+        )
+        return -value, (log_prob, distribution.entropy())
+
+    (negative, (log_prob, entropy)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    if algorithm.control_variate:
+        gradient = _controlled(policy, algorithm, params, batch, hyperparams)
+    updates, new_state = optimizer.update(
+        gradient, opt_state, params, **_landscape(policy, algorithm, params, loss, batch, carry)
+    )
+    mask = batch.trajectory.mask
+    log_rho = jnp.where(mask, log_prob - batch.trajectory.log_prob, 0.0)
+    metrics = {
+        "objective": -negative,
+        "grad_norm": optax.tree.norm(gradient),
+        "entropy": surrogates.per_step(entropy, mask),
+        "kl": surrogates.per_step(jnp.expm1(log_rho) - log_rho, mask),
+        # Effective share of the batch: (sum rho)^2 / (N sum rho^2), 1 on-policy.
+        "ess": surrogates.per_step(jnp.exp(log_rho), mask) ** 2
+        / surrogates.per_step(jnp.exp(2 * log_rho), mask),
+    }
+    new_params = optax.apply_updates(params, updates)
+    if algorithm.num_epochs * algorithm.num_minibatches == 1:
+        return new_params, new_state, moving, metrics
+    moving &= metrics["kl"] <= hyperparams.stop_kl
+    new_params, new_state = jax.tree.map(
+        lambda new, old: jnp.where(moving, new, old), (new_params, new_state), (params, opt_state)
+    )
+    return new_params, new_state, moving, metrics
+
+
+def _critic_step(critic, optimizer, hyperparams, params, opt_state, batch, carry):
+    def loss(params):
+        trajectory = batch.trajectory
+        _, value = critic.apply(params, carry.critic, trajectory.obs, trajectory.first)
+        # As far as value_clip_eps allows, the larger error counts (Schulman et al., 2017's code).
+        near = trajectory.value + jnp.clip(
+            value - trajectory.value, -hyperparams.value_clip_eps, hyperparams.value_clip_eps
+        )
+        error = jnp.maximum((value - batch.target) ** 2, (near - batch.target) ** 2)
+        return 0.5 * surrogates.per_step(error, trajectory.mask)
+
+    value, gradient = jax.value_and_grad(loss)(params)
+    updates, opt_state = optimizer.update(gradient, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, {"critic_loss": value}
+
+
+def _landscape(policy, algorithm, params, loss, batch, carry):
+    """What the natural gradient's transformations ask for; costs nothing where they do not ask."""
+    part = batch, carry
+    if algorithm.fisher_samples:
+        num_lanes = batch.advantage.shape[1]
+        # Spread over the batch: neighbouring lanes may be steps of one episode.
+        lanes = [i * num_lanes // algorithm.fisher_samples for i in range(algorithm.fisher_samples)]
+        lanes = jnp.array(lanes)
+        part = jax.tree.map(lambda x: x[:, lanes], batch), jax.tree.map(lambda x: x[lanes], carry)
+    trajectory = batch.trajectory
+
+    def episode_log_probs(params):
+        _, distribution = policy.apply(params, carry.policy, trajectory.obs, trajectory.first)
+        return jnp.where(trajectory.mask, distribution.log_prob(trajectory.action), 0.0).sum(0)
+
+    return {
+        "loss": lambda params: loss(params)[0],
+        "kl": _kl_from(policy, params, batch, carry),
+        "fisher_kl": _kl_from(policy, params, *part),
+        "episode_log_probs": episode_log_probs,
+    }
+
+
+def _kl_from(policy, old, batch, carry):
+    """params -> the mean over steps of KL(pi_old || pi_params)."""
+    trajectory = batch.trajectory
+
+    def distribution(params):
+        return policy.apply(params, carry.policy, trajectory.obs, trajectory.first)[1]
+
+    def kl(params):
+        before = jax.lax.stop_gradient(distribution(old))
+        return surrogates.per_step(before.kl(distribution(params)), trajectory.mask)
+
+    return kl
+
+
+def _controlled(policy, algorithm, params, batch, hyperparams):
+    """The gradient of the loss, every episode's corrected by the control variate."""
+    trajectory = batch.trajectory
+    scores_of = partial(lane_gradients, policy, params, trajectory)
+    weight = coefficients(algorithm.estimator, trajectory.log_prob, batch, hyperparams)
+    rows = algorithm.control_variate(scores_of, weight, trajectory, hyperparams)
+    return ravel_pytree(params)[1](-rows.mean(axis=0))
+
+
+def noise(
+    agent: Agent,
+    algorithm: Algorithm,
+    params: Params,
+    batch: Batch,
+    carry: AgentCarry,
+    hyperparams: Hyperparams,
+) -> Metrics:
+    """Unbiased |E g|^2 and tr Cov of one batch's gradient, from the two halves of its lanes.
+
+    With g+ and g- the halves' gradients: tr Cov = E|g+ - g-|^2 / 4 and |E g|^2 = E|g|^2 - tr Cov, which may
+    come out negative. Average each over updates before taking the ratio: B_simple is
+    num_envs * noise / signal lanes (McCandlish et al., 2018).
+    """
+
+    def gradient(half):
+        part, memory = (
+            jax.tree.map(lambda x: x[:, half::2], batch),
+            jax.tree.map(lambda x: x[half::2], carry),
+        )
+
+        def value(params):
+            return objective(
+                algorithm.estimator, agent.policy, params, memory.policy, part, hyperparams
+            )[0]
+
+        return ravel_pytree(jax.grad(value)(params))[0]
+
+    one, other = gradient(0), gradient(1)
+    spread = ((one - other) ** 2).sum() / 4
+    return {"noise": spread, "signal": (((one + other) / 2) ** 2).sum() - spread}
