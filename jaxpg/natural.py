@@ -163,6 +163,9 @@ def enac(hyperparams: Hyperparams) -> optax.GradientTransformationExtraArgs:
     )
 
 
+NATURAL_OPTIMIZERS = (npg, trpo, enac)
+
+
 def _stateless(update: Any) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 

@@ -149,3 +149,15 @@ def mixture(log_probs: Array, mask: Array, counts: Sequence[int] | None = None) 
     shares = jnp.array([count / sum(counts) for count in counts], log_probs.dtype)
     density = jax.nn.logsumexp(so_far, axis=0, b=shares[:, None, None])
     return jnp.diff(density, axis=0, prepend=jnp.zeros_like(density[:1]))
+
+
+IMPORTANCES = {
+    "per_decision": per_decision,
+    "trajectory": trajectory,
+    "prefix": prefix,
+    "one_step": one_step,
+    "truncated": truncated(1.0),
+    "normalised_trajectory": self_normalised(trajectory),
+    "normalised_prefix": self_normalised(prefix),
+    "normalised_one_step": self_normalised(one_step),
+}

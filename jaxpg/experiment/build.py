@@ -5,11 +5,14 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jaxpg.adaptation import ADAPTATIONS, fixed
 from jaxpg.algorithms import Algorithm, algorithm
-from jaxpg.envs import Env, from_gymnax
+from jaxpg.envs import Env, from_gymnax, history, mask_observation, repeat_action
 from jaxpg.estimators.control_variates import CONTROL_VARIATES
+from jaxpg.estimators.importance import IMPORTANCES
 from jaxpg.experiment.config import Config
-from jaxpg.optimizers import OPTIMIZERS, SCHEDULES
+from jaxpg.natural import NATURAL_OPTIMIZERS
+from jaxpg.optimizers import BATCH_SCALINGS, OPTIMIZERS, SCHEDULES, batch_scaled
 from jaxpg.policies import NETWORKS, Agent, actor_critic
 from jaxpg.policies.networks import ACTIVATIONS
 from jaxpg.trainer import Trainer, make_trainer
@@ -27,7 +30,7 @@ def build(config: Config) -> Parts:
     # Names are looked up before the environment is made, which takes seconds.
     known(NETWORKS, "network", config.network)
     known(ACTIVATIONS, "activation", config.activation)
-    env = from_gymnax(config.environment)
+    env = wrapped(from_gymnax(config.environment), config)
     # Not every network has hidden layers or an activation.
     accepted = inspect.signature(NETWORKS[config.network]).parameters
     settings = {
@@ -35,38 +38,88 @@ def build(config: Config) -> Parts:
         for name in ("hidden", "activation", "initial_std")
         if name in accepted
     }
-    agent = actor_critic(env, config.network, **settings)
+    agent = actor_critic(env, config.network, normalise=config.normalise, **settings)
     if row.critic_optimizer is None:
         agent = agent._replace(critic=None)
     trainer = make_trainer(env, agent, row, num_envs=config.num_envs, num_steps=config.num_steps)
     return Parts(env, agent, trainer)
 
 
+def wrapped(env: Env, config: Config) -> Env:
+    """The environment as the agent meets it: some entries, actions repeated, a history of what is left."""
+    if config.keep:
+        env = mask_observation(env, config.keep)
+    if config.repeat > 1:
+        env = repeat_action(env, config.repeat)
+    return env if config.history is None else history(env, config.history)
+
+
 def build_algorithm(config: Config) -> Algorithm:
     """The row of the algorithm table with the configuration's settings. Raises ValueError."""
     row = algorithm(config.algorithm)
-    if row.imitates:
+    if (row.imitates or row.guided or config.imitate) and not config.demonstrations:
         raise ValueError(
-            f"{config.algorithm} imitates demonstrations, which the command line cannot give yet; "
-            "train it from Python with jaxpg.train(trainer, state, hyperparams, demonstrations, ...)"
+            f"{config.algorithm} learns from demonstrations; give --demonstrations FILE, as written "
+            "by jaxpg record"
+            if not config.imitate
+            else f"imitate={config.imitate} imitates demonstrations; give --demonstrations FILE"
+        )
+    if config.demonstrations and not (row.imitates or row.guided or config.imitate):
+        raise ValueError(
+            f"{config.algorithm} does not read demonstrations; use guided or behaviour_cloning, or "
+            "--imitate UPDATES --warm-start"
+        )
+    if config.imitate and not (row.guided or config.warm_start):
+        raise ValueError("imitate fits a policy that nothing uses; add --warm-start")
+    if row.guided and not config.imitate:
+        raise ValueError(
+            "guided weighs its own episodes by the demonstrators' density, which behaviour cloning "
+            "fits; give --imitate UPDATES, such as 200"
         )
     if row.critic_optimizer is None and config.critic_epochs:
         raise ValueError(
             f"critic_epochs={config.critic_epochs}, but {config.algorithm} has no critic; "
-            "leave it out, or use vpg or ppo"
+            "leave it out, or use vpg, a2c, ppo or trpo"
         )
     optimizer = known(OPTIMIZERS, "optimizer", config.optimizer)
+    # The natural gradient's rows are their optimizer: the flag is for the critic's then.
+    natural_row = row.policy_optimizer in NATURAL_OPTIMIZERS
+    estimator, adaptation = row.estimator, row.adaptation
+    if config.importance:
+        slot = known(IMPORTANCES, "importance", config.importance)
+        estimator = estimator._replace(importance=slot)
+    if config.adaptation:
+        adaptation = known(ADAPTATIONS, "adaptation", config.adaptation)
     variate = config.control_variate
     return row._replace(
-        policy_optimizer=optimizer,
+        estimator=estimator,
+        policy_optimizer=row.policy_optimizer if natural_row else optimizer,
         critic_optimizer=optimizer if row.critic_optimizer else None,
         num_epochs=config.num_epochs,
         num_minibatches=config.num_minibatches,
         critic_epochs=config.critic_epochs,
-        schedule=known(SCHEDULES, "schedule", config.schedule),
+        critic_minibatches=config.critic_minibatches,
+        num_batches=row.num_batches if config.num_batches is None else config.num_batches,
+        adaptation=adaptation,
+        fisher_samples=config.fisher_samples,
+        measure_kl=row.measure_kl or adaptation is not fixed,
+        schedule=_schedule(config, row.episodic),
         control_variate=variate and known(CONTROL_VARIATES, "control variate", variate),
         measure_noise=config.measure_noise,
     )
+
+
+def _schedule(config, episodic):
+    schedule = known(SCHEDULES, "schedule", config.schedule)
+    if not known(BATCH_SCALINGS, "batch scaling", config.batch_scaling):
+        return schedule
+    if config.reference_batch is None:
+        raise ValueError(
+            f"batch_scaling={config.batch_scaling} scales from a batch that the learning rates fit; "
+            "give reference_batch"
+        )
+    batch = config.num_envs * (1 if episodic else config.num_steps or 128)
+    return batch_scaled(schedule, config.batch_scaling, batch, config.reference_batch)
 
 
 def known(table: Mapping[str, Any], what: str, name: str) -> Any:

@@ -24,7 +24,9 @@ class Config:
 
     environment: str = field(metadata={"help": "name of a gymnax environment, such as CartPole-v1"})
     algorithm: str = _flag(
-        "ppo", "reinforce, reinforce_to_go, reinforce_baseline, vpg or ppo; sets the defaults below"
+        "ppo",
+        "reinforce, reinforce_to_go, reinforce_baseline, gpomdp, gpomdp_continuing, enac, vpg, a2c, "
+        "impala, ppo, ppo_kl, npg, trpo, off_policy, guided or behaviour_cloning; sets the defaults",
     )
     seeds: int = _flag(8, "agents trained side by side, for every point of the grid")
     updates: int = _flag(200, "updates per agent")
@@ -53,6 +55,24 @@ class Config:
     num_epochs: int = _flag(1, "passes over each batch that move the policy")
     num_minibatches: int = _flag(1, "parts of a batch, one step of the optimizer each")
     critic_epochs: int = _flag(0, "further passes that move only the critic")
+    critic_minibatches: int = _flag(1, "parts of a batch in those")
+    fisher_samples: int | None = _flag(
+        None, "steps (or lanes) of the batch that the Fisher matrix is of; by default all"
+    )
+    adaptation: str | None = _flag(
+        None, "steered to --target-kl by each update's KL: fixed, kl_penalty or learning_rate"
+    )
+    num_batches: int | None = _flag(None, "learn from the last so many batches, weighed")
+    importance: str | None = _flag(
+        None,
+        "the weights of old data: per_decision, trajectory, prefix, one_step, truncated, or "
+        "normalised_ before trajectory, prefix or one_step",
+    )
+    demonstrations: str | None = _flag(None, "file of jaxpg record, for guided and imitation")
+    imitate: int = _flag(
+        0, "updates of behaviour cloning before training; guided weighs by what they fit"
+    )
+    warm_start: bool = _flag(False, "start from the policy that --imitate fitted")
     control_variate: str | None = _flag(
         None, "a baseline per parameter, of reinforce*: optimal_per_parameter or peters_schaal"
     )
@@ -126,6 +146,7 @@ _RANGES = {
     "damping": (lambda x: x >= 0, "must not be negative; try 0.1"),
     "value_clip_eps": (lambda x: x > 0, "must be above 0; a large one, such as 1e9, never clips"),
     "ess_floor": (lambda x: 0 <= x <= 1, "must lie in [0, 1]; try 0.1"),
+    "weight_decay": (lambda x: x >= 0, "must not be negative; try 1e-2"),
     "max_grad_norm": (lambda x: x > 0, "must be above 0; a large one, such as 1e9, never clips"),
     "schedule_updates": (lambda x: x > 0, "must be above 0; leave it out to mean all updates"),
 }
@@ -147,8 +168,8 @@ def load_config(run: str | Path) -> tuple[Config, Grid]:
         raise ValueError(f"{run} has no {CONFIG}; name the folder of a jaxpg train run")
     try:
         saved = json.loads(path.read_text())
-        structure = {name: _tuple(value) for name, value in saved["config"].items()}
-        numbers = {name: _tuple(value) for name, value in saved["hyperparameters"].items()}
+        structure: dict[str, Any] = {k: _tuple(value) for k, value in saved["config"].items()}
+        numbers: dict[str, Any] = {k: _tuple(v) for k, v in saved["hyperparameters"].items()}
         unknown = structure.keys() - {f.name for f in fields(Config)}
         unknown |= numbers.keys() - set(Hyperparams._fields)
         if unknown:
