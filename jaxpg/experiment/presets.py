@@ -60,5 +60,7 @@ def preset(environment: str, algorithm: str) -> tuple[Config, Grid]:
     structure = {f.name for f in fields(Config)}
     config = Config(environment, algorithm)
     config = replace(config, **{k: v for k, v in row.items() if k in structure})
+    # Streams give their num_steps, whole episodes do not.
+    config = replace(config, reference_batch=config.num_envs * (config.num_steps or 1))
     numbers = {k: v for k, v in row.items() if k not in structure}
     return config, Grid(*((float(value),) for value in Hyperparams()._replace(**numbers)))

@@ -2,6 +2,7 @@
 
 from dataclasses import fields, replace
 
+import jax
 import pytest
 
 from jaxpg.algorithms import ALGORITHMS
@@ -10,8 +11,8 @@ from jaxpg.experiment.build import build, build_algorithm
 from jaxpg.experiment.config import Config, Grid, check, completed, points, varying
 from jaxpg.experiment.flags import parse
 from jaxpg.experiment.presets import PRESETS, preset
-from jaxpg.optimizers import OPTIMIZERS, SCHEDULES
-from jaxpg.policies import NETWORKS
+from jaxpg.optimizers import BATCH_SCALINGS, OPTIMIZERS, SCHEDULES
+from jaxpg.policies import NETWORKS, init_params
 from jaxpg.policies.networks import ACTIVATIONS
 from jaxpg.types import Hyperparams
 
@@ -60,6 +61,7 @@ def test_epochs_agree_with_the_algorithm_table(algorithm):
         ("activation", ACTIVATIONS),
         ("optimizer", OPTIMIZERS),
         ("schedule", SCHEDULES),
+        ("batch_scaling", BATCH_SCALINGS),
     ],
 )
 def test_help_names_every_choice(flag, table):
@@ -74,6 +76,44 @@ def test_flags_fill_both_types_in_any_order(order):
     expected, preset_grid = preset("CartPole-v1", "vpg")
     assert config == replace(expected, hidden=(32, 16), quiet="--quiet" in order)
     assert grid == preset_grid._replace(learning_rate=(1e-3, 3e-4), lambda_=(0.9,))
+
+
+def test_flags_wrap_the_environment():
+    """CartPole, every action twice; of every observation two entries, with the action before, three times."""
+    flags = "CartPole-v1 --keep 0,2 --repeat 2 --history 3 --normalise"
+    config, grid = parse(flags.split(), "jaxpg train")
+    assert (config.keep, config.repeat, config.history, config.normalise) == ((0, 2), 2, 3, True)
+    check(config, completed(config, grid))
+    parts = build(config)
+    assert parts.env.observation.shape == (3 * (2 + 2),) and parts.env.horizon == 250
+    params = init_params(parts.agent, jax.random.key(0))
+    assert params.policy["statistics"].mean.shape == params.critic["statistics"].mean.shape == (12,)
+    plain, _ = preset("CartPole-v1", "ppo")
+    assert build(plain).env.observation.shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("CartPole-v1 --keep 4", "keep=4 must name entries of the observation: 0 to 3"),
+        ("Catch-bsuite --keep 0", "keep chooses entries of a vector"),
+        ("CartPole-v1 --history 0", "history=0 must be at least 1"),
+        ("CartPole-v1 --repeat 0", "repeat=0 must be at least 1"),
+        ("CartPole-v1 --reference-batch 0", "reference_batch=0 must be at least 1"),
+        ("CartPole-v1 --weight-decay -1", "weight_decay=-1 must not be negative"),
+        ("FrozenLake-misc --normalise", "normalise scales real observations"),
+    ],
+)
+def test_wrong_flags_are_one_clear_line(flags, message):
+    config, grid = parse(flags.split(), "jaxpg train")
+
+    def prepare():
+        check(config, completed(config, grid))
+        build(config)
+
+    with pytest.raises(ValueError, match=message) as error:
+        prepare()
+    assert "\n" not in str(error.value)
 
 
 def test_every_field_is_a_flag(capsys):
