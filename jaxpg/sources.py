@@ -37,6 +37,13 @@ def on_policy(trajectory: Trajectory, carry: AgentCarry) -> Data:
     return Data(trajectory, trajectory.log_prob, carry)
 
 
+def imitated(agent: Agent, params: Params, demonstrations: Trajectory) -> Data:
+    """Demonstrations taken for the policy's own: maximum likelihood asks nobody else's density."""
+    carry = initial_carry(agent, demonstrations.mask.shape[1])
+    log_prob = log_prob_of(agent.policy, params, carry.policy, demonstrations)
+    return on_policy(demonstrations._replace(log_prob=log_prob), carry)
+
+
 def empty_memory(batch: tuple[Trajectory, AgentCarry], num_batches: int) -> Memory:
     """For batches of these shapes."""
 
@@ -119,7 +126,7 @@ def joined(
     q(tau) = share_own pi(tau) + share_demo beta(tau): a demonstration that pi would never give has a small
     weight pi/q, and an episode that beta would never give has at most 1/share_own (Levine and Koltun,
     2013). behaviour: parameters of the policy network that stand for beta on the policy's own episodes;
-    on the demonstrations beta is their log_prob.
+    on the demonstrations beta is their log_prob, or the same network where that is NaN.
     """
     num_steps = own.mask.shape[0]
     if demonstrations.mask.shape[0] > num_steps:
@@ -134,8 +141,10 @@ def joined(
     under_pi = jnp.concatenate(
         [own.log_prob, log_prob_of(agent.policy, params, carry[1].policy, demonstrations)], 1
     )
+    fitted = log_prob_of(agent.policy, behaviour, carry[1].policy, demonstrations)
+    known = jnp.where(jnp.isnan(demonstrations.log_prob), fitted, demonstrations.log_prob)
     under_beta = jnp.concatenate(
-        [log_prob_of(agent.policy, behaviour, carry[0].policy, own), demonstrations.log_prob], 1
+        [log_prob_of(agent.policy, behaviour, carry[0].policy, own), known], 1
     )
     density = importance.mixture(jnp.stack([under_pi, under_beta]), both.mask, counts)
     return Data(both._replace(log_prob=density), under_pi, initial_carry(agent, sum(counts)))

@@ -150,10 +150,10 @@ def make_trainer(
         if algorithm.imitates or algorithm.guided:
             demonstrations = _given(demonstrations)
         if algorithm.imitates:
-            carry = initial_carry(agent, demonstrations.mask.shape[1])
             none = jnp.zeros(())
             ended = _episode_metrics(EpisodeSums(none, none, none), demonstrations)
-            return ((), ()), sources.on_policy(demonstrations, carry), ended, {}
+            data = sources.imitated(agent, state.params.policy, demonstrations)
+            return ((), ()), data, ended, {}
         rollout, trajectory, carry, ended = roll(state.params, state.rollout, key)
         ended = _episode_metrics(ended, trajectory)
         policy, memory = state.params.policy, state.memory

@@ -19,6 +19,7 @@ RANKS = {
     "sources": 4.3,
     "improvement": 4.6,
     "trainer": 5,
+    "imitation": 5.5,
     "devices": 6,
     "lab": 6,
     "experiment": 7,
