@@ -2,6 +2,7 @@
 
 from jaxpg.envs.env import Env
 from jaxpg.envs.gymnax import from_gymnax, gymnax_names
+from jaxpg.envs.lqr import Lqr, check_lqr, from_lqr
 from jaxpg.envs.mdp import Mdp, check_mdp, from_mdp
 from jaxpg.envs.spaces import Box, Discrete, MultiDiscrete, Space
 from jaxpg.envs.tabulate import mdp_from_gymnax
@@ -11,11 +12,14 @@ __all__ = [
     "Box",
     "Discrete",
     "Env",
+    "Lqr",
     "Mdp",
     "MultiDiscrete",
     "Space",
+    "check_lqr",
     "check_mdp",
     "from_gymnax",
+    "from_lqr",
     "from_mdp",
     "gymnax_names",
     "history",

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jaxpg.envs import Discrete, Env, Mdp, from_gymnax, from_mdp, gymnax_names
+from jaxpg.envs import Discrete, Env, Lqr, Mdp, from_gymnax, from_lqr, from_mdp, gymnax_names
 from jaxpg.lab.exact.tables import Moments, Tables, tabulate
+from jaxpg.lab.regulators import PARAMS, gain_policy, value_critic
 from jaxpg.policies import NETWORKS, Agent, AgentParams, Network, actor_critic
 from jaxpg.types import Params
 
@@ -30,8 +31,9 @@ class World(NamedTuple):
     behaviour_params: Params = None  # another policy that gathers data; None where there is none
     factor: np.ndarray | None = None  # [O A, R] and
     basis: np.ndarray | None = None  # [P, R], orthonormal: a network's gradient is basis factor^T g
-    critic: Network | None = None  # a trained one, from a checkpoint
+    critic: Network | None = None  # a trained one, from a checkpoint, or a regulator's exact one
     critic_params: Params = ()
+    regulator: Lqr | None = None  # whose exact answers are those of a gain_policy
 
 
 class Checkpoint(NamedTuple):
@@ -46,7 +48,7 @@ class Checkpoint(NamedTuple):
 def world(
     name: str, policy: str | None = None, checkpoint: Checkpoint | None = None, gamma: float = 1.0
 ) -> World:
-    """A world by name: A, T or C (small worked instances), or any gymnax environment.
+    """A world by name: A, T or C (small worked instances), LQR, or any gymnax environment.
 
     FrozenLake-misc, Catch-bsuite and DiscountingChain-bsuite are tabulated, so they have exact answers too.
     policy: a network's name, at its initial parameters; by default a table where observations are
@@ -61,15 +63,17 @@ def world(
         return _trained(name, policy, checkpoint, gamma)
     if name in INSTANCES:
         return tabular_world(name, *INSTANCES[name](), gamma=gamma, policy=policy)
+    if name == REGULATOR:
+        return regulator_world(gamma=gamma, policy=policy)
     if name in TABULATED:
         mdp = _tabulated(name)
         shape = (int(np.max(mdp.observation)) + 1, mdp.reward.shape[1])
         return tabular_world(name, mdp, np.zeros(shape), gamma=gamma, policy=policy)
-    known = [*INSTANCES, *gymnax_names()]
+    known = [*INSTANCES, REGULATOR, *gymnax_names()]
     if name not in known:
         raise ValueError(
             f"unknown environment {name!r}; did you mean {_near(name, known)}? Exact answers exist for "
-            f"{', '.join([*INSTANCES, *TABULATED])}"
+            f"{', '.join([*INSTANCES, REGULATOR, *TABULATED])}"
         )
     env = from_gymnax(name)
     kind = policy or ("tabular" if isinstance(env.observation, Discrete) else "mlp")
@@ -99,6 +103,44 @@ def tabular_world(
     params = table_params(logits)
     behaviour = None if behaviour_logits is None else table_params(behaviour_logits)
     return World(name, env, network, params, gamma, mdp, logits, behaviour_logits, behaviour)
+
+
+def regulator_world(
+    regulator: Lqr | None = None,
+    gain: float = -0.6,
+    std: float = 0.5,
+    offset: float | None = None,
+    *,
+    gamma: float = 1.0,
+    policy: str | None = None,
+    fixed_std: bool = False,
+) -> World:
+    """The world of a linear-quadratic regulator under u ~ Normal(gain s + offset, std^2), its critic exact.
+
+    offset: None is 0, and no parameter; neither is a fixed_std. policy: another network, at its initial
+    parameters, which has no exact answers.
+    """
+    regulator = regulator or Lqr()
+    env = from_lqr(regulator)
+    if policy is not None:
+        network = actor_critic(env, policy).policy
+        return World(REGULATOR, env, network, network.init(_init_key()), gamma)
+    network = gain_policy(std if fixed_std else None, offset=offset is not None)
+    numbers = gain, np.log(std), offset or 0.0
+    params = {
+        name: jnp.full(1, number, jnp.result_type(float))
+        for name, number in zip(PARAMS, numbers, strict=True)
+        if name in network.init(_init_key())
+    }
+    critic, table = value_critic(regulator, numbers, gamma)
+    return World(
+        REGULATOR, env, network, params, gamma, critic=critic, critic_params=table, regulator=regulator
+    )  # fmt: skip
+
+
+def has_exact(world: World) -> bool:
+    """Whether moments and gradients are known: the world has tables, or is a regulator."""
+    return world.mdp is not None or world.regulator is not None
 
 
 def table_params(logits: np.ndarray) -> Params:
@@ -264,5 +306,6 @@ def _mdp(initial, transition, reward, horizon, terminal=(0, 0, 0), observation=(
     )
 
 
+REGULATOR = "LQR"
 INSTANCES: dict[str, Callable[..., Any]] = {"A": instance_a, "T": instance_t, "C": instance_c}
 TABULATED = ("FrozenLake-misc", "Catch-bsuite", "DiscountingChain-bsuite")

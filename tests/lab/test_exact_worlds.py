@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxpg.envs import Mdp
+from jaxpg.envs import Lqr, Mdp
 from jaxpg.estimators import Estimator, baselines, credit, importance
 from jaxpg.lab import exact
 from jaxpg.lab.exact import bandits, gaussian, lqr, stationary
@@ -91,7 +91,7 @@ def test_self_normalised_importance_sampling():
         bandits.self_normalised_moments((1.0, 0.7, 0.0), target, (0.5, 0.5, 0.0), 2)
 
 
-PUBLIC, PARAMS, GAMMA = lqr.Regulator(), np.array([-0.6, np.log(0.5)]), 0.95
+PUBLIC, PARAMS, GAMMA = Lqr(), np.array([-0.6, np.log(0.5)]), 0.95
 
 
 def test_the_regulator():
@@ -158,7 +158,7 @@ def test_noise_overwhelms_the_signal_near_the_optimum(gain, to_go, with_value):
 def test_one_step_of_the_regulator_by_hand():
     """Of the gain's component: a polynomial of Gaussian moments."""
     k, std, v = -0.6, 0.5, 0.25
-    one = lqr.Regulator(initial_mean=0.0, initial_variance=v, horizon=1)
+    one = Lqr(initial_mean=0.0, initial_variance=v, horizon=1)
     alpha, beta, g = 1.0 + 0.1 * k**2, 2 * 0.1 * k * std, 0.1 * std**2
     second = 15 * alpha**2 * v**3 + 9 * beta**2 * v**2 + 15 * g**2 * v + 18 * alpha * g * v**2
     variance = second / std**2 - (2 * 0.1 * k * v) ** 2

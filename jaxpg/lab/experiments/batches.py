@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxpg.lab import exact
 from jaxpg.lab.experiments.drawing import label, line, panels, points
-from jaxpg.lab.experiments.estimators import Form, batch_moments, coupled, form, gradient
+from jaxpg.lab.experiments.estimators import Form, batch_moments, coupled, form, true_gradient
 from jaxpg.lab.experiments.frame import (
     Experiment,
     Progress,
@@ -19,7 +19,7 @@ from jaxpg.lab.experiments.frame import (
 )
 from jaxpg.lab.experiments.sampling import Measured, group_size, measure, need_effective, powers
 from jaxpg.lab.streaming import GROUPS, Estimate, Moments, merge_groups, quantile
-from jaxpg.lab.worlds import World, lifted
+from jaxpg.lab.worlds import World, has_exact
 
 REFERENCE_SEED = 1 << 20  # episodes of the reference gradient, apart from those measured
 
@@ -52,7 +52,7 @@ def batch_size(settings: Settings, progress: Progress) -> Result:
 
 def _chosen(settings, with_tables, without) -> tuple[World, list[Form]]:
     world = world_of(settings)
-    names = settings.estimators or (with_tables if world.mdp is not None else without)
+    names = settings.estimators or (with_tables if has_exact(world) else without)
     forms = [form(name, world) for name in names]
     for each in forms:
         if each.estimator is None:
@@ -145,9 +145,8 @@ def cosine(settings: Settings, progress: Progress) -> Result:
     world, forms = _chosen(settings, ("total", "rtg_value"), ("total", "rtg"))
     rows: list[dict[str, Any]] = []
     warning = None
-    if world.mdp is not None:
-        truth = lifted(world, gradient(world))
-    else:
+    truth = true_gradient(world)
+    if truth is None:
         key_settings = settings._replace(seed=settings.seed + REFERENCE_SEED)
         other = measure(
             world, forms[-1:], key_of(key_settings), settings.trajectories, (1,), progress
@@ -182,7 +181,7 @@ def cosine(settings: Settings, progress: Progress) -> Result:
 
 def _draw_cosine(figure, forms, rows, world):
     axes = panels(figure, 2)
-    truth = "the true gradient" if world.mdp is not None else "a reference gradient"
+    truth = "the true gradient" if has_exact(world) else "a reference gradient"
     for axis, quantity, text in (
         (axes[0], "to truth", f"Cosine to {truth}"),
         (axes[1], "between batches", "Cosine between two batches"),

@@ -27,13 +27,14 @@ from jaxpg.lab.experiments.forms import (
     objective_value,
     off_policy_form,
     recursion,
+    regulator_gradient,
     slots,
     value_baseline,
     value_tables,
     value_tables_of_actions,
 )
 from jaxpg.lab.samples import couples
-from jaxpg.lab.worlds import World, coordinates
+from jaxpg.lab.worlds import World, coordinates, has_exact, lifted
 from jaxpg.types import Hyperparams
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "gradient",
     "known_advantage",
     "lambda_form",
+    "true_gradient",
     "value_tables",
     "value_tables_of_actions",
 ]
@@ -74,7 +76,7 @@ def form(name: str, world: World) -> Form:
     fields = {"hyperparams": Hyperparams(gamma=world.gamma), "exact": None, "estimator": None}
     fields |= named.make(world)
     estimator = fields["estimator"]
-    if estimator is not None and fields["exact"] is None and world.mdp is not None:
+    if estimator is not None and fields["exact"] is None and has_exact(world):
         fields["exact"] = recursion(world, Form(name, **fields))
     return Form(name, **fields)
 
@@ -86,8 +88,15 @@ def available(world: World) -> list[str]:
 
 def gradient(world: World) -> np.ndarray:
     """The exact gradient of J, in worlds.coordinates."""
+    if world.regulator is not None:
+        return regulator_gradient(world)
     true = exact.gradient(world.mdp, world.logits, world.gamma)
     return coordinates(world, Moments(true, np.zeros((len(true), len(true))))).mean
+
+
+def true_gradient(world: World) -> np.ndarray | None:
+    """The exact gradient of J [P]; None where it is unknown."""
+    return lifted(world, gradient(world)) if has_exact(world) else None
 
 
 def coupled(found: Form) -> bool:

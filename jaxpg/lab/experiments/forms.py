@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpg.estimators import Estimator, baselines, credit, importance
-from jaxpg.lab import exact
-from jaxpg.lab.exact import Coefficients, Moments, pair_moments
+from jaxpg.lab import exact, regulators
+from jaxpg.lab.exact import Coefficients, Moments, lqr, pair_moments
 from jaxpg.lab.exact.baselines import _projections, controlled, minimisers
 from jaxpg.lab.exact.compose import composed
 from jaxpg.lab.exact.tables import discounts, tabulate
@@ -68,7 +68,8 @@ def lambda_form(world: World, lambda_: float, quality: float = 1.0, offset: floa
     estimator = Estimator(LAMBDA, baselines.critic, _start(world, importance.on_policy))
     hyperparams = Hyperparams(gamma=world.gamma, lambda_=lambda_)
     name = f"gae_{lambda_:g}"
-    biased = "" if lambda_ == 1.0 else "biased where the critic is wrong"
+    exact_critic = world.regulator is not None
+    biased = "" if lambda_ == 1.0 or exact_critic else "biased where the critic is wrong"
     if world.mdp is None:
         return Form(name, estimator, hyperparams, None, world.critic, world.critic_params,
                     warning=biased)  # fmt: skip
@@ -91,6 +92,8 @@ def recursion(world: World, found: Form, critic=None) -> Callable[[], Moments] |
     estimator = found.estimator
     if couples(estimator):
         return None
+    if world.regulator is not None:
+        return partial(_regulated, world, found)
     if critic is None and found.critic is not None:
         return None
 
@@ -104,6 +107,34 @@ def recursion(world: World, found: Form, critic=None) -> Callable[[], Moments] |
         return coordinates(world, table)
 
     return moments
+
+
+def _regulated(world: World, found: Form) -> Moments:
+    """Moments of a regulator's gradient by the parameters that its policy has."""
+    numbers, own = _regulator_params(world)
+    assert world.regulator is not None and found.estimator is not None
+    mean, covariance = lqr.moments(world.regulator, numbers, found.estimator, found.hyperparams)
+    return Moments(mean[own], covariance[np.ix_(own, own)])
+
+
+def regulator_gradient(world: World) -> np.ndarray:
+    """The exact gradient of J by the parameters that a regulator's policy has."""
+    assert world.regulator is not None
+    numbers, own = _regulator_params(world)
+    return lqr.gradient(world.regulator, numbers, world.gamma)[own]
+
+
+def regulator_hessian(world: World) -> np.ndarray:
+    """The exact Hessian of J by the parameters that a regulator's policy has."""
+    assert world.regulator is not None
+    numbers, own = _regulator_params(world)
+    return lqr.hessian(world.regulator, numbers, world.gamma)[np.ix_(own, own)]
+
+
+def _regulator_params(world: World) -> tuple[np.ndarray, list[int]]:
+    """(k, log sigma, m), and which of them are parameters, in the order of the flattened ones."""
+    numbers = np.asarray(regulators.coefficients(world.policy, world.params), np.float64)
+    return numbers, [regulators.PARAMS.index(name) for name in sorted(world.params)]
 
 
 def slots(credit_, baseline=baselines.none, **rest) -> Make:

@@ -27,7 +27,7 @@ from jaxpg.lab.experiments.frame import (
 )
 from jaxpg.lab.experiments.importance import QUICK_STEPS, REFERENCE, distance
 from jaxpg.lab.experiments.sampling import Measured, group_size, measure, need_effective
-from jaxpg.lab.worlds import World, lifted
+from jaxpg.lab.worlds import World, has_exact, lifted
 from jaxpg.policies import actor_critic
 
 LADDER = (
@@ -48,7 +48,7 @@ def ladder(settings: Settings, progress: Progress) -> Result:
     names = settings.estimators or _default(world)
     forms = [form(name, world) for name in names]
     measured = _measured(world, forms, settings, progress)
-    truth = None if world.mdp is None else gradient(world)
+    truth = gradient(world) if has_exact(world) else None
     rows = []
     for each in forms:
         progress(f"exact moments of {each.name}")

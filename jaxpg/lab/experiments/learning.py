@@ -1,13 +1,10 @@
-"""What variance does to learning: batch size against step size, and how far a few seeds can be trusted."""
+"""What variance does to learning: how far a few seeds can be trusted, and the experiments on training."""
 
 import jax
 import numpy as np
-from scipy import optimize, stats
 
-from jaxpg.algorithms import Algorithm, algorithm
-from jaxpg.estimators import Estimator
-from jaxpg.lab import exact
-from jaxpg.lab.experiments import ascent, drawing
+from jaxpg.algorithms import algorithm
+from jaxpg.lab.experiments import ascent, critical, drawing
 from jaxpg.lab.experiments.frame import (
     Experiment,
     Progress,
@@ -18,133 +15,16 @@ from jaxpg.lab.experiments.frame import (
     tidy,
     world_of,
 )
-from jaxpg.lab.experiments.pairs import intervals
-from jaxpg.lab.experiments.training import Curves, best_objective, learner
+from jaxpg.lab.experiments.training import best_objective, learner
 from jaxpg.lab.reliability import (
     bootstrap,
     interquartile_mean,
     performance_profile,
     probability_of_improvement,
 )
-from jaxpg.lab.streaming import Estimate
-from jaxpg.lab.worlds import World
-from jaxpg.optimizers import sgd
 from jaxpg.types import Hyperparams
 
 NO_CLIP = 1e9  # max_grad_norm
-FRACTION, QUANTILE = 0.8, 0.9  # of the way to the best J; of the seeds that are there
-NOT_REACHED = "not reached by 90 % of the runs at any learning rate"
-
-
-def large_batch(settings: Settings, progress: Progress) -> Result:
-    """SGD to a target J over batch size x learning rate: updates against trajectories, and the best rate."""
-    world = world_of(settings)
-    sizes, rates = (QUICK_GRID if settings.quick else GRID)[:2]
-    num_updates = (QUICK_GRID if settings.quick else GRID)[2]
-    slots = Algorithm(Estimator(), policy_optimizer=sgd)
-    rows, target = [], np.nan
-    for index, size in enumerate(sizes):
-        progress(f"{len(rates)} learning rates x {settings.repeats} runs with batches of {size}")
-        run = learner(world, slots, num_envs=size, num_updates=num_updates)
-        keys = jax.random.split(
-            jax.random.fold_in(key_of(settings), index), len(rates) * settings.repeats
-        )
-        numbers = Hyperparams(
-            learning_rate=np.repeat(rates, settings.repeats),
-            gamma=world.gamma,
-            max_grad_norm=NO_CLIP,
-        )
-        shape = (len(rates), settings.repeats, num_updates)
-        curves = Curves(*(x.reshape(shape) for x in run(keys, numbers)))
-        target = _target(world, curves.score) if np.isnan(target) else target
-        rows += _grid_rows(curves, target, size, rates)
-    fronts = [r for r in rows if r["quantity"] == "updates_at_best_rate"]
-    summary = {
-        "target": target,
-        "critical_batch": None,
-        **front_summary(fronts),
-        **_scales(world, target),
-    }
-    return Result(tidy(rows), summary, lambda figure: _draw_batch(figure, rows, fronts, summary))
-
-
-def updates_to(scores, target) -> np.ndarray:
-    """Updates until the score first reaches the target, inf for runs that never do: [...] of [..., U]."""
-    there = np.asarray(scores) >= target
-    return np.where(there.any(axis=-1), there.argmax(axis=-1), np.inf)
-
-
-def front_summary(fronts) -> dict:
-    """The fit S(N) = S_min (1 + B / N) to updates at the best rate, S_min >= 1 (McCandlish et al., 2018)."""
-    found = [r for r in fronts if np.isfinite(r["measured"]) and r["measured"] > 0]
-    if len(found) < 3:
-        return {}
-    size, steps, rate = (
-        np.array([r[c] for r in found], float) for c in ("batch", "measured", "rate")
-    )
-
-    def model(log_size, log_least, log_critical):
-        return log_least + np.log1p(np.exp(log_critical - log_size))
-
-    start = (np.log(steps.min()) + 0.1, np.log(size).mean())
-    # No target is reached in less than one update, and no knee shows far outside the sizes tried.
-    bounds = ([0.0, np.log(size.min() / 100)], [np.inf, np.log(size.max() * 100)])
-    (least, critical), _ = optimize.curve_fit(
-        model, np.log(size), np.log(steps), start, bounds=bounds
-    )
-    exponent = np.polyfit(np.log(size), np.log(rate), 1)[0]
-    return {"least_updates": float(np.exp(least)), "critical_batch": float(np.exp(critical)),
-            "rate_exponent": float(exponent)}  # fmt: skip
-
-
-def _target(world: World, scores) -> float:
-    if world.mdp is not None:
-        start = float(scores[0, 0, 0])
-        return start + FRACTION * (best_objective(world.mdp, world.gamma) - start)
-    start = np.nanmean(scores[..., 0])
-    best = np.nanmax(np.nanmean(scores[..., -5:], axis=(1, 2)))
-    return float(start + FRACTION * (best - start))
-
-
-def _grid_rows(curves, target, size, rates):
-    updates = updates_to(curves.score, target)
-    # Order statistics: runs that never arrive must not turn an interpolated quantile into nan.
-    slow = np.quantile(updates, QUANTILE, axis=1, method="higher")
-    common = {"estimator": "rtg", "batch": size, "trajectories": size * curves.score[0].size}
-    common["env_steps"] = int(curves.env_steps[0, :, -1].sum())
-    rows = []
-    for rate, value, runs in zip(rates, slow, updates, strict=True):
-        row = {"rate": float(rate), "quantity": "updates", **common}
-        warning = "" if np.isfinite(value) else NOT_REACHED
-        rows.append(estimated(_quantile_interval(runs, value), **row, warning=warning))
-    best = int(np.argmin(slow))
-    front = {**rows[best], "quantity": "updates_at_best_rate"}
-    more = {**front, "quantity": "trajectories_at_best_rate"}
-    more |= {c: size * front[c] for c in ("measured", "low", "high")}
-    return [*rows, front, more]
-
-
-def _quantile_interval(runs, value) -> Estimate:
-    """The quantile with the order statistics that enclose it in 95 % of samples."""
-    low, high = stats.binom.ppf([0.025, 0.975], len(runs), QUANTILE).astype(int)
-    ordered = np.sort(runs)
-    low, high = ordered[max(low - 1, 0)], ordered[min(high, len(runs) - 1)]
-    return Estimate(value, float(low), float(high))
-
-
-def _scales(world: World, target: float) -> dict:
-    """Exact noise scales [trajectories] at the start, and where exact ascent reaches the target."""
-    if world.mdp is None or world.factor is not None:
-        return {}
-    path = ascent.ascend(world, "sgd", 400).reshape(-1, *world.logits.shape)
-    there = (exact.objective(world.mdp, logits, world.gamma) >= target for logits in path)
-    last = next((i for i, reached in enumerate(there) if reached), len(path) - 1)
-    scales = {}
-    for name, logits in (("start", path[0]), ("target", path[last])):
-        known = exact.moments(world.mdp, logits, Estimator(), Hyperparams(gamma=world.gamma))
-        square = float(known.mean @ known.mean)
-        scales[f"noise_scale_at_{name}"] = known.trace / square if square > 0 else None
-    return scales
 
 
 def seeds(settings: Settings, progress: Progress) -> Result:
@@ -186,7 +66,7 @@ def _normalised(worlds, names, curves):
         everything = np.stack([curves[name, world.name] for name in names])
         everything = np.where(np.isnan(everything), np.nanmean(everything[..., 0]), everything)
         low = everything[..., 0].mean()
-        high = everything.max() if world.mdp is None else best_objective(world.mdp, world.gamma)
+        high = everything.max() if not has_exact(world) else best_objective(world)
         by_world[world.name] = (everything - low) / (high - low)
     return {
         name: np.stack([by_world[world.name][i] for world in worlds], axis=1)
@@ -227,43 +107,6 @@ def _final_rows(finals, trajectories):
                 )
 
 
-def _draw_batch(figure, rows, fronts, summary):
-    axes = drawing.panels(figure, columns=3, width=4.6)
-    grid = [r for r in rows if r["quantity"] == "updates"]
-    for i, size in enumerate(dict.fromkeys(r["batch"] for r in grid)):
-        found = [r for r in grid if r["batch"] == size and np.isfinite(r["measured"])]
-        drawing.points(axes[0], [r["rate"] for r in found], *_drawable(found), i, f"N = {size}")
-    drawing.label(axes[0], "Updates to the target", "learning rate of SGD", "updates, 90 % of runs")
-    found = [r for r in fronts if np.isfinite(r["measured"])]
-    sizes = np.array([r["batch"] for r in found])
-    steps, low, high = _drawable(found)
-    drawing.points(axes[1], steps * sizes, steps, low, high, 0, "best rate for each N")
-    if summary.get("critical_batch"):
-        many = np.geomspace(sizes.min(), sizes.max(), 50)
-        curve = summary["least_updates"] * (1 + summary["critical_batch"] / many)
-        drawing.line(axes[1], many * curve, curve, 0, f"fit, B = {summary['critical_batch']:.3g}")
-    drawing.label(
-        axes[1], "Time against data", "trajectories to the target", "updates to the target"
-    )
-    rates = [r["rate"] for r in found]
-    drawing.points(axes[2], sizes, rates, rates, rates, 0, "measured")
-    first = found[0]["rate"] / sizes[0]
-    drawing.line(axes[2], sizes, first * sizes, 1, "linear")
-    drawing.line(axes[2], sizes, found[0]["rate"] * np.sqrt(sizes / sizes[0]), 2, "square root")
-    drawing.label(
-        axes[2], "Best learning rate", "trajectories per update $N$", "learning rate of SGD"
-    )
-    for axis in axes:
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log", base=2)
-
-
-def _drawable(rows):
-    """measured, low and high for a logarithmic axis: no 0, and no bar up to runs that never arrive."""
-    measured, low, high = (np.maximum(column, 0.5) for column in intervals(rows))
-    return measured, low, np.where(np.isfinite(high), high, measured)
-
-
 def _draw_seeds(figure, rows, names):
     axes = drawing.panels(figure, columns=3, width=4.8)
     for i, name in enumerate(names):
@@ -294,17 +137,9 @@ def _draw_seeds(figure, rows, names):
 
 NAMES = ("reinforce", "reinforce_to_go", "reinforce_baseline")
 QUICK_NAMES = ("reinforce", "reinforce_baseline")
-# Batch sizes, learning rates, updates.
-GRID = ((1, 4, 16, 64, 256), 2.0 ** np.arange(-6, 6), 300)
-QUICK_GRID = ((1, 6, 36), 2.0 ** np.arange(-2, 4), 50)
 
 EXPERIMENTS = {
-    "large-batch": Experiment(
-        "batch size against learning rate: updates and trajectories to a target J",
-        large_batch,
-        Settings(repeats=256),
-        Settings(repeats=32, quick=True),
-    ),
+    **critical.EXPERIMENTS,
     "seeds": Experiment(
         "how far seeds can be trusted: interquartile means, profiles, probability of improvement",
         seeds,

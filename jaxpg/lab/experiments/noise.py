@@ -4,11 +4,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxpg.envs import Lqr
 from jaxpg.estimators import Estimator, baselines, credit, importance
 from jaxpg.lab import exact
 from jaxpg.lab.exact import lqr
 from jaxpg.lab.experiments.drawing import caption, label, line, panels, points
-from jaxpg.lab.experiments.estimators import batch_moments, coupled, form, gradient
+from jaxpg.lab.experiments.estimators import batch_moments, coupled, form, true_gradient
 from jaxpg.lab.experiments.frame import (
     Experiment,
     Progress,
@@ -20,7 +21,7 @@ from jaxpg.lab.experiments.frame import (
     world_of,
 )
 from jaxpg.lab.experiments.sampling import measure, measurer, powers
-from jaxpg.lab.worlds import World, lifted, table_params
+from jaxpg.lab.worlds import World, has_exact, table_params
 from jaxpg.types import Hyperparams
 
 NEAR = (-0.2, -0.6, -1.0, -1.3, -1.45)  # of the regulator, whose best k is -1.495
@@ -34,7 +35,7 @@ def noise_scale(settings: Settings, progress: Progress) -> Result:
     regulator, where it diverges as the gradient vanishes at the optimum.
     """
     world = world_of(settings)
-    default = ("total", "rtg_value") if world.mdp is not None else ("total", "rtg")
+    default = ("total", "rtg_value") if has_exact(world) else ("total", "rtg")
     forms = [form(name, world) for name in settings.estimators or default]
     for each in forms:
         if each.estimator is None or coupled(each):
@@ -66,7 +67,7 @@ def noise_scale(settings: Settings, progress: Progress) -> Result:
 def _over_batches(world, forms, settings, progress) -> list[dict[str, Any]]:
     sizes = powers(settings.trajectories)
     found = measure(world, forms, key_of(settings), settings.trajectories, sizes, progress)
-    truth = None if world.mdp is None else lifted(world, gradient(world))
+    truth = true_gradient(world)
     rows = []
     for each in forms:
         measured, known = found[each.name], batch_moments(each, world, 1)
@@ -129,7 +130,7 @@ def _over_training(world: World, settings, progress) -> list[dict[str, Any]]:
 
 def _near_optimum() -> list[dict[str, Any]]:
     """Var / |g|^2 of the gradient by k, for the regulator with a fixed standard deviation."""
-    regulator, gamma, rows = lqr.Regulator(), 0.95, []
+    regulator, gamma, rows = Lqr(), 0.95, []
     hyperparams = Hyperparams(gamma=gamma)
     start = importance.from_start(importance.on_policy)
     for name, baseline in (("rtg", baselines.none), ("rtg_value", baselines.critic)):

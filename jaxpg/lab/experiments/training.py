@@ -1,17 +1,20 @@
 """Training: the product's own loop, many replicas at a time, scored by exact J where a world has one."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
+from jax.flatten_util import ravel_pytree
+from scipy import optimize, stats
 
 from jaxpg.algorithms import Algorithm
-from jaxpg.envs import Env, Mdp, check_mdp
+from jaxpg.envs import Env, check_mdp
+from jaxpg.lab import regulators
 from jaxpg.lab.experiments.sampling import compiler_options
-from jaxpg.lab.worlds import World
+from jaxpg.lab.worlds import World, has_exact
 from jaxpg.policies import NETWORKS, Agent, AgentParams
 from jaxpg.trainer import make_trainer, train
 from jaxpg.types import Array, Hyperparams, Params
@@ -46,7 +49,7 @@ def learner(
         kind = "tabular" if world.mdp is not None else "mlp"
         critic = world.critic or NETWORKS[kind](world.env.observation, None)
     agent = Agent(world.policy, critic)
-    score = None if world.mdp is None else objective_of(world)
+    score = objective_of(world) if has_exact(world) else None
 
     def one(key, hyperparams, reward_scale):
         env = scaled(world.env, reward_scale)
@@ -77,6 +80,8 @@ def learner(
 
 def objective_of(world: World) -> Callable[[Params], Array]:
     """J of the world's policy as a function of its parameters, by V_t = sum_a pi (r + gamma P V_{t+1})."""
+    if world.regulator is not None:
+        return partial(_of_regulator, world)
     assert world.mdp is not None
     mdp, dtype = check_mdp(world.mdp), jnp.result_type(float)
     alive = ~mdp.terminal[:, None]
@@ -99,14 +104,28 @@ def objective_of(world: World) -> Callable[[Params], Array]:
     return objective
 
 
-def best_objective(mdp: Mdp, gamma: float) -> float:
-    """J of the best policy of state and time, by dynamic programming: nothing does better."""
-    mdp = check_mdp(mdp)
+def _of_regulator(world: World, params: Params) -> Array:
+    assert world.regulator is not None
+    return regulators.objective(world.regulator, world.policy, params, world.gamma)
+
+
+def best_objective(world: World) -> float:
+    """The best J: of any policy of state and time by dynamic programming, or of a regulator's parameters."""
+    if world.regulator is not None:
+        return _best_of_regulator(world)
+    mdp, gamma = check_mdp(world.mdp), world.gamma
     alive = ~mdp.terminal[:, None]
     value = np.zeros(len(mdp.initial))
     for _ in range(mdp.horizon):
         value = (np.where(alive, mdp.reward + gamma * mdp.transition @ value, 0.0)).max(axis=1)
     return float(mdp.initial @ value)
+
+
+def _best_of_regulator(world: World) -> float:
+    flat, unravel = ravel_pytree(world.params)
+    slope = jax.jit(jax.value_and_grad(lambda x: -objective_of(world)(unravel(x))))
+    found = optimize.minimize(lambda x: jax.tree.map(np.float64, slope(x)), flat, jac=True)
+    return -float(found.fun)
 
 
 def scaled(env: Env, factor) -> Env:

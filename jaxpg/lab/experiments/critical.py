@@ -1,0 +1,290 @@
+"""Critical batches: training to a target at many batch sizes, and the law that updates and data obey.
+
+With a batch of N an update gains 1 / (1 + B / N) of what a noiseless one would, at a best learning rate of
+as much of the noiseless one's (McCandlish et al., 2018). So the rate grows linearly, then like a square
+root at N = B, then no more; and updates S and trajectories E to a target lie on (S/S_min - 1)(E/E_min - 1) = 1.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from scipy import optimize
+
+from jaxpg.algorithms import Algorithm
+from jaxpg.lab import exact
+from jaxpg.lab.experiments import ascent, drawing
+from jaxpg.lab.experiments.estimators import batch_moments, form
+from jaxpg.lab.experiments.forms import regulator_hessian
+from jaxpg.lab.experiments.frame import (
+    Experiment,
+    Progress,
+    Result,
+    Settings,
+    estimated,
+    key_of,
+    tidy,
+    world_of,
+)
+from jaxpg.lab.experiments.pairs import intervals
+from jaxpg.lab.experiments.training import Curves, best_objective, learner, objective_of
+from jaxpg.lab.streaming import Estimate
+from jaxpg.lab.worlds import REGULATOR, World, has_exact, regulator_world
+from jaxpg.optimizers import sgd
+from jaxpg.types import Hyperparams
+
+NO_CLIP = 1e9  # max_grad_norm
+SHARE = 0.9  # of the runs that have to be at the target at once
+NOT_REACHED = "not reached by 90 % of the runs at any learning rate"
+
+
+class Grid(NamedTuple):
+    sizes: Sequence[int]  # trajectories per update, ascending
+    rates: np.ndarray  # ascending, by a factor
+    num_updates: int  # at most, for the smallest batch
+    fraction: float  # of the way from the start to the best J
+
+
+class Fit(NamedTuple):
+    """S = S_min (1 + B / N) and rate = rate_max / (1 + B' / N)."""
+
+    least_updates: float
+    critical_batch: float
+    largest_rate: float
+    rate_knee: float  # B': here the exponent of the rate in N is one half
+
+
+def large_batch(settings: Settings, progress: Progress) -> Result:
+    """SGD to a target J over batch size x learning rate: updates against trajectories, and the best rate."""
+    world = curved_world(settings.gamma) if _curved(settings) else world_of(settings)
+    rows, target = train_to_target(world, grid_of(settings), settings, progress)
+    fronts = [r for r in rows if r["quantity"] == "updates_at_best_rate"]
+    found = fitted(fronts)
+    summary = {
+        "target": target,
+        **(dict.fromkeys(Fit._fields) if found is None else found._asdict()),
+        **noise_scales(world, target),
+    }
+    return Result(tidy(rows), summary, lambda figure: _draw(figure, rows, fronts, found, summary))
+
+
+def curved_world(gamma: float = 1.0) -> World:
+    """The regulator with a gain and an offset to learn: a stiff and a soft direction, and a curved optimum."""
+    return regulator_world(gain=0.0, offset=-1.0, gamma=gamma, fixed_std=True)
+
+
+def grid_of(settings: Settings) -> Grid:
+    """Sizes for a regulator, where the target is close to the optimum, or for any other world."""
+    if _curved(settings):
+        sizes = (4, 32, 256) if settings.quick else (4, 16, 64, 256, 1024)
+        rates = 2.0 ** np.arange(-8, 0) if settings.quick else 2.0 ** np.arange(-9, 0, 0.5)
+        return Grid(sizes, rates, 400, 0.98)
+    if settings.quick:
+        return Grid((1, 6, 36), 2.0 ** np.arange(-2, 4), 50, 0.8)
+    return Grid((1, 4, 16, 64, 256), 2.0 ** np.arange(-6, 6), 300, 0.8)
+
+
+def train_to_target(
+    world: World, grid: Grid, settings: Settings, progress: Progress
+) -> tuple[list[dict[str, Any]], float]:
+    """A row for every batch size and learning rate tried, two for every best one; and the target."""
+    estimator = form("rtg", world).estimator
+    assert estimator is not None
+    slots = Algorithm(estimator, policy_optimizer=sgd)
+    rates, num_updates, target, rows = grid.rates, grid.num_updates, np.nan, []
+    for index, size in enumerate(grid.sizes):
+        progress(f"{len(rates)} learning rates x {settings.repeats} runs with batches of {size}")
+        run = learner(world, slots, num_envs=size, num_updates=num_updates)
+        count = len(rates) * settings.repeats
+        keys = jax.random.split(jax.random.fold_in(key_of(settings), index), count)
+        repeated = np.repeat(rates, settings.repeats)
+        numbers = Hyperparams(learning_rate=repeated, gamma=world.gamma, max_grad_norm=NO_CLIP)
+        shape = len(rates), settings.repeats, num_updates
+        curves = Curves(*(x.reshape(shape) for x in run(keys, numbers)))
+        target = _target(world, curves.score, grid.fraction) if np.isnan(target) else target
+        rows += _grid_rows(curves, target, size, rates)
+        best = rows[-1]
+        if np.isfinite(best["updates"]):
+            # A larger batch needs fewer updates, and a rate at most as many times larger as itself.
+            grown = max(grid.sizes[index + 1 :][:1], default=size) / size
+            near = (grid.rates >= best["rate"] / 2) & (grid.rates <= best["rate"] * grown)
+            rates = grid.rates[near]
+            num_updates = min(num_updates, int(1.5 * best["updates"]) + 10)
+    return rows, target
+
+
+def updates_to(scores, target) -> Estimate:
+    """Updates until 90 % of the runs are at the target at once, inf where they never are: of [R, U].
+
+    At once, because noise carries every run across the target now and then.
+    """
+    share = (np.asarray(scores) >= target).mean(axis=0)
+    # The share of R runs has a binomial error; so has the time at which it crosses 90 %.
+    error = 1.96 * np.sqrt(SHARE * (1 - SHARE) / len(scores))
+    return Estimate(
+        *(_first(share >= level) for level in (SHARE, SHARE - error, min(SHARE + error, 1.0)))
+    )
+
+
+def fitted(fronts) -> Fit | None:
+    """Of rows of updates at the best rate, by least squares of logarithms; None with fewer than 3."""
+    found = [r for r in fronts if np.isfinite(r["measured"]) and r["measured"] > 0]
+    if len(found) < 3:
+        return None
+    size, steps, rate = (
+        np.array([r[c] for r in found], float) for c in ("batch", "measured", "rate")
+    )
+    # No target is reached in less than one update, and no knee shows far outside the sizes tried.
+    knees = np.log(size.min() / 100), np.log(size.max() * 100)
+    least, critical = _knee(size, steps, 1.0, (0.0, np.inf), knees)
+    largest, knee = _knee(size, rate, -1.0, (-np.inf, np.inf), knees)
+    return Fit(least, critical, largest, knee)
+
+
+def noise_scales(world: World, target: float) -> dict[str, Any]:
+    """Exact noise scales [trajectories] at the start, and where exact ascent reaches the target.
+
+    simple: tr C / |G|^2; with the Hessian H, where it is known: tr HC / G^T H G, which the law is about.
+    """
+    if not has_exact(world) or world.factor is not None:
+        return {}
+    scales = {}
+    for name, there in (("start", world), ("target", _on_target(world, target))):
+        found = batch_moments(form("rtg", there), there, 1)
+        assert found is not None
+        square = float(found.mean @ found.mean)
+        scales[f"noise_scale_at_{name}"] = found.trace / square if square > 0 else None
+        if there.regulator is not None:
+            hessian = regulator_hessian(there)
+            curvature = float(found.mean @ hessian @ found.mean)
+            scales[f"curved_noise_scale_at_{name}"] = (
+                float(np.trace(hessian @ found.covariance)) / curvature
+            )
+    return scales
+
+
+def _curved(settings: Settings) -> bool:
+    return settings.env == REGULATOR and settings.policy is None
+
+
+def _first(there) -> float:
+    return float(there.argmax()) if there.any() else np.inf
+
+
+def _knee(size, values, sign, bounds, knees) -> tuple[float, float]:
+    """a and B of values = a (1 + B / N)^sign; `bounds` of log a, `knees` of log B."""
+
+    def model(log_size, log_a, log_knee):
+        return log_a + sign * np.log1p(np.exp(log_knee - log_size))
+
+    extreme = values.min() if sign > 0 else values.max()
+    start = max(np.log(extreme), bounds[0] + 0.1), np.log(size).mean()
+    limits = ([bounds[0], knees[0]], [bounds[1], knees[1]])
+    found, _ = optimize.curve_fit(model, np.log(size), np.log(values), start, bounds=limits)
+    return float(np.exp(found[0])), float(np.exp(found[1]))
+
+
+def _target(world: World, scores, fraction) -> float:
+    if has_exact(world):
+        start = float(scores[0, 0, 0])
+        return start + fraction * (best_objective(world) - start)
+    start = np.nanmean(scores[..., 0])
+    best = np.nanmax(np.nanmean(scores[..., -5:], axis=(1, 2)))
+    return float(start + fraction * (best - start))
+
+
+def _on_target(world: World, target: float) -> World:
+    """The world with the parameters at which exact ascent first reaches the target."""
+    if world.regulator is not None:
+        value = jax.jit(jax.value_and_grad(objective_of(world)))
+        params = world.params
+        for _ in range(2000):
+            score, slope = value(params)
+            if score >= target:
+                break
+            params = jax.tree.map(lambda x, g: x + 0.02 * g, params, slope)
+        return world._replace(params=params)
+    path = ascent.ascend(world, "sgd", 400).reshape(-1, *world.logits.shape)
+    there = (exact.objective(world.mdp, logits, world.gamma) >= target for logits in path)
+    last = next((i for i, reached in enumerate(there) if reached), len(path) - 1)
+    return world._replace(logits=path[last])
+
+
+def _grid_rows(curves, target, size, rates):
+    common = {"estimator": "rtg", "batch": size, "trajectories": size * curves.score[0].size}
+    common["env_steps"] = int(curves.env_steps[0, :, -1].sum())
+    rows = []
+    for rate, scores in zip(rates, curves.score, strict=True):
+        value = updates_to(scores, target)
+        row = {"rate": float(rate), "updates": value.value, "quantity": "updates", **common}
+        warning = "" if np.isfinite(value.value) else NOT_REACHED
+        rows.append(estimated(value, **row, warning=warning))
+    front = {**min(rows, key=lambda r: r["updates"]), "quantity": "updates_at_best_rate"}
+    more = {**front, "quantity": "trajectories_at_best_rate"}
+    more |= {c: size * front[c] for c in ("measured", "low", "high")}
+    return [*rows, more, front]
+
+
+def _draw(figure, rows, fronts, found: Fit | None, summary):
+    axes = drawing.panels(figure, columns=3, width=4.6)
+    grid = [r for r in rows if r["quantity"] == "updates"]
+    for i, size in enumerate(dict.fromkeys(r["batch"] for r in grid)):
+        mine = [r for r in grid if r["batch"] == size and np.isfinite(r["measured"])]
+        drawing.points(axes[0], [r["rate"] for r in mine], *drawable(mine), i, f"N = {size}")
+    drawing.label(axes[0], "Updates to the target", "learning rate of SGD", "updates, 90 % of runs")
+    reached = [r for r in fronts if np.isfinite(r["measured"])]
+    sizes = np.array([r["batch"] for r in reached], float)
+    steps, low, high = drawable(reached)
+    drawing.points(axes[1], steps * sizes, steps, low, high, 0, "best rate for each N")
+    rates = [r["rate"] for r in reached]
+    drawing.points(axes[2], sizes, rates, rates, rates, 0, "measured")
+    if found is not None:
+        many = np.geomspace(sizes.min(), sizes.max(), 50)
+        curve = found.least_updates * (1 + found.critical_batch / many)
+        drawing.line(axes[1], many * curve, curve, 0, f"fit, B = {found.critical_batch:.3g}")
+        law = found.largest_rate / (1 + found.rate_knee / many)
+        drawing.line(axes[2], many, law, 0, f"fit, knee {found.rate_knee:.3g}")
+        _guides(axes[2], found, sizes)
+    span = [
+        summary.get(f"curved_noise_scale_at_{x}") or summary.get(f"noise_scale_at_{x}")
+        for x in ("start", "target")
+    ]
+    if None not in span:
+        text = f"noise scale, start {span[0]:.3g} to target {span[1]:.3g}"
+        axes[2].axvspan(min(span), max(span), color="0.92", zorder=0, label=text)
+    drawing.label(
+        axes[1], "Time against data", "trajectories to the target", "updates to the target"
+    )
+    drawing.label(
+        axes[2], "Best learning rate", "trajectories per update $N$", "learning rate of SGD"
+    )
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+
+
+def _guides(axis, found: Fit, sizes):
+    """Growth linear before the knee, and like a square root about it."""
+    knee, height = found.rate_knee, found.largest_rate / 2
+    before = np.array([sizes.min(), max(knee / 2, sizes.min() * 2)])
+    drawing.line(axis, before, 2 * height * before / knee, 1, "linear")
+    about = knee * np.array([0.35, 3.0])
+    drawing.line(axis, about, height * np.sqrt(about / knee), 2, "square root")
+
+
+def drawable(rows):
+    """measured, low and high for a logarithmic axis: no 0, and no bar up to runs that never arrive."""
+    measured, low, high = (np.maximum(column, 0.5) for column in intervals(rows))
+    return measured, low, np.where(np.isfinite(high), high, measured)
+
+
+EXPERIMENTS = {
+    "large-batch": Experiment(
+        "batch size against learning rate: updates and trajectories to a target J, and the knee",
+        large_batch,
+        Settings(env=REGULATOR, repeats=64),
+        Settings(env=REGULATOR, repeats=32, quick=True),
+        ignores=("estimators", "trajectories"),
+    ),
+}
