@@ -2,7 +2,9 @@
 
 With a batch of N an update gains 1 / (1 + B / N) of what a noiseless one would, at a best learning rate of
 as much of the noiseless one's (McCandlish et al., 2018). So the rate grows linearly, then like a square
-root at N = B, then no more; and updates S and trajectories E to a target lie on (S/S_min - 1)(E/E_min - 1) = 1.
+root at N = B, then no more; and updates S and trajectories E to a target obey
+
+    (S / S_min - 1) (E / E_min - 1) = 1.
 """
 
 from collections.abc import Sequence
@@ -70,7 +72,7 @@ def large_batch(settings: Settings, progress: Progress) -> Result:
 
 
 def curved_world(gamma: float = 1.0) -> World:
-    """The regulator with a gain and an offset to learn: a stiff and a soft direction, and a curved optimum."""
+    """The regulator with a gain and an offset to learn: a stiff and a soft direction around an optimum."""
     return regulator_world(gain=0.0, offset=-1.0, gamma=gamma, fixed_std=True)
 
 
@@ -79,7 +81,7 @@ def grid_of(settings: Settings) -> Grid:
     if _curved(settings):
         sizes = (4, 32, 256) if settings.quick else (4, 16, 64, 256, 1024)
         rates = 2.0 ** np.arange(-8, 0) if settings.quick else 2.0 ** np.arange(-9, 0, 0.5)
-        return Grid(sizes, rates, 400, 0.98)
+        return Grid(sizes, rates, 300, 0.9)
     if settings.quick:
         return Grid((1, 6, 36), 2.0 ** np.arange(-2, 4), 50, 0.8)
     return Grid((1, 4, 16, 64, 256), 2.0 ** np.arange(-6, 6), 300, 0.8)
@@ -218,9 +220,9 @@ def _grid_rows(curves, target, size, rates):
     for rate, scores in zip(rates, curves.score, strict=True):
         value = updates_to(scores, target)
         row = {"rate": float(rate), "updates": value.value, "quantity": "updates", **common}
-        warning = "" if np.isfinite(value.value) else NOT_REACHED
-        rows.append(estimated(value, **row, warning=warning))
+        rows.append(estimated(value, **row))
     front = {**min(rows, key=lambda r: r["updates"]), "quantity": "updates_at_best_rate"}
+    front["warning"] = None if np.isfinite(front["updates"]) else NOT_REACHED
     more = {**front, "quantity": "trajectories_at_best_rate"}
     more |= {c: size * front[c] for c in ("measured", "low", "high")}
     return [*rows, more, front]
@@ -246,12 +248,10 @@ def _draw(figure, rows, fronts, found: Fit | None, summary):
         law = found.largest_rate / (1 + found.rate_knee / many)
         drawing.line(axes[2], many, law, 0, f"fit, knee {found.rate_knee:.3g}")
         _guides(axes[2], found, sizes)
-    span = [
-        summary.get(f"curved_noise_scale_at_{x}") or summary.get(f"noise_scale_at_{x}")
-        for x in ("start", "target")
-    ]
+    curved = "curved_" if "curved_noise_scale_at_start" in summary else ""
+    span = [summary.get(f"{curved}noise_scale_at_{x}") for x in ("start", "target")]
     if None not in span:
-        text = f"noise scale, start {span[0]:.3g} to target {span[1]:.3g}"
+        text = f"noise scale, start {span[0]:,.0f} to target {span[1]:,.0f}"
         axes[2].axvspan(min(span), max(span), color="0.92", zorder=0, label=text)
     drawing.label(
         axes[1], "Time against data", "trajectories to the target", "updates to the target"

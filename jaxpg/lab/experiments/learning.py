@@ -22,6 +22,7 @@ from jaxpg.lab.reliability import (
     performance_profile,
     probability_of_improvement,
 )
+from jaxpg.lab.worlds import has_exact
 from jaxpg.types import Hyperparams
 
 NO_CLIP = 1e9  # max_grad_norm

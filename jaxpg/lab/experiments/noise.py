@@ -4,10 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxpg.envs import Lqr
-from jaxpg.estimators import Estimator, baselines, credit, importance
 from jaxpg.lab import exact
-from jaxpg.lab.exact import lqr
+from jaxpg.lab.experiments import regulated
 from jaxpg.lab.experiments.drawing import caption, label, line, panels, points
 from jaxpg.lab.experiments.estimators import batch_moments, coupled, form, true_gradient
 from jaxpg.lab.experiments.frame import (
@@ -22,9 +20,7 @@ from jaxpg.lab.experiments.frame import (
 )
 from jaxpg.lab.experiments.sampling import measure, measurer, powers
 from jaxpg.lab.worlds import World, has_exact, table_params
-from jaxpg.types import Hyperparams
 
-NEAR = (-0.2, -0.6, -1.0, -1.3, -1.45)  # of the regulator, whose best k is -1.495
 UPDATES, STEP = 40, 0.25  # of exact ascent
 
 
@@ -32,7 +28,8 @@ def noise_scale(settings: Settings, progress: Progress) -> Result:
     """B_simple = tr Cov / |G|^2 (McCandlish et al., 2018): E|G_B - G|^2 / |G|^2 = B_simple / B.
 
     Over batch sizes, along an exact ascent of J (on tabular policies), and for the linear-quadratic
-    regulator, where it diverges as the gradient vanishes at the optimum.
+    regulator: it diverges as the gradient vanishes at the optimum, a batch of B_simple makes half the
+    progress of a noiseless step, and the way to a target trades time for data along a hyperbola.
     """
     world = world_of(settings)
     default = ("total", "rtg_value") if has_exact(world) else ("total", "rtg")
@@ -45,7 +42,10 @@ def noise_scale(settings: Settings, progress: Progress) -> Result:
     rows = _over_batches(world, forms, settings, progress)
     if world.mdp is not None and world.factor is None:
         rows += _over_training(world, settings, progress)
-    rows += _near_optimum()
+    rows += regulated.near_optimum()
+    steps, scale = regulated.one_step(settings, progress)
+    to_target, fit = regulated.hyperbola(settings, progress)
+    rows += [*steps, *to_target]
     summary: dict[str, Any] = {
         "noise_scale": {
             r["estimator"]: {
@@ -60,8 +60,13 @@ def noise_scale(settings: Settings, progress: Progress) -> Result:
         "regulator_noise_to_signal": {
             f"{r['estimator']} k={r['k']:g}": r["exact"] for r in rows if "k" in r
         },
+        "regulator_progress": {
+            "noise_scale": scale,
+            "at_noise_scale": next(r["measured"] for r in steps if r["batch"] == round(scale)),
+        },
+        "regulator_hyperbola": None if fit is None else fit._asdict(),
     }
-    return Result(tidy(rows), summary, lambda figure: _draw(figure, rows, world.name))
+    return Result(tidy(rows), summary, lambda figure: _draw(figure, rows, world.name, scale, fit))
 
 
 def _over_batches(world, forms, settings, progress) -> list[dict[str, Any]]:
@@ -128,72 +133,53 @@ def _over_training(world: World, settings, progress) -> list[dict[str, Any]]:
     return rows
 
 
-def _near_optimum() -> list[dict[str, Any]]:
-    """Var / |g|^2 of the gradient by k, for the regulator with a fixed standard deviation."""
-    regulator, gamma, rows = Lqr(), 0.95, []
-    hyperparams = Hyperparams(gamma=gamma)
-    start = importance.from_start(importance.on_policy)
-    for name, baseline in (("rtg", baselines.none), ("rtg_value", baselines.critic)):
-        slots = Estimator(credit.reward_to_go, baseline, start)
-        for k in sorted({*np.linspace(-1.49, -0.2, 44).round(3).tolist(), *NEAR}):
-            mean, covariance = lqr.moments(regulator, (k, np.log(0.5)), slots, hyperparams)
-            rows.append({"estimator": name, "k": k, "quantity": "regulator",
-                         "exact": float(covariance[0, 0] / mean[0] ** 2)})  # fmt: skip
-    return rows
-
-
-def _draw(figure, rows, world):
+def _draw(figure, rows, world, scale, fit):
     training = [r for r in rows if r["quantity"] == "over training"]
-    axes = panels(figure, 3 if training else 2, width=4.6)
-    errors = [r for r in rows if r["quantity"] == "relative error"]
-    for index, name in enumerate(dict.fromkeys(r["estimator"] for r in errors)):
-        mine = [r for r in errors if r["estimator"] == name]
-        n = [r["batch"] for r in mine]
-        if mine[0]["exact"] is not None:
-            line(
-                axes[0],
-                n,
-                [r["exact"] for r in mine],
-                index,
-                f"{name}: B_simple = {mine[0]['exact']:.3g}",
-            )
+    axes = panels(figure, 3 if training else 2, 2, width=4.6)
+    _draw_errors(axes[0], [r for r in rows if r["quantity"] == "relative error"], world)
+    if training:
+        _draw_training(axes[1], training, world)
+        axes.pop().set_axis_off()
+    regulated.draw_near_optimum(axes[-3], rows)
+    regulated.draw_one_step(axes[-2], rows, scale)
+    regulated.draw_hyperbola(axes[-1], rows, fit)
+    caption(figure)
+
+
+def _draw_errors(axis, rows, world):
+    for index, name in enumerate(dict.fromkeys(r["estimator"] for r in rows)):
+        mine = [r for r in rows if r["estimator"] == name]
+        n, known = [r["batch"] for r in mine], mine[0]["exact"]
+        if known is not None:
+            scale = f"{name}: B_simple = {known:.3g}"
+            line(axis, n, [r["exact"] for r in mine], index, scale)
         columns = [[r[k] for r in mine] for k in ("measured", "low", "high")]
-        text = None if mine[0]["exact"] is not None else name
-        points(axes[0], n, *columns, index=index, label=text)
-    axes[0].axhline(1.0, color="0.5", linewidth=0.8)
-    axes[0].annotate("noise = signal", (max(r["batch"] for r in errors), 1.0), xytext=(0, 3), fontsize=7,
-                     textcoords="offset points", ha="right")  # fmt: skip
-    axes[0].set_xscale("log", base=2)
-    axes[0].set_yscale("log")
-    label(axes[0], f"Relative error of a batch's gradient, {world}", "batch size B (trajectories)",
+        points(axis, n, *columns, index=index, label=None if known is not None else name)
+    axis.axhline(1.0, color="0.5", linewidth=0.8)
+    axis.annotate("noise = signal", (max(r["batch"] for r in rows), 1.0), xytext=(0, 3), fontsize=7,
+                  textcoords="offset points", ha="right")  # fmt: skip
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    label(axis, f"Relative error of a batch's gradient, {world}", "batch size B (trajectories)",
           "E|Ĝ − G|² / |G|²")  # fmt: skip
-    for index, name in enumerate(dict.fromkeys(r["estimator"] for r in training)):
-        mine = [r for r in training if r["estimator"] == name]
-        line(axes[1], [r["update"] for r in mine], [r["exact"] for r in mine], index, name)
+
+
+def _draw_training(axis, rows, world):
+    for index, name in enumerate(dict.fromkeys(r["estimator"] for r in rows)):
+        mine = [r for r in rows if r["estimator"] == name]
+        line(axis, [r["update"] for r in mine], [r["exact"] for r in mine], index, name)
         seen = [r for r in mine if "measured" in r]
         if seen:
-            points(
-                axes[1],
-                *([r[k] for r in seen] for k in ("update", "measured", "low", "high")),
-                index=index,
-            )
-    if training:
-        axes[1].set_yscale("log")
-        label(axes[1], f"Noise grows as learning goes on, {world}", "update of exact ascent",
-              "B_simple (trajectories)")  # fmt: skip
-    for index, name in enumerate(("rtg", "rtg_value")):
-        mine = [r for r in rows if "k" in r and r["estimator"] == name]
-        line(axes[-1], [r["k"] for r in mine], [r["exact"] for r in mine], index, name)
-    axes[-1].axvline(-1.495288, color="0.5", linewidth=0.8)
-    axes[-1].set_yscale("log")
-    label(axes[-1], "… and diverges at the optimum: LQR", "gain k (line: the best)",
-          "Var / g² of the k-gradient (trajectories)")  # fmt: skip
-    caption(figure)
+            columns = ([r[k] for r in seen] for k in ("update", "measured", "low", "high"))
+            points(axis, *columns, index=index)
+    axis.set_yscale("log")
+    label(axis, f"Noise grows as learning goes on, {world}", "update of exact ascent",
+          "B_simple (trajectories)")  # fmt: skip
 
 
 EXPERIMENTS = {
     "noise-scale": Experiment(
-        "the gradient noise scale B_simple: over batches, over training, near an optimum",
+        "the gradient noise scale B_simple: over batches and training, and the critical batch",
         noise_scale,
         Settings(trajectories=2**18),
         Settings(trajectories=2**15, quick=True),
