@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxpg.experiment.folder import write_atomically, write_json
 
-TABLE, CSV, SUMMARY, PNG, SVG = FILES = (
+TABLE, CSV, SUMMARY, *_ = FILES = (
     "table.parquet",
     "table.csv",
     "summary.json",
@@ -43,7 +43,7 @@ def write_summary(folder: Path, value: Any) -> None:
     write_json(folder / SUMMARY, value)
 
 
-def write_figure(folder: Path, draw: Callable[[Any], None]) -> None:
+def write_figure(folder: Path, draw: Callable[[Any], None], name: str = "figure") -> None:
     """The figure, as PNG at 160 dots per inch and as SVG."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -54,9 +54,11 @@ def write_figure(folder: Path, draw: Callable[[Any], None]) -> None:
         figure = Figure()
         FigureCanvasAgg(figure)
         draw(figure)
-        write_atomically(folder / PNG, lambda file: figure.savefig(file, format="png", dpi=160))
         write_atomically(
-            folder / SVG,
+            folder / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=160)
+        )
+        write_atomically(
+            folder / f"{name}.svg",
             lambda file: figure.savefig(file, format="svg", metadata={"Date": None}),
         )
 

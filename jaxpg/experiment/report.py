@@ -48,11 +48,18 @@ def table(grid: Grid, returns: np.ndarray) -> list[str]:
         s = summaries[i]
         settings = [f"{getattr(at[i], name):g}" for name in names]
         rows.append([*settings, number(s.mean), interval(s), number(s.smallest), number(s.largest)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    lines = aligned(rows)
     if len(order) > MOST_ROWS:
-        lines.append(f"(the best {MOST_ROWS} of {len(order)})")
-    return [f"  {line}" for line in lines]
+        lines.append(f"  (the best {MOST_ROWS} of {len(order)})")
+    return lines
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Lines of a table whose columns end together."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows
+    ]
 
 
 def _count(n: int, noun: str) -> str:

@@ -1,0 +1,115 @@
+"""The plot command: which runs, what of them, into which files."""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+X = ("env_steps", "updates", "seconds")
+WIDTH = 80
+
+
+class Request(NamedTuple):
+    """What to draw, and where to."""
+
+    series: list[Any]  # of records
+    x: str
+    metric: str
+    out: Path
+
+
+def prepare(argv: Sequence[str]) -> Request:
+    """Reads the runs that the arguments name. Raises ValueError for what cannot be drawn."""
+    arguments = _parser().parse_args(list(argv))
+    # Imported here, so that help does not wait for jax.
+    from jaxpg.experiment.folder import FIGURES
+    from jaxpg.experiment.records import read
+
+    folders = [Path(name) for name in arguments.runs]
+    series = read(folders)
+    metrics = sorted({name for s in series for name in s.metrics})
+    if arguments.metric not in metrics:
+        near = difflib.get_close_matches(arguments.metric, metrics, n=3, cutoff=0.4) or metrics
+        raise ValueError(f"unknown metric {arguments.metric!r}; did you mean {', '.join(near)}?")
+    worlds = sorted({s.environment for s in series})
+    if len(worlds) == len(series) > 1:
+        raise ValueError(
+            f"nothing to compare: every run is of another environment ({', '.join(worlds)}); "
+            "plot them one at a time"
+        )
+    default = folders[0] / FIGURES
+    if len(folders) > 1:
+        default = Path("runs") / f"plot-{datetime.now():%Y%m%d-%H%M%S}"
+    out = Path(arguments.out) if arguments.out else default
+    return Request(series, arguments.x, arguments.metric, out)
+
+
+def execute(request: Request) -> None:
+    """Draws into the folder and says what is there. Raises ValueError, OSError where it cannot write."""
+    from jaxpg.experiment import plots
+    from jaxpg.experiment.artifacts import write_figure
+    from jaxpg.experiment.records import best
+
+    series, x, metric, out = request
+    shown = best(series, plots.MOST_SERIES)
+    figures = {
+        "curves": lambda figure: plots.curves(figure, shown, x, metric),
+        "diagnostics": lambda figure: plots.diagnostics(figure, shown, x),
+    }
+    notes = []
+    try:
+        plots.final_scores(shown)
+        figures["comparison"] = lambda figure: plots.comparison(figure, shown)
+    except ValueError as error:
+        notes.append(f"no comparison: {error}")
+    out.mkdir(parents=True, exist_ok=True)
+    for name, draw in figures.items():
+        write_figure(out, draw, name)
+    print("\n".join(_table(shown)))
+    if len(shown) < len(series):
+        notes.append(f"drawn: the best {len(shown)} of {len(series)} series")
+    print("\n".join([*notes, f"saved {', '.join(figures)} (.png, .svg) in {out}"]))
+
+
+def _table(series) -> list[str]:
+    """The interquartile mean of every series' scores."""
+    from jaxpg.experiment.records import score
+    from jaxpg.experiment.report import aligned
+    from jaxpg.experiment.statistics import interval, number, robust
+
+    lines = []
+    for world in dict.fromkeys(s.environment for s in series):
+        rows = [["", "return", "95 % interval", "seeds"]]
+        for s in (s for s in series if s.environment == world):
+            estimate, values = robust(score(s)), score(s)
+            seeds = f"{len(values)}" + ("" if s.final is not None else ", unfinished")
+            rows.append([s.label, number(estimate.value), interval(estimate), seeds])
+        lines += [f"{world}: interquartile means of the final evaluation", *aligned(rows)]
+    return [line[:WIDTH] for line in lines]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jaxpg plot",
+        description="Draws runs: learning curves, diagnostics, and a comparison of their final "
+        "evaluations, with 95%% bootstrap intervals over seeds. Files are PNG and SVG.",
+        epilog="example: jaxpg plot runs/mine runs/other --x seconds",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("runs", metavar="RUN", nargs="+", help="folder of a jaxpg train run; several are compared")
+    add("--x", choices=X, default=X[0], help="what curves are drawn against; default: env_steps")
+    add("--metric", default="episode_return", help="of the curves; default: episode_return")
+    add(
+        "--out",
+        metavar="DIR",
+        help="folder to write; default: RUN/figures, of several runs a new one",
+    )
+    parser.error = _refuse  # type: ignore[method-assign]
+    return parser
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(f"{message} (see jaxpg plot --help)")

@@ -1,0 +1,215 @@
+"""Records: runs as their folders tell them, as arrays over seeds for pictures and tables."""
+
+import json
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxpg.experiment.folder import CONFIG, EVALUATION, FIGURES, METRICS, TABLE
+
+SWEEP = "sweep.json"
+MOST_POINTS = 100  # of a curve: more are averaged over windows of updates
+# Settings that make no other series of a run.
+UNSAID = ("environment", "run", "quiet", "seeds", "checkpoint_seconds", "tensorboard", "wandb",
+          "debug_nans", "compilation_cache", "measure_noise", "evaluation_episodes")  # fmt: skip
+
+
+class Series(NamedTuple):
+    """The R seeds of one point of a run's grid."""
+
+    environment: str
+    label: str
+    folder: Path
+    settings: dict[str, Any]  # structure and hyperparameters
+    update: np.ndarray  # [T]
+    env_steps: np.ndarray  # [R, T]
+    seconds: np.ndarray  # [T] of training, without compilation
+    metrics: dict[str, np.ndarray]  # [R, T] each; NaN where there is no value
+    final: np.ndarray | None  # [R] mean returns of the final evaluation
+
+
+def read(folders: list[Path]) -> list[Series]:
+    """Every series of the runs, labelled by what differs. Raises ValueError for what is no run."""
+    repeated = [f for f in folders if sum(f.resolve() == g.resolve() for g in folders) > 1]
+    if repeated:
+        raise ValueError(f"{repeated[0]} is named twice; there is nothing to compare")
+    return labelled(list(chain.from_iterable(map(_read, folders))))
+
+
+def labelled(series: list[Series]) -> list[Series]:
+    """The same with labels: the fewest settings that tell series of one environment apart.
+
+    Of those that differ the first come first, the algorithm before all: its own defaults follow from it.
+    """
+    names = dict.fromkeys(("algorithm", *chain.from_iterable(s.settings for s in series)))
+    chosen: list[str] = []
+    for name in names:
+        if name not in UNSAID and _distinct(series, [*chosen, name]) > _distinct(series, chosen):
+            chosen.append(name)
+    alone = len(series) == _distinct(series, chosen)
+    labels = [_said(each, chosen) for each in series]
+    if not alone:
+        labels = [f"{label}, {s.folder.name}" for s, label in zip(series, labels, strict=True)]
+    return [s._replace(label=label) for s, label in zip(series, labels, strict=True)]
+
+
+def score(series: Series) -> np.ndarray:
+    """Of each seed, [R]: the final evaluation, or the last of the curve where there is none."""
+    if series.final is not None:
+        return series.final
+    return series.metrics["episode_return"][:, -1]
+
+
+def best(series: list[Series], most: int) -> list[Series]:
+    """The series of the labels that rank highest by mean score, over the environments, in their order."""
+    means = [float(np.nan_to_num(score(s), nan=-np.inf).mean()) for s in series]
+    ranks: dict[str, list[int]] = {}
+    for s, mean in zip(series, means, strict=True):
+        others = (m for t, m in zip(series, means, strict=True) if t.environment == s.environment)
+        ranks.setdefault(s.label, []).append(sum(other > mean for other in others))
+    kept = sorted(ranks, key=lambda name: sum(ranks[name]) / len(ranks[name]))[:most]
+    return [s for s in series if s.label in kept]
+
+
+def _distinct(series, names) -> int:
+    return len({(s.environment, *(str(s.settings.get(name)) for name in names)) for s in series})
+
+
+def _said(series, names) -> str:
+    parts = []
+    for name in names or ["algorithm"]:
+        value = series.settings.get(name)
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        parts.append(text if name == "algorithm" else f"{name.strip('_')}={text}")
+    return ", ".join(parts)
+
+
+def _read(folder: Path) -> list[Series]:
+    saved = _config(folder)
+    try:
+        structure, replicas = saved["config"], saved["replicas"]
+        numbers = list(saved["hyperparameters"])
+        environment = str(structure["environment"])
+        read = _from_parquet if (folder / TABLE).exists() else _from_lines
+        update, env_steps, seconds, metrics = read(folder, len(replicas))
+        final = _final(folder, len(replicas))
+    except (OSError, KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot read the run in {folder}: {error!r}") from error
+    update, env_steps, seconds, metrics = _windows(update, env_steps, seconds, metrics)
+    metrics = _with_ratios(metrics, structure)
+    # Replicas that share every number are the seeds of one series.
+    places: dict[tuple, list[int]] = {}
+    for i, replica in enumerate(replicas):
+        places.setdefault(tuple(replica[name] for name in numbers), []).append(i)
+    return [
+        Series(
+            environment,
+            "",
+            folder,
+            structure | dict(zip(numbers, values, strict=True)),
+            update,
+            env_steps[rows],
+            seconds,
+            {name: each[rows] for name, each in metrics.items()},
+            None if final is None else final[rows],
+        )
+        for values, rows in places.items()
+    ]
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if (folder / SWEEP).is_file():
+        raise ValueError(f"{folder} is a sweep; its pictures are in {folder / FIGURES}")
+    if not (folder / CONFIG).is_file():
+        what = "has no config.json" if folder.is_dir() else "is no folder"
+        raise ValueError(f"{folder} {what}; name the folder of a jaxpg train run")
+    try:
+        return json.loads((folder / CONFIG).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot read {folder / CONFIG}: {error}") from error
+
+
+def _from_lines(folder, count):
+    """metrics.jsonl: a line for each chunk of updates."""
+    path = folder / METRICS
+    text = path.read_text() if path.is_file() else ""
+    # What follows the last line break is a line that a crash cut short.
+    lines = [json.loads(line) for line in text.split("\n")[:-1] if line]
+    if not lines:
+        raise ValueError(f"{path} is empty: the run ended before its first chunk of updates")
+    # Columns may come later than the first line, when a resumed run measures more.
+    names = dict.fromkeys(chain.from_iterable(lines))
+    columns = {
+        name: np.array([line.get(name, [None] * count) for line in lines], float)
+        for name in names
+        if name not in ("update", "seconds")
+    }
+    update, seconds = (np.array([line[k] for line in lines], float) for k in ("update", "seconds"))
+    arrays = {name: each.T for name, each in columns.items()}
+    return update, arrays.pop("env_steps"), seconds, arrays
+
+
+def _from_parquet(folder, count):
+    """metrics.parquet, of one part or several: a row for each replica and update."""
+    from pyarrow import ArrowException, parquet
+
+    path = folder / TABLE
+    try:
+        table = parquet.read_table(path)
+    except ArrowException as error:
+        raise ValueError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+    if not table.num_rows:
+        raise ValueError(f"{path} is empty: the run ended before its first chunk of updates")
+    replica, update = (table[name].to_numpy() for name in ("replica", "update"))
+    order = np.lexsort((update, replica))
+    if len(order) % count:
+        raise ValueError(f"{path} has {len(order)} rows, not a multiple of {count} replicas")
+    shape = (count, -1)
+    skipped = {"replica", *json.loads((folder / CONFIG).read_text())["replicas"][0]}
+    arrays = {
+        name: table[name].to_numpy().astype(float)[order].reshape(shape)
+        for name in table.column_names
+        if name not in skipped
+    }
+    update, seconds = arrays.pop("update")[0], arrays.pop("seconds")[0]
+    return update, arrays.pop("env_steps"), seconds, arrays
+
+
+def _final(folder, count):
+    path = folder / EVALUATION
+    if not path.is_file():
+        return None
+    returns = np.array(json.loads(path.read_text())["mean_return"], float)
+    if len(returns) != count:
+        raise ValueError(f"{path} has {len(returns)} returns for {count} replicas")
+    return returns
+
+
+def _windows(update, env_steps, seconds, metrics):
+    """At most MOST_POINTS points: counters at the end of each window, metrics averaged over it."""
+    if len(update) <= MOST_POINTS:
+        return update, env_steps, seconds, metrics
+    edges = np.linspace(0, len(update), MOST_POINTS + 1).round().astype(int)
+    starts, ends = edges[:-1], edges[1:] - 1
+
+    def average(values):
+        has = np.isfinite(values)
+        total = np.add.reduceat(np.where(has, values, 0.0), starts, axis=1)
+        with np.errstate(invalid="ignore"):
+            return total / np.add.reduceat(has, starts, axis=1, dtype=float)
+
+    averaged = {name: average(values) for name, values in metrics.items()}
+    return update[ends], env_steps[:, ends], seconds[ends], averaged
+
+
+def _with_ratios(metrics, structure):
+    """The noise scale, a ratio of averages: each update's own would be too noisy."""
+    if not {"noise", "signal"} <= metrics.keys() or "noise_scale" in metrics:
+        return metrics
+    noise, signal = metrics["noise"], metrics["signal"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = {"noise_scale": structure["num_envs"] * noise / signal,
+                  "signal_to_noise": signal / noise}  # fmt: skip
+    return metrics | ratios
