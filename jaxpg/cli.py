@@ -15,6 +15,7 @@ Policy-gradient methods in JAX.
 commands:
   train ENV    train policies on an environment (jaxpg train ENV --help: the
                flags, with their defaults for that environment)
+  plot RUN...  draw learning curves, diagnostics and comparisons of runs
   lab NAME     measure gradients (jaxpg lab list: the experiments)
 
 options:
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"jaxpg {_version()}")
         elif command == "train":
             _train(rest)
+        elif command == "plot":
+            _plot(rest)
         elif command == "lab":
             _lab(rest)
         else:
@@ -66,6 +69,19 @@ def _train(argv):
         raise
     except OSError as error:  # a full disk, a folder that went away
         _fail(f"cannot write {experiment.folder}: {error.strerror or error}", status=1)
+
+
+def _plot(argv):
+    from jaxpg.experiment.pictures import execute, prepare
+
+    try:
+        execute(prepare(argv))
+    except ValueError as error:
+        _fail(str(error))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _fail(f"cannot write: {error.strerror or error}", status=1)
 
 
 def _lab(argv):
