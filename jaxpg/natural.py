@@ -32,17 +32,19 @@ def conjugate_gradients(product: Callable[[Array], Array], target: Array, iterat
     arithmetic once they reach the number of distinct eigenvalues (Hestenes and Stiefel, 1952).
     """
 
+    # What is left below this is rounding, which further iterations would blow up where the product is
+    # singular, as a softmax policy's Fisher matrix is.
+    rounding = (10 * jnp.finfo(target.dtype).eps) ** 2 * (target @ target)
+
     def step(state, _):
         x, residual, direction, square = state
         moved = product(direction)
         curvature = direction @ moved
-        # At the solution both are 0; a direction of no curvature has no finite step.
-        length = jnp.where(
-            curvature > 0.0, square / jnp.where(curvature > 0.0, curvature, 1.0), 0.0
-        )
+        going = (square > rounding) & (curvature > 0.0)
+        length = jnp.where(going, square / jnp.where(going, curvature, 1.0), 0.0)
         x, residual = x + length * direction, residual - length * moved
         new = residual @ residual
-        ratio = jnp.where(square > 0.0, new / jnp.where(square > 0.0, square, 1.0), 0.0)
+        ratio = jnp.where(going, new / jnp.where(going, square, 1.0), 0.0)
         return (x, residual, residual + ratio * direction, new), None
 
     start = (jnp.zeros_like(target), target, target, target @ target)

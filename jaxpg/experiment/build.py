@@ -11,17 +11,21 @@ from jaxpg.envs import Env, from_gymnax, history, mask_observation, repeat_actio
 from jaxpg.estimators.control_variates import CONTROL_VARIATES
 from jaxpg.estimators.importance import IMPORTANCES
 from jaxpg.experiment.config import Config
+from jaxpg.experiment.trajectories import read_demonstrations
+from jaxpg.imitation import informed
 from jaxpg.natural import NATURAL_OPTIMIZERS
 from jaxpg.optimizers import BATCH_SCALINGS, OPTIMIZERS, SCHEDULES, batch_scaled
 from jaxpg.policies import NETWORKS, Agent, actor_critic
 from jaxpg.policies.networks import ACTIVATIONS
 from jaxpg.trainer import Trainer, make_trainer
+from jaxpg.types import Trajectory
 
 
 class Parts(NamedTuple):
     env: Env
     agent: Agent
     trainer: Trainer
+    demonstrations: Trajectory | None = None
 
 
 def build(config: Config) -> Parts:
@@ -43,6 +47,25 @@ def build(config: Config) -> Parts:
         agent = agent._replace(critic=None)
     trainer = make_trainer(env, agent, row, num_envs=config.num_envs, num_steps=config.num_steps)
     return Parts(env, agent, trainer)
+
+
+def instructed(parts: Parts, config: Config) -> Parts:
+    """The parts of a run with the demonstrations that its configuration names. Raises ValueError.
+
+    Apart from build, because a finished run's policy can be loaded without them.
+    """
+    if not config.demonstrations:
+        return parts
+    env, agent, trainer, _ = parts
+    demonstrations = read_demonstrations(config.demonstrations, env, config.environment)
+    row = build_algorithm(config)
+    if config.imitate:
+        init = informed(
+            trainer, env, agent.policy, row, demonstrations, config.imitate, config.warm_start
+        )
+        trainer = trainer._replace(init=init)
+    needed = row.imitates or row.guided
+    return Parts(env, agent, trainer, demonstrations if needed else None)
 
 
 def wrapped(env: Env, config: Config) -> Env:

@@ -56,20 +56,20 @@ def read_trajectories(path: str | Path) -> tuple[Trajectory, str | None]:
         raise ValueError(f"{path}: mask must be 1 from the first step of each episode to its end")
     zeros = np.zeros(mask.shape, np.float32)
     log_prob = found.get("log_prob", np.full(mask.shape, np.nan)).astype(np.float32)
-    trajectory = Trajectory(
-        obs=found["obs"],
-        action=found["action"],
-        log_prob=np.where(mask, log_prob, 0.0),
-        reward=np.where(mask, found["reward"], 0.0).astype(np.float32),
-        discount=np.where(mask, found["discount"], 0.0).astype(np.float32),
-        first=mask & (np.arange(len(mask))[:, None] == 0),
-        last=mask & ~np.vstack([mask[1:], np.zeros_like(mask[:1])]),
-        mask=mask,
-        value=zeros,
-        next_value=zeros,
-    )
+    fields: dict[str, Any] = {
+        "obs": found["obs"],
+        "action": found["action"],
+        "log_prob": np.where(mask, log_prob, np.float32(0)),
+        "reward": np.where(mask, found["reward"], 0.0).astype(np.float32),
+        "discount": np.where(mask, found["discount"], 0.0).astype(np.float32),
+        "first": mask & (np.arange(len(mask))[:, None] == 0),
+        "last": mask & ~np.vstack([mask[1:], np.zeros_like(mask[:1])]),
+        "mask": mask,
+        "value": zeros,
+        "next_value": zeros,
+    }
     name = str(found["environment"]) if "environment" in found else None
-    return trajectory, name
+    return Trajectory(**fields), name
 
 
 def read_demonstrations(path: str | Path, env: Env, environment: str) -> Trajectory:
@@ -101,7 +101,8 @@ def read_demonstrations(path: str | Path, env: Env, environment: str) -> Traject
             f"{path}: log_prob is NaN in {np.isnan(log_prob[mask]).sum()} of {mask.sum()} steps; give it "
             "for all of them, or leave it out to have it fitted"
         )
-    return trajectory._replace(obs=obs, action=action)
+    changed: Any = {"obs": obs, "action": action}
+    return trajectory._replace(**changed)
 
 
 def _fitting(path, what, values, space: Space, mask):
