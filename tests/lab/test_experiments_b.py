@@ -241,7 +241,7 @@ def test_the_objective_of_training_is_exact():
 
 
 def test_the_best_objective_is_an_upper_bound_that_ascent_approaches():
-    best = best_objective(A.mdp, 1.0)
+    best = best_objective(A)
     logits = ascent.ascend(A, "natural", 300)[-1].reshape(3, 2)
     assert 0.99 * best < exact.objective(A.mdp, logits, 1.0) <= best
 
@@ -260,19 +260,6 @@ def test_adam_ignores_the_unit_of_the_reward():
     assert np.abs(thousand - one).max() < 1e-3 * moved
     one, thousand = (ascent.ascend(A, "sgd", 1, scale=scale) for scale in (1.0, 1000.0))
     np.testing.assert_allclose(thousand[1] - thousand[0], 1000 * (one[1] - one[0]), rtol=1e-4)
-
-
-def test_updates_to_a_target():
-    scores = np.array([[0.0, 0.5, 0.4, 0.6], [0.0, 0.1, 0.2, 0.3]])
-    np.testing.assert_array_equal(learning.updates_to(scores, 0.5), [1, np.inf])
-
-
-def test_a_hyperbola_is_found_again():
-    fronts = [{"batch": n, "measured": 5 * (1 + 20 / n), "rate": n} for n in (1, 4, 16, 64, 256)]
-    found = learning.front_summary(fronts)
-    assert np.isclose(found["critical_batch"], 20, rtol=1e-4)
-    assert np.isclose(found["least_updates"], 5, rtol=1e-4)
-    assert np.isclose(found["rate_exponent"], 1)
 
 
 @pytest.mark.slow

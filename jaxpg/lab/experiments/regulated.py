@@ -48,14 +48,15 @@ def one_step(settings: Settings, progress: Progress) -> tuple[list[dict[str, Any
     """
     world = regulator_world(gain=GAIN, gamma=GAMMA, fixed_std=True)
     found = form("rtg_value", world)
-    assert found.estimator is not None and found.exact is not None
+    regulator, estimator = world.regulator, found.estimator
+    assert regulator is not None and estimator is not None and found.exact is not None
     mean, covariance = found.exact()
     scale = float(covariance[0, 0] / mean[0] ** 2)
     count = 2**17 if settings.quick else 2**19
     progress(f"{count:,} gradients of a regulator")
     gradients = jax.jit(
         lambda key: gradient_samples(
-            world.env, world.policy, found.estimator, world.params, key, count, found.hyperparams,
+            world.env, world.policy, estimator, world.params, key, count, found.hyperparams,
             critic=found.critic, critic_params=found.critic_params,
         )
     )(key_of(settings))  # fmt: skip
@@ -65,7 +66,7 @@ def one_step(settings: Settings, progress: Progress) -> tuple[list[dict[str, Any
         """[R, M]: J after a step of each rate along each gradient, less J before it."""
 
         def at(gain):
-            return objective(world.regulator, world.policy, {"gain": gain[None]}, GAMMA)
+            return objective(regulator, world.policy, {"gain": gain[None]}, GAMMA)
 
         steps = jnp.reshape(rates, (-1, 1)) * gradients[None]
         return jax.vmap(jax.vmap(at))(GAIN + steps) - at(jnp.float32(GAIN))

@@ -1,0 +1,174 @@
+"""The regulator in the laboratory, and the law of batch sizes that it shows."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxpg.envs import Lqr
+from jaxpg.estimators import Estimator, baselines, credit, importance
+from jaxpg.lab import gradient_samples, gradient_statistics
+from jaxpg.lab.exact import lqr
+from jaxpg.lab.experiments import critical, regulated
+from jaxpg.lab.experiments.estimators import form, true_gradient
+from jaxpg.lab.experiments.frame import Settings
+from jaxpg.lab.experiments.training import best_objective
+from jaxpg.lab.worlds import regulator_world, world
+from jaxpg.types import Hyperparams
+
+GAMMA = 0.95
+PUBLIC = regulator_world(gamma=GAMMA)
+ON = importance.from_start(importance.on_policy)
+THREE = np.array([-0.6, np.log(0.5), 0.3])
+
+
+def silent(line):
+    del line
+
+
+def test_gradient_and_hessian_are_derivatives():
+    h = 1e-4
+    rows = h * np.eye(3)
+
+    def j(x):
+        return lqr.objective(Lqr(), x, GAMMA)
+
+    slope = [(j(THREE + e) - j(THREE - e)) / (2 * h) for e in rows]
+    np.testing.assert_allclose(lqr.gradient(Lqr(), THREE, GAMMA), slope, rtol=1e-6)
+    bend = [
+        [(j(THREE + e + f) - j(THREE + e - f) - j(THREE - e + f) + j(THREE - e - f)) / (4 * h**2)
+         for f in rows] for e in rows
+    ]  # fmt: skip
+    np.testing.assert_allclose(lqr.hessian(Lqr(), THREE, GAMMA), bend, rtol=1e-4, atol=1e-5)
+
+
+def test_an_offset_keeps_the_moments_exact():
+    numbers = Hyperparams(gamma=GAMMA)
+    true = lqr.gradient(Lqr(), THREE, GAMMA)
+    for estimator in (
+        Estimator(credit.total_return),
+        Estimator(credit.reward_to_go, baselines.none, ON),
+        Estimator(credit.reward_to_go, baselines.critic, ON),
+    ):
+        found = lqr.moments(Lqr(), THREE, estimator, numbers)
+        np.testing.assert_allclose(found.mean, true, rtol=1e-9, atol=1e-9)
+    scores = lqr.moments(Lqr(), THREE, Estimator(credit.unit), numbers)
+    np.testing.assert_allclose(scores.mean, 0.0, atol=1e-10)
+    np.testing.assert_allclose(scores.covariance, lqr.fisher(Lqr(), THREE), rtol=1e-9, atol=1e-9)
+    # Without an offset, the two parameters are as they were.
+    pair, both = THREE[:2], [*THREE[:2], 0.0]
+    two = lqr.moments(Lqr(), pair, Estimator(), numbers)
+    three = lqr.moments(Lqr(), both, Estimator(), numbers)
+    np.testing.assert_allclose(three.covariance[:2, :2], two.covariance, rtol=1e-11)
+    with pytest.raises(ValueError, match="4 parameters; a regulator's policy has k"):
+        lqr.objective(Lqr(), [*THREE, 0.0], GAMMA)
+
+
+KNOWN = {"total": 577.6159755379, "rtg": 299.1503465347, "rtg_value": 35.8225719794}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KNOWN)
+def test_sampled_gradients_agree_with_the_exact_moments(name):
+    each = form(name, PUBLIC)
+    known = each.exact()
+    assert known.trace == pytest.approx(KNOWN[name], rel=1e-7)  # the parameters are in float32
+    found = gradient_statistics(
+        PUBLIC.env, PUBLIC.policy, each.estimator, PUBLIC.params, jax.random.key(5), 2**19,
+        each.hyperparams, critic=each.critic, critic_params=each.critic_params,
+    )  # fmt: skip
+    np.testing.assert_allclose(known.mean, (-2.50209729, -0.91037696), rtol=1e-6)
+    error = np.sqrt(np.diag(known.covariance) / 2**19)
+    assert (np.abs(found.mean - known.mean) < 5 * error).all()
+    # 95 % intervals of 32 groups: 2.04 standard errors either way.
+    half = (found.trace.high - found.trace.low) / 2
+    assert abs(found.trace.value - known.trace) < 5 * half / 2.04
+    assert half < 0.03 * known.trace
+
+
+def test_dropping_the_discount_of_states_is_seen():
+    # The negative control: c_t = 1 is another mean, by more than 5 standard errors.
+    rows = gradient_samples(
+        PUBLIC.env, PUBLIC.policy, Estimator(credit.reward_to_go, baselines.critic), PUBLIC.params,
+        jax.random.key(0), 2**17, Hyperparams(gamma=0.5), critic=PUBLIC.critic,
+        critic_params=PUBLIC.critic_params,
+    )  # fmt: skip
+    rows = np.asarray(rows, float)
+    error = rows.std(axis=0) / len(rows) ** 0.5
+    true = lqr.gradient(Lqr(), (-0.6, np.log(0.5)), 0.5)
+    assert (np.abs(rows.mean(axis=0) - true) > 5 * error).any()
+
+
+def test_the_world_of_a_regulator():
+    assert world("LQR").regulator == Lqr()
+    np.testing.assert_allclose(true_gradient(PUBLIC), (-2.50209729, -0.91037696), rtol=1e-6)
+    fixed = regulator_world(gain=-1.0, offset=0.2, gamma=GAMMA, fixed_std=True)
+    pair = lqr.gradient(Lqr(), (-1.0, np.log(0.5), 0.2), GAMMA)[[0, 2]]
+    np.testing.assert_allclose(true_gradient(fixed), pair, rtol=1e-6)
+    gain = regulator_world(gamma=GAMMA, fixed_std=True)
+    assert best_objective(gain) == pytest.approx(-2.068897889713579, rel=1e-5)
+    assert world("LQR", "mlp").regulator is None
+
+
+# Batch sizes.
+
+
+def test_updates_to_a_target_are_those_after_which_nine_in_ten_are_there_at_once():
+    scores = np.zeros((100, 6))
+    scores[:, 3:] = 1.0
+    scores[:50, 1] = 1.0  # half of the runs, by luck
+    assert critical.updates_to(scores, 0.5) == (3.0, 3.0, 3.0)
+    scores[:8, 3] = 0.0  # 92 of 100: within the error of nine in ten
+    assert critical.updates_to(scores, 0.5) == (3.0, 3.0, 4.0)
+    scores[:15, 3:] = 0.0
+    assert critical.updates_to(scores, 0.5) == (np.inf, 3.0, np.inf)
+
+
+def test_the_law_is_found_again():
+    sizes = np.array([1, 4, 16, 64, 256])
+    fronts = [{"batch": n, "measured": 5 * (1 + 20 / n), "rate": 0.3 / (1 + 30 / n)} for n in sizes]
+    found = critical.fitted(fronts)
+    np.testing.assert_allclose(found, (5, 20, 0.3, 30), rtol=1e-4)
+    assert critical.fitted(fronts[:2]) is None
+
+
+def test_the_noise_scale_of_one_parameter_is_simple():
+    place = regulator_world(gain=-1.0, gamma=GAMMA, fixed_std=True)
+    found = critical.noise_scales(place, -2.1)
+    for name in ("start", "target"):
+        simple, curved = found[f"noise_scale_at_{name}"], found[f"curved_noise_scale_at_{name}"]
+        assert simple == pytest.approx(curved)
+    assert found["noise_scale_at_start"] == pytest.approx(139, rel=5e-3)
+    assert found["noise_scale_at_target"] > found["noise_scale_at_start"]
+
+
+@pytest.mark.slow
+def test_a_batch_of_the_noise_scale_makes_half_the_progress():
+    rows, scale = regulated.one_step(Settings(quick=True, seed=1), silent)
+    for row in rows:
+        # The law is that of a quadratic objective, which J nearly is.
+        assert row["measured"] == pytest.approx(1 / (1 + scale / row["batch"]), abs=0.03)
+        assert row["high"] - row["low"] < 0.1
+    assert {row["batch"] for row in rows} >= {round(scale)}
+
+
+@pytest.mark.slow
+def test_the_best_rate_grows_linearly_and_then_no_more():
+    result = critical.large_batch(critical.EXPERIMENTS["large-batch"].quick, silent)
+    found = result.summary
+    # The knee lies between the noise scales along the way.
+    low, high = (found[f"curved_noise_scale_at_{x}"] for x in ("start", "target"))
+    assert low / 2 < found["rate_knee"] < high and low / 2 < found["critical_batch"] < high
+    table = result.table
+    front = {
+        n: (rate, updates)
+        for n, rate, updates, quantity in zip(
+            *(table[c] for c in ("batch", "rate", "measured", "quantity")), strict=True
+        )
+        if quantity == "updates_at_best_rate"
+    }
+    rates, updates = (np.array(x) for x in zip(*front.values(), strict=True))
+    sizes = np.array(list(front), float)
+    exponents = np.diff(np.log(rates)) / np.diff(np.log(sizes))
+    assert exponents[0] > 0.6 > exponents[-1]
+    # Many small batches and few large ones: neither time nor data is least at once.
+    assert (np.diff(updates) < 0).all() and sizes[-1] * updates[-1] > 2 * sizes[0] * updates[0]
