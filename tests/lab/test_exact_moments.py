@@ -17,6 +17,7 @@ ON = importance.from_start(importance.on_policy)
 def rows(instance, gamma):
     """Every estimator of the table, by name: its exact moments."""
     mdp, logits, behaviour = instance
+    lived_through, saturated = without_ends(mdp, logits)
     value, action_value = exact.values(mdp, logits, gamma)
     value = value[:-1]
     average = exact.objective(mdp, logits, gamma)
@@ -60,7 +61,13 @@ def rows(instance, gamma):
     for lambda_ in (0.0, 0.5, 0.9, 0.95, 1.0):
         gae = credit.lambda_return, baselines.critic, ON
         found[f"GAE({lambda_}) exact V"] = slots(*gae, lambda_=lambda_)
-        poor = slots(*gae, lambda_=lambda_, critic=0.5 * value + 0.3)
+        poor = exact.moments(
+            lived_through,
+            saturated,
+            Estimator(*gae),
+            Hyperparams(gamma=gamma, lambda_=lambda_),
+            critic=0.5 * value + 0.3,
+        )
         found[f"GAE({lambda_}) Vhat=0.5V+0.3"] = poor
     if behaviour is not None:
         beta = {"behaviour_logits": behaviour}
@@ -84,6 +91,18 @@ def rows(instance, gamma):
     return found
 
 
+def without_ends(mdp, logits):
+    """The world with its terminal states lived through: no reward, and a policy too sure to have a score.
+
+    The poor critic of the table says 0.3 of them too, while the value after a termination is 0 here
+    (its discount is), so a state that is absorbing without being terminal is what the numbers are of.
+    """
+    sure = np.where(np.arange(logits.shape[1]) == 0, 60.0, -60.0)
+    ends = np.unique(mdp.observation[mdp.terminal])
+    logits = np.where(np.isin(np.arange(len(logits)), ends)[:, None], sure, logits)
+    return mdp._replace(terminal=np.zeros_like(mdp.terminal)), logits
+
+
 @pytest.mark.parametrize(("name", "gamma"), CASES)
 def test_every_row_of_the_table(name, gamma):
     instance = {"A": instance_a, "T": instance_t}[name]()
@@ -97,7 +116,7 @@ def test_every_row_of_the_table(name, gamma):
         bias = np.linalg.norm(found[row].mean - true)
         np.testing.assert_allclose(bias, biases.get(row, 0.0), rtol=1e-8, atol=1e-12, err_msg=row)
         np.testing.assert_allclose(found[row].covariance, found[row].covariance.T, atol=1e-12)
-    assert set(found) - set(known) <= {k for k in found if "Vhat" in k and name == "T"}
+    assert set(found) == set(known)
 
 
 def test_the_marginal_form_has_the_mean_of_the_first_order_form():
