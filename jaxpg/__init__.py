@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jaxpg import algorithms, envs, estimators, lab, optimizers, policies
     from jaxpg.algorithms import Algorithm
+    from jaxpg.experiment.policy import load_policy
     from jaxpg.rollout import episodes, evaluate, unroll
     from jaxpg.trainer import Trainer, TrainState, make_trainer, train
     from jaxpg.types import Hyperparams, TimeStep, Trajectory
@@ -22,6 +23,7 @@ _HOMES = {
     "Trajectory": "jaxpg.types",
     "episodes": "jaxpg.rollout",
     "evaluate": "jaxpg.rollout",
+    "load_policy": "jaxpg.experiment.policy",
     "make_trainer": "jaxpg.trainer",
     "train": "jaxpg.trainer",
     "unroll": "jaxpg.rollout",
@@ -41,6 +43,7 @@ __all__ = [
     "estimators",
     "evaluate",
     "lab",
+    "load_policy",
     "make_trainer",
     "optimizers",
     "policies",

@@ -51,24 +51,35 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _train(argv):
     # Imported here, so that help does not wait for jax.
-    from jaxpg.experiment.flags import parse
-
-    config, grid = parse(argv, prog="jaxpg train")
-    from jaxpg.experiment.interrupt import Interrupted
-    from jaxpg.experiment.run import execute, prepare
+    from jaxpg.experiment.flags import request
 
     try:
-        experiment = prepare(config, grid)
+        asked = request(argv, prog="jaxpg train")
+    except ValueError as error:
+        _fail(str(error))
+    from jaxpg.experiment.cache import use_compilation_cache
+    from jaxpg.experiment.health import Diverged
+    from jaxpg.experiment.interrupt import Interrupted
+    from jaxpg.experiment.run import execute, prepare, prepare_resume
+
+    try:
+        experiment = (prepare_resume if asked.resume else prepare)(asked.config, asked.grid)
     except ValueError as error:
         _fail(str(error))
     try:
+        if asked.config.compilation_cache:
+            use_compilation_cache()
         execute(experiment)
+    except ValueError as error:  # a folder in use, a damaged checkpoint
+        _leave(f"error: {_line(error)}", 2)
+    except Diverged as error:
+        _leave(f"error: {_line(error)}", 1)
     except Interrupted as stop:
         _leave(str(stop), stop.status)
     except BrokenPipeError:
         raise
     except OSError as error:  # a full disk, a folder that went away
-        _fail(f"cannot write {experiment.folder}: {error.strerror or error}", status=1)
+        _leave(f"error: cannot write {experiment.folder}: {error.strerror or error}", 1)
 
 
 def _plot(argv):
@@ -100,8 +111,12 @@ def _lab(argv):
 
 
 def _fail(message: str, status: int = 2) -> NoReturn:
-    print(f"jaxpg: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"jaxpg: error: {_line(message)}", file=sys.stderr)
     raise SystemExit(status)
+
+
+def _line(message) -> str:
+    return " ".join(str(message).split())
 
 
 def _leave(message, status):

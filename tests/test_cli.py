@@ -47,8 +47,10 @@ def test_a_grid_of_seeds_is_trained_and_every_file_written(tmp_path):
     assert {f.name for f in folder.iterdir()} == {
         "config.json",
         "metrics.jsonl",
+        "metrics.parquet",
         "evaluation.json",
         "params.npz",
+        "checkpoints",
     }
 
     config = strict((folder / "config.json").read_text())
@@ -120,9 +122,17 @@ def test_a_signal_saves_what_was_learnt(tmp_path, number, status, wait_for):
         assert list(tmp_path.iterdir()) == []
     else:
         names = {f.name for f in (tmp_path / "r").iterdir()}
-        assert names == {"config.json", "metrics.jsonl", "params.npz"}
+        assert names == {
+            "config.json",
+            "metrics.jsonl",
+            "metrics.parquet",
+            "params.npz",
+            "checkpoints",
+        }
+        assert "go on with jaxpg train --resume r" in error
         last = strict((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[-1])
         assert f"after {last['update']} of 1000000 updates" in error
+        assert (tmp_path / "r" / "checkpoints" / str(last["update"])).is_dir()
 
 
 BAD = {
@@ -143,7 +153,7 @@ BAD = {
     "CartPole-v1 --lambda -0.1": "lambda_=-0.1 must lie in [0, 1]",
     "CartPole-v1 --learning-rate 1e-3,0": "learning_rate=0 must be above 0",
     "CartPole-v1 --max-grad-norm inf": "max_grad_norm=inf must be a finite number",
-    "CartPole-v1 --algorithm behaviour_cloning": "train it from Python",
+    "CartPole-v1 --algorithm behaviour_cloning": "give --demonstrations FILE",
     "CartPole-v1 --algorithm reinforce --critic-epochs 2": "reinforce has no critic",
     "CartPole-v1 --algorithm vpg --num-epochs 2": "score surrogate",
     "Pendulum-v1 --network tabular": "tabular needs discrete observations",

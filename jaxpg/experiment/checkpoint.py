@@ -1,58 +1,227 @@
-"""Checkpoints: the final parameters of a run, read back from its folder."""
+"""Checkpoints: a tree of arrays and keys, with what the host knows, whole or not at all.
 
-import json
-from dataclasses import fields
+Each is a folder of orbax named after the number of updates. A tree is stored as its leaves by their path
+in it, so the code that reads one must have made the same tree, and says so if it has not.
+"""
+
+import logging
+import math
+import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpg.experiment.build import build
-from jaxpg.experiment.config import Config
-from jaxpg.experiment.folder import CONFIG, PARAMS
-from jaxpg.lab.worlds import Checkpoint
-from jaxpg.policies import init_params
+LAYOUT = 1  # of what is written here; a tree's own is in its leaves
+KEEP = 3  # the newest, and beside them the best
 
 
-def load(run: str, replica: int = 0) -> Checkpoint:
-    """Policy and critic of one replica (seed and setting, in the order of config.json) of a run.
+class Checkpoints(NamedTuple):
+    """Where a run saves. Any OSError that was met in the background is raised by the next call."""
 
-    Raises ValueError for a folder that is no finished run, and for a replica that it has not.
+    save: Callable[[int, Any, dict, float], None]  # updates, tree on the host, record, score
+    wait: Callable[[], None]
+    close: Callable[[], None]
+
+
+def open_checkpoints(folder: Path) -> Checkpoints:
+    """Saves go on in the background: what is being written gets its name when it is whole."""
+    ocp = _orbax()
+    from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+    def score(metrics):
+        return metrics["score"]
+
+    best = keep.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
+    options = ocp.CheckpointManagerOptions(
+        best_fn=score,
+        preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(KEEP), best]),
+        cleanup_tmp_directories=True,
+    )
+    manager = _written(folder, lambda: ocp.CheckpointManager(folder.absolute(), options=options))
+
+    def save(updates, tree, record, score):
+        leaves, described = _described(tree)
+        host = {"layout": LAYOUT, "leaves": described, "record": record}
+        arguments = ocp.args.Composite(
+            # orbax refuses arrays without elements, of which there is nothing to store.
+            state=ocp.args.PyTreeSave({k: x for k, x in leaves.items() if x.size}),
+            host=ocp.args.JsonSave(host),
+        )
+        metrics = {"score": score} if math.isfinite(score) else None
+        # force: also a number of updates that is not above the last, after a resume from before it.
+        _written(folder, lambda: manager.save(updates, args=arguments, metrics=metrics, force=True))
+
+    return Checkpoints(
+        save, lambda: _written(folder, manager.wait_until_finished), lambda: manager.close()
+    )
+
+
+def on_host(tree: Any) -> Any:
+    """A copy in the host's memory of a tree of arrays and typed keys, which become their data."""
+
+    def copied(x):
+        if _is_key(x):
+            x = jax.random.key_data(x)
+        # A copy: on a CPU, jax's own would share memory with an array that is about to be donated.
+        return np.array(x)
+
+    return jax.tree.map(copied, tree)
+
+
+def steps(folder: Path) -> list[int]:
+    """The numbers of updates at which there are checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(f.name) for f in folder.iterdir() if f.name.isdigit() and f.is_dir())
+
+
+def best(folder: Path) -> int:
+    """The number of updates of the checkpoint with the highest score. Raises ValueError if none has one."""
+    scores = {}
+    for step in steps(folder):
+        path = folder / str(step)
+        if (path / "metrics").is_dir():
+            items = _orbax().args.Composite(metrics=_orbax().args.JsonRestore())
+            scores[step] = _read(path, items).metrics["score"]
+    if not scores:
+        raise ValueError(
+            f"no checkpoint in {folder} has a score; name one by its number of updates"
+        )
+    return max(scores, key=lambda step: scores[step])
+
+
+def restore(folder: Path, step: int, shapes: Any) -> tuple[Any, dict]:
+    """The tree with the structure of shapes, on the host, and the record that was saved with it.
+
+    shapes: a tree of what has shape and dtype. Raises ValueError, leaving every file as it is, for a
+    checkpoint that is damaged, foreign, or of another layout.
     """
-    folder = Path(run)
-    for name in (CONFIG, PARAMS):
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"{folder} has no {name}; name the folder of a finished jaxpg train run"
-            )
-    try:
-        config = _config(json.loads((folder / CONFIG).read_text())["config"])
-        with np.load(folder / PARAMS) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"cannot read the run in {folder}: {error}") from error
-    count = len(next(iter(arrays.values())))
-    if not 0 <= replica < count:
-        raise ValueError(f"{folder} has replicas 0 to {count - 1}, not {replica}")
-    parts = build(config)
-    shapes = jax.eval_shape(lambda key: init_params(parts.agent, key), jax.random.key(0))
-    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    ocp, path = _orbax(), folder / str(step)
+    host = _read(path, ocp.args.Composite(host=ocp.args.JsonRestore())).host
+    if not isinstance(host, dict) or host.get("layout") != LAYOUT:
+        found = host.get("layout") if isinstance(host, dict) else None
+        raise ValueError(
+            f"{path} has layout {found}, and this version of jaxpg reads {LAYOUT}; "
+            "use the version that wrote it, which config.json names"
+        )
+    expected = {name: leaf for name, (leaf, _) in _named(shapes).items()}
+    _same_leaves(path, host["leaves"], expected)
+    saved = _read(path, ocp.args.Composite(state=ocp.args.PyTreeRestore())).state
     found = []
-    for place, shape in leaves:
-        name = jax.tree_util.keystr(place, simple=True, separator="/")
-        if name not in arrays or arrays[name].shape[1:] != shape.shape:
+    for name, leaf in expected.items():
+        array = np.asarray(saved[name]) if name in saved else _empty(leaf)
+        if _checksum(array) != host["leaves"][name]["crc32"]:
+            raise ValueError(f"{path} is damaged: {name} is not what was written{_other(path)}")
+        found.append(_as_saved(array, leaf))
+    return jax.tree.unflatten(jax.tree.structure(shapes), found), host["record"]
+
+
+def _named(tree):
+    return {
+        jax.tree_util.keystr(place, simple=True, separator="."): (leaf, place)
+        for place, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _described(tree):
+    leaves = {name: np.asarray(leaf) for name, (leaf, _) in _named(tree).items()}
+    described = {
+        name: {"shape": list(x.shape), "dtype": str(x.dtype), "crc32": _checksum(x)}
+        for name, x in leaves.items()
+    }
+    return leaves, described
+
+
+def _same_leaves(path, saved, expected):
+    """Raises ValueError for the first leaf that differs."""
+    for name in (*expected, *saved):
+        if name not in saved or name not in expected:
+            which = "lacks" if name not in saved else "has"
             raise ValueError(
-                f"{folder / PARAMS} does not hold {name} {shape.shape} of its own config"
+                f"{path} {which} {name}, unlike what its config.json makes in this version of "
+                "jaxpg; use the version that wrote it"
             )
-        found.append(jnp.asarray(arrays[name][replica]))
-    params = jax.tree_util.tree_unflatten(structure, found)
-    return Checkpoint(config.environment, parts.env, parts.agent, params)
+        shape, dtype = _stored_as(expected[name])
+        if (list(shape), str(dtype)) != (saved[name]["shape"], saved[name]["dtype"]):
+            raise ValueError(
+                f"{path} has {name} as {saved[name]['dtype']}{saved[name]['shape']}, and its "
+                f"config.json makes {dtype}{list(shape)}; was either changed?"
+            )
 
 
-def _config(saved: dict[str, Any]) -> Config:
-    known = {f.name for f in fields(Config)}
-    settings: dict[str, Any] = {name: value for name, value in saved.items() if name in known}
-    settings["hidden"] = tuple(settings["hidden"])  # JSON has lists only
-    return Config(**settings)
+def _is_key(leaf) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _stored_as(leaf):
+    if _is_key(leaf):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return leaf.shape, leaf.dtype
+
+
+def _empty(leaf):
+    shape, dtype = _stored_as(leaf)
+    return np.zeros(shape, dtype)
+
+
+def _as_saved(array, leaf):
+    if _is_key(leaf):
+        return jax.random.wrap_key_data(array, impl=_implementation(leaf))
+    return array
+
+
+def _implementation(leaf) -> str:
+    found = []
+    # Of a shape alone jax does not say it; of what is traced it does.
+    jax.eval_shape(lambda key: found.append(str(jax.random.key_impl(key))), leaf)
+    return found[0]
+
+
+def _checksum(array) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).tobytes())
+
+
+def _read(path, items):
+    ocp = _orbax()
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    try:
+        with ocp.CheckpointManager(path.parent.absolute(), options=options) as manager:
+            return manager.restore(int(path.name), args=items)
+    # Whatever a damaged file makes orbax, tensorstore or json raise.
+    except Exception as error:
+        why = str(error).splitlines()[0][:200] if str(error) else repr(error)
+        raise ValueError(f"cannot read the checkpoint {path}: {why}{_other(path)}") from error
+
+
+def _other(path) -> str:
+    """What to do about a damaged checkpoint."""
+    earlier = [step for step in steps(path.parent) if step < int(path.name)]
+    if not earlier:
+        return ""
+    return f". The one of {earlier[-1]} updates is next: move {path} away to go on from there"
+
+
+def _written(folder, action):
+    """The action's result, with whatever goes wrong as OSError."""
+    try:
+        return action()
+    except OSError:
+        raise
+    # tensorstore raises ValueError, and jax's own errors, when a disk is full.
+    except Exception as error:
+        text = str(error)
+        why = "No space left on device" if "No space left" in text else text.splitlines()[0][:200]
+        raise OSError(None, why, str(folder)) from error
+
+
+def _orbax() -> Any:
+    """Imported late: it takes half a second, and plain training from Python needs none of it."""
+    import orbax.checkpoint
+
+    # Its warnings name its own internals; what matters is raised.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    return orbax.checkpoint

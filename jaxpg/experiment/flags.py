@@ -1,27 +1,74 @@
 """Command-line flags, generated from Config and Hyperparams."""
 
 from collections.abc import Sequence
-from dataclasses import field, fields, make_dataclass
-from typing import Annotated, Any
+from dataclasses import field, fields, make_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from jaxpg.experiment.config import Config, Grid
+from jaxpg.experiment.config import Config, Grid, load_config
 from jaxpg.experiment.presets import preset
 from jaxpg.types import HYPERPARAM_HELP, Hyperparams
 
+# What a resumed run may have otherwise than it began.
+FREE = (
+    "updates",
+    "quiet",
+    "checkpoint_seconds",
+    "tensorboard",
+    "wandb",
+    "debug_nans",
+    "compilation_cache",
+)
 
-def parse(argv: Sequence[str], prog: str) -> tuple[Config, Grid]:
-    """The run that the arguments ask for; what they leave out comes from the presets.
+
+class Request(NamedTuple):
+    """A run to start, or to go on with: then config.run is its folder."""
+
+    config: Config
+    grid: Grid
+    resume: bool
+
+
+def request(argv: Sequence[str], prog: str) -> Request:
+    """What the arguments of train ask for. Raises ValueError for a run that cannot be read or changed so.
 
     Exits as tyro does: with status 0 after help, and 2 after arguments that cannot be read.
     """
-    environment, algorithm = _peek(argv)
-    config, grid = preset(environment, algorithm)
+    given = _peek(argv)
+    if given.config and given.resume:
+        raise ValueError("--config starts a new run and --resume goes on with one; use one of them")
+    if given.config:
+        config, grid = load_config(given.config)
+        base = replace(config, run=None, quiet=False), grid
+        return Request(*parse(argv, prog, base), False)
+    if given.resume:
+        saved = load_config(given.resume)
+        if not Path(given.resume).is_dir():
+            raise ValueError(f"--resume takes the folder of a run, and {given.resume} is a file")
+        saved = replace(saved[0], run=given.resume, quiet=False), saved[1]
+        config, grid = parse(argv, prog, saved)
+        _check_unchanged(saved, config, grid, given.resume)
+        return Request(config, grid, True)
+    return Request(*parse(argv, prog), False)
+
+
+def parse(
+    argv: Sequence[str], prog: str, base: tuple[Config, Grid] | None = None
+) -> tuple[Config, Grid]:
+    """The run that the arguments ask for; what they leave out comes from base, or else the presets.
+
+    Exits as tyro does: with status 0 after help, and 2 after arguments that cannot be read.
+    """
+    environment, algorithm, *_ = _peek(argv)
+    config, grid = base or preset(environment, algorithm)
     where = f"{algorithm} on {environment}" if environment else algorithm
+    where = where if base is None else "the run that was named"
     # Positional, hence without a default: the usage line must call it required.
-    required = {"environment": tyro.MISSING}
+    required = {"environment": tyro.MISSING} if base is None else {}
     default = _Flags(
+        _Start(None, None),
         _Config(**({f.name: getattr(config, f.name) for f in fields(Config)} | required)),
         _Hyperparams(**grid._asdict()),
     )
@@ -39,19 +86,41 @@ def parse(argv: Sequence[str], prog: str) -> tuple[Config, Grid]:
     return Config(**structure), Grid(**vars(flags.hyperparameter))
 
 
-def _peek(argv) -> tuple[str, str]:
-    """The environment and the algorithm, which decide the defaults of everything else."""
-    switches = {"-h", "--help", *(f"--{f.name}" for f in fields(Config) if f.type is bool)}
-    environment, algorithm, rest = "", Config("").algorithm, list(argv)
+def _check_unchanged(saved, config, grid, run) -> None:
+    before, after = ({f.name: getattr(c, f.name) for f in fields(c)} for c in (saved[0], config))
+    before |= saved[1]._asdict()
+    after |= grid._asdict()
+    changed = [name for name in after if name not in FREE and after[name] != before[name]]
+    if changed:
+        raise ValueError(
+            f"a resumed run keeps its {changed[0].strip('_')}; --config {run} starts a new one "
+            "with other settings"
+        )
+
+
+class _Given(NamedTuple):
+    environment: str
+    algorithm: str
+    config: str
+    resume: str
+
+
+def _peek(argv) -> _Given:
+    """The arguments that decide the defaults of everything else."""
+    bools = [f.name.replace("_", "-") for f in fields(Config) if f.type is bool]
+    switches = {"-h", "--help", *(f"--{n}" for n in bools), *(f"--no-{n}" for n in bools)}
+    found, rest = _Given("", Config("").algorithm, "", ""), list(argv)
     while rest:
         word = rest.pop(0)
         flag, equals, value = word.partition("=")
         if not word.startswith("-"):
-            environment = environment or word
+            found = found._replace(environment=found.environment or word)
         elif word not in switches:
             value = value if equals else (rest.pop(0) if rest else "")
-            algorithm = value if flag == "--algorithm" else algorithm
-    return environment, algorithm
+            name = flag.removeprefix("--")
+            if name in ("algorithm", "config", "resume"):
+                found = found._replace(**{name: value})
+    return found
 
 
 def _commas(kind, metavar):
@@ -89,9 +158,21 @@ _Config = make_dataclass("Config", [_structure_flag(f) for f in fields(Config)],
 _Hyperparams = make_dataclass(
     "Hyperparams", [_number_flag(name) for name in Hyperparams._fields], frozen=True
 )
+_Start = make_dataclass(
+    "Start",
+    [
+        (name, Annotated[str | None, tyro.conf.arg(metavar="RUN", help=text)], field())
+        for name, text in (
+            ("config", "start anew with the settings of this run; flags after it override them"),
+            ("resume", "go on with this run; --updates N is then N in all"),
+        )
+    ],
+    frozen=True,
+)
 _Flags = make_dataclass(
     "Flags",
     [
+        ("start", tyro.conf.OmitArgPrefixes[_Start]),
         ("config", tyro.conf.OmitArgPrefixes[_Config]),
         ("hyperparameter", tyro.conf.OmitArgPrefixes[_Hyperparams]),
     ],

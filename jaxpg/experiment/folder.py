@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import platform
+import shutil
+import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -14,15 +17,14 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from jaxpg.experiment.config import Config, Grid
+from jaxpg.experiment.config import CONFIG, Config, Grid
+from jaxpg.experiment.lock import LOCK
 
-CONFIG, METRICS, PARAMS, EVALUATION = FILES = (
-    "config.json",
-    "metrics.jsonl",
-    "params.npz",
-    "evaluation.json",
-)
-PACKAGES = ("jaxpg", "jax", "jaxlib", "flax", "optax", "gymnax")
+METRICS, PARAMS, EVALUATION = "metrics.jsonl", "params.npz", "evaluation.json"
+TABLE = "metrics.parquet"  # a folder of parts, which readers of Parquet take for one table
+CHECKPOINTS, FIGURES = "checkpoints", "figures"
+TENSORBOARD, WANDB = "tensorboard", "wandb"
+PACKAGES = ("jaxpg", "jax", "jaxlib", "flax", "optax", "gymnax", "orbax-checkpoint")
 
 
 def create_folder(config: Config) -> Path:
@@ -32,7 +34,7 @@ def create_folder(config: Config) -> Path:
     folder = Path(config.run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+        if any(file.name != LOCK for file in folder.iterdir()):
             raise ValueError(
                 f"{folder} is not empty; name a new folder with --run, or leave it out"
             )
@@ -74,8 +76,10 @@ def discard_folder(folder: Path) -> None:
     with suppress(
         OSError
     ):  # the folder may be a mount point, or hold something of the user's by now
-        for name in FILES:
+        for name in (CONFIG, LOCK):
             (folder / name).unlink(missing_ok=True)
+        for name in (TENSORBOARD, WANDB, CHECKPOINTS):
+            shutil.rmtree(folder / name, ignore_errors=True)
         folder.rmdir()
 
 
@@ -92,9 +96,9 @@ def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Strict JSON: NaN and the infinities become null."""
-    text = json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n"
+def write_json(path: Path, value: Any, exact: bool = False) -> None:
+    """Strict JSON: NaN and the infinities become null. exact: with every digit of a float."""
+    text = json.dumps(value if exact else jsonable(value), indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
@@ -123,7 +127,9 @@ def description(config: Config, grid: Grid, replicas: list[dict]) -> dict[str, A
         "hyperparameters": grid._asdict(),
         "replicas": replicas,
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {name: _version(name) for name in PACKAGES},
+        "git": revision(),
         "device": {
             "platform": device.platform,
             "kind": device.device_kind,
@@ -136,6 +142,28 @@ def description(config: Config, grid: Grid, replicas: list[dict]) -> dict[str, A
             "x64": jax.config.read("jax_enable_x64"),
         },
     }
+
+
+def revision() -> dict[str, Any] | None:
+    """The git commit of jaxpg's own sources, and whether they differ from it; None where there is none."""
+    package = Path(__file__).parent.parent
+
+    def git(*arguments):
+        done = subprocess.run(
+            ["git", "-C", str(package), *arguments], capture_output=True, text=True, timeout=10
+        )
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        # Installed packages may lie inside a repository of something else.
+        if git("ls-files", "--error-unmatch", "__init__.py") is None:
+            return None
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "changed": bool(git("status", "--porcelain", ".")),
+        }
+    except (OSError, subprocess.TimeoutExpired):
+        return None
 
 
 def jsonable(value: Any) -> Any:

@@ -45,7 +45,7 @@ def prepare(argv: Sequence[str]) -> Plan:
     if "estimators" in given:
         given["estimators"] = tuple(x for x in given["estimators"].split(",") if x)
     if "checkpoint" in given:
-        from jaxpg.experiment.checkpoint import load
+        from jaxpg.experiment.policy import load
 
         given["checkpoint"] = load(given["checkpoint"], arguments.replica)
         given.setdefault("env", given["checkpoint"].environment)

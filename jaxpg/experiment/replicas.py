@@ -1,7 +1,7 @@
 """Replicas: every seed at every point of the grid, on one axis, run by one program per task."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import suppress
 from functools import partial
@@ -16,7 +16,7 @@ from jaxpg.experiment.build import Parts
 from jaxpg.experiment.config import Config
 from jaxpg.rollout import evaluate
 from jaxpg.trainer import train
-from jaxpg.types import Hyperparams
+from jaxpg.types import Hyperparams, Trajectory
 
 AXIS = "replica"
 
@@ -34,9 +34,9 @@ class Replicas(NamedTuple):
 class Programs(NamedTuple):
     """Compiled, or still compiling in the background."""
 
-    train: Future  # (state, hyperparams) -> state, metrics [N, updates per chunk]
-    init: Future  # (keys) -> state
-    evaluate: Future  # (params, keys) -> Evaluation
+    train: Future  # (state, hyperparams[, demonstrations]) -> state, metrics [N, updates per chunk]
+    init: Future | None  # (keys) -> state; None when there is a state already
+    evaluate: Future | None  # (params, keys) -> Evaluation; None when nothing is evaluated
 
 
 def use_cpu_cores() -> None:
@@ -50,18 +50,23 @@ def use_cpu_cores() -> None:
 
 
 def make_replicas(config: Config, points: list[Hyperparams]) -> Replicas:
-    """The replica axis, laid over as many devices as divide it."""
-    seeds, total = config.seeds, config.seeds * len(points)
+    """Every seed at every point."""
+    return replicas_of(config, [(point, seed) for point in points for seed in range(config.seeds)])
+
+
+def replicas_of(config: Config, pairs: Sequence[tuple[Hyperparams, int]]) -> Replicas:
+    """A point and a seed each, laid over as many devices as divide them."""
     # Named, because the rbg implementation draws all lanes of a vmap from the first key.
     root = jax.random.key(config.seed, impl="threefry2x32")
     k_train, k_evaluate = jax.random.split(root)
     # fold_in, not split: seed i is the same however many there are.
-    index = jnp.arange(total) % seeds
+    index = jnp.array([seed for _, seed in pairs])
     keys, evaluation_keys = (
         jax.vmap(partial(jax.random.fold_in, key))(index) for key in (k_train, k_evaluate)
     )
-    columns = (np.asarray(column, np.float32) for column in zip(*points, strict=True))
-    hyperparams = Hyperparams(*(np.repeat(column, seeds) for column in columns))
+    columns = zip(*(point for point, _ in pairs), strict=True)
+    hyperparams = Hyperparams(*(np.asarray(column, np.float32) for column in columns))
+    total = len(pairs)
     devices = jax.devices()
     used = max(n for n in range(1, len(devices) + 1) if total % n == 0)
     sharding = None
@@ -71,20 +76,32 @@ def make_replicas(config: Config, points: list[Hyperparams]) -> Replicas:
     keys, evaluation_keys, hyperparams = jax.device_put(
         (keys, evaluation_keys, hyperparams), sharding
     )
-    labels = [{"seed": seed, **point._asdict()} for point in points for seed in range(seeds)]
+    labels = [{"seed": seed, **point._asdict()} for point, seed in pairs]
     return Replicas(keys, evaluation_keys, hyperparams, labels, sharding)
 
 
 def compile_programs(
-    parts: Parts, replicas: Replicas, config: Config, chunk: int, executor: Executor
+    parts: Parts,
+    replicas: Replicas,
+    config: Config,
+    chunk: int,
+    executor: Executor,
+    demonstrations: Trajectory | None = None,
+    fresh: bool = True,
+    final: bool = True,
 ) -> Programs:
-    """Starts to compile the three programs; training's is the longest, so it goes first."""
-    state = jax.eval_shape(jax.vmap(parts.trainer.init), replicas.keys)
+    """Starts to compile the three programs; training's is the longest, so it goes first.
 
-    def start(function, *arguments, effort=None, donate=()):
-        program = _replicated(function, replicas.sharding, donate)
+    demonstrations: common to all replicas. fresh: the state has to be made, too. final: it is evaluated, too.
+    """
+    state = jax.eval_shape(jax.vmap(parts.trainer.init), replicas.keys)
+    common = () if demonstrations is None else (demonstrations,)
+
+    def start(function, *arguments, common=(), effort=None, donate=()):
+        axes = (0,) * len(arguments) + (None,) * len(common)
+        program = _replicated(function, axes, replicas.sharding, donate)
         options = _compiler_options(effort)
-        return executor.submit(lambda: program.lower(*arguments).compile(options))
+        return executor.submit(lambda: program.lower(*arguments, *common).compile(options))
 
     def evaluated(params, key):
         return evaluate(parts.env, parts.agent, params, key, config.evaluation_episodes)
@@ -94,24 +111,32 @@ def compile_programs(
             partial(train, parts.trainer, num_updates=chunk),
             state,
             replicas.hyperparams,
-            donate=(0,),
+            common=common,
+            # To look for what gave a NaN, the state before it is needed.
+            donate=() if config.debug_nans else (0,),
         ),
-        # Run once, so optimising them costs the CPU compiler more than it saves.
-        init=start(parts.trainer.init, replicas.keys, effort=0),
-        evaluate=start(evaluated, state.params, replicas.evaluation_keys, effort=1),
+        # Run once, so optimising them costs the CPU compiler more than it saves; but for a fit.
+        init=start(parts.trainer.init, replicas.keys, effort=None if config.imitate else 0)
+        if fresh
+        else None,
+        evaluate=start(evaluated, state.params, replicas.evaluation_keys, effort=1)
+        if final
+        else None,
     )
 
 
-def _replicated(function: Callable, sharding: NamedSharding | None, donate) -> Any:
-    mapped = jax.vmap(function)
+def _replicated(function: Callable, axes, sharding: NamedSharding | None, donate) -> Any:
+    mapped = jax.vmap(function, in_axes=axes)
     if sharding is None:
         return jax.jit(mapped, donate_argnums=donate)
     # shard_map, so that each device looks only at its own replicas: under jit alone, "has any replica's
     # episode ended?" would be a message between devices in every step.
+    specs = tuple(sharding.spec if axis == 0 else PartitionSpec() for axis in axes)
     mapped = jax.shard_map(
-        mapped, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=sharding.spec, check_vma=False
+        mapped, mesh=sharding.mesh, in_specs=specs, out_specs=sharding.spec, check_vma=False
     )
-    return jax.jit(mapped, in_shardings=sharding, out_shardings=sharding, donate_argnums=donate)
+    placed = tuple(NamedSharding(sharding.mesh, spec) for spec in specs)
+    return jax.jit(mapped, in_shardings=placed, out_shardings=sharding, donate_argnums=donate)
 
 
 def _compiler_options(effort):

@@ -1,34 +1,40 @@
-"""The host loop: chunks of updates on the devices, and between them files and progress."""
+"""A run from its start to its report: checked, trained, evaluated, all in its folder."""
 
-import math
+import json
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from jaxpg.experiment import checkpoint, health, metrics
 from jaxpg.experiment import folder as files
-from jaxpg.experiment.build import Parts, build
-from jaxpg.experiment.config import Config, Grid, check, completed, points
-from jaxpg.experiment.interrupt import Interrupted, signals
-from jaxpg.experiment.progress import Status, display
-from jaxpg.experiment.replicas import (
-    Programs,
-    Replicas,
-    compile_programs,
-    make_replicas,
-    use_cpu_cores,
+from jaxpg.experiment.build import Parts, build, build_algorithm, instructed
+from jaxpg.experiment.config import Config, Grid, check, completed, points, varying
+from jaxpg.experiment.interrupt import signals
+from jaxpg.experiment.lock import locked
+from jaxpg.experiment.loop import (
+    Job,
+    Progress,
+    Recorder,
+    chunk_length,
+    on_workers,
+    stopper,
+    train_chunks,
+    wait_for,
+    workers,
 )
+from jaxpg.experiment.metrics import Sink
+from jaxpg.experiment.progress import display
+from jaxpg.experiment.replicas import Replicas, compile_programs, make_replicas, use_cpu_cores
 from jaxpg.experiment.report import headline, summary
 from jaxpg.rollout import Evaluation
-
-CHUNKS = 20  # about so many in a run
-# So that Ctrl-C is soon obeyed; and a long scan may cost more than its length (jax issue 40101).
-LONGEST_CHUNK = 200
 
 
 class Experiment(NamedTuple):
@@ -38,6 +44,7 @@ class Experiment(NamedTuple):
     grid: Grid
     parts: Parts
     folder: Path
+    start: int | None = None  # the updates of the checkpoint to go on from; None: a new run
 
 
 def prepare(config: Config, grid: Grid) -> Experiment:
@@ -45,158 +52,187 @@ def prepare(config: Config, grid: Grid) -> Experiment:
     use_cpu_cores()
     grid = completed(config, grid)
     check(config, grid)
-    parts = build(config)
+    metrics.check_sinks(config)
+    parts = instructed(build(config), config)
     return Experiment(config, grid, parts, files.create_folder(config))
 
 
-def execute(experiment: Experiment) -> None:
-    """Trains, evaluates, reports and fills the folder.
+def prepare_resume(config: Config, grid: Grid) -> Experiment:
+    """The run of the folder config.run, to go on to config.updates in all. Raises ValueError.
 
-    Raises Interrupted after SIGINT or SIGTERM, with what was learnt so far saved.
+    config, grid: as the folder's config.json says, but for what a resumed run may change.
     """
-    config, grid, _, folder = experiment
-    with signals() as stopped, _workers() as executor:
+    use_cpu_cores()
+    check(config, grid)
+    metrics.check_sinks(config)
+    folder = Path(str(config.run))
+    found = checkpoint.steps(folder / files.CHECKPOINTS)
+    if not found:
+        raise ValueError(
+            f"{folder} has no checkpoint to resume from; start again with --config {folder}"
+        )
+    start = found[-1]
+    if config.updates < start:
+        raise ValueError(
+            f"updates={config.updates} in all, and {folder} has made {start} already; ask for more"
+        )
+    if config.updates == start and (folder / files.EVALUATION).is_file():
+        raise ValueError(
+            f"{folder} has finished its {start} updates; --updates {2 * start} goes on to "
+            f"{2 * start} in all"
+        )
+    return Experiment(config, grid, instructed(build(config), config), folder, start)
+
+
+def execute(experiment: Experiment, sinks: Sequence[Sink] = ()) -> None:
+    """Trains, evaluates, reports and fills the folder; sinks: further ones of the user's.
+
+    Raises Interrupted after SIGINT or SIGTERM, with what was learnt so far saved; health.Diverged; and
+    ValueError when another process has the folder, or a checkpoint cannot be read.
+    """
+    config, grid, parts, folder, _ = experiment
+    say = (lambda text: None) if config.quiet else partial(print, flush=True)
+    with ExitStack() as stack:
+        stack.enter_context(locked(folder))
+        stopped = stack.enter_context(signals())
+        executor = stack.enter_context(workers())
         replicas = make_replicas(config, points(grid))
-        files.write_json(folder / files.CONFIG, files.description(config, grid, replicas.labels))
-        if not config.quiet:
-            print(headline(config, grid), flush=True)
-        with display(config.quiet) as show:
-            programs, seconds = _compiled(experiment, replicas, executor, show, stopped)
-            train, init, evaluate = programs
-            advance = _advance(executor, train.result(), replicas, stopped, show)
-            state = init.result()(replicas.keys)
-            state, status = _train(experiment, advance, state, seconds, show, stopped)
-            files.write_params(folder / files.PARAMS, state.params)
-            done = f"after {status.updates} of {config.updates} updates; saved in {folder}"
-            stop = _stopper(stopped, done)
-            stop()
-            show("evaluating")
-            evaluate = _wait(evaluate, stop)
-            arguments = state.params, replicas.evaluation_keys
-            evaluation = _wait(executor.submit(_on_host, evaluate, *arguments), stop)
-        _write_evaluation(folder, evaluation, replicas)
-    print("\n".join(summary(config, grid, status, evaluation.mean)))
+        say(headline(config, grid))
+        state, progress = _begin(experiment, replicas, say)
+        show = stack.enter_context(display(config.quiet))
+        job = Job(config, grid, parts, folder, replicas, executor, stopped, show)
+        programs, seconds = _compiled(job, state is None, progress.updates, say)
+        recorder = _recorder(job, sinks, progress.updates)
+        stack.callback(_close, recorder)
+        if programs.init is not None:
+            state = programs.init.result()(replicas.keys)
+        train = programs.train.result()
+        state, status, progress = train_chunks(job, train, state, progress, recorder, seconds)
+        (folder / files.EVALUATION).unlink(missing_ok=True)  # of other parameters
+        files.write_params(folder / files.PARAMS, state.params)
+        done = (
+            f"after {status.updates} of {config.updates} updates; saved in {folder}; "
+            f"go on with jaxpg train --resume {folder}"
+        )
+        stop = stopper(stopped, done)
+        stop()
+        show("evaluating")
+        assert programs.evaluate is not None  # only a sweep leaves it out
+        evaluate = wait_for(programs.evaluate, stop)
+        evaluation = on_workers(job, stop, evaluate, state.params, replicas.evaluation_keys)
+        returns = _without(evaluation.mean, progress.diverged)
+        _write_evaluation(folder, evaluation, returns, replicas, progress)
+    print("\n".join(summary(config, grid, status, returns)))
     print(f"saved in {folder}")
 
 
-def chunk_length(updates: int) -> int:
-    """The divisor of the number of updates that makes about CHUNKS chunks: one compile serves all."""
-    divisors = [k for k in range(1, min(updates, LONGEST_CHUNK) + 1) if updates % k == 0]
-    wanted = min(max(updates / CHUNKS, 1), LONGEST_CHUNK)
-    return min(divisors, key=lambda k: abs(math.log(k / wanted)))
+def _begin(experiment, replicas, say) -> tuple[Any, Progress]:
+    """Writes config.json. Of a resumed run, the state; of a new one, None."""
+    config, grid, parts, folder, start = experiment
+    if start is None:
+        if warning := health.starving(config.updates, _steps_per_update(config, parts)):
+            say(warning)
+        files.write_json(
+            folder / files.CONFIG, files.description(config, grid, replicas.labels), exact=True
+        )
+        return None, Progress(0, [0] * len(replicas.labels), 0.0, {})
+    shapes = jax.eval_shape(jax.vmap(parts.trainer.init), replicas.keys)
+    state, record = checkpoint.restore(folder / files.CHECKPOINTS, start, shapes)
+    state = jax.device_put(state, replicas.sharding)
+    diverged = {int(i): update for i, update in record["diverged"].items()}
+    progress = Progress(start, record["env_steps"], record["seconds"], diverged)
+    metrics.rewind(folder / files.METRICS, folder / files.TABLE, start)
+    say(f"resuming {folder} after {start} of {config.updates} updates")
+    saved = json.loads((folder / files.CONFIG).read_text())
+    if config.schedule != "constant" and config.updates != saved["config"]["updates"]:
+        ends = ", ".join(f"{value:g}" for value in grid.schedule_updates)
+        say(f"the {config.schedule} schedule still ends at update {ends}, as the run began")
+    saved["config"]["updates"] = config.updates
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    saved["resumed"] = [*saved.get("resumed", []), {"update": start, "time": now}]
+    files.write_json(folder / files.CONFIG, saved, exact=True)
+    return state, progress
 
 
-def _compiled(experiment, replicas, executor, show, stopped) -> tuple[Programs, float]:
+def _steps_per_update(config, parts) -> int:
+    """Of one agent; of whole episodes, the most."""
+    usual = parts.env.horizon if build_algorithm(config).episodic else 128
+    return config.num_envs * (config.num_steps or usual)
+
+
+def _compiled(job: Job, fresh: bool, done: int, say):
     """The programs, of which evaluation's may still be compiling, and the seconds that they took."""
-    config, _, parts, folder = experiment
+    config = job.config
     started = time.perf_counter()
-    show("compiling")
-    stop = _stopper(stopped, "before the first update; nothing was saved")
+    job.show("compiling")
+    stop = stopper(job.stopped, "before the first update; nothing was saved")
+    if not fresh:
+        stop = stopper(
+            job.stopped, f"before it went on; the checkpoint in {job.folder} is untouched"
+        )
     try:
-        programs = compile_programs(parts, replicas, config, chunk_length(config.updates), executor)
+        chunk = chunk_length(config.updates, done)
+        programs = compile_programs(
+            job.parts,
+            job.replicas,
+            config,
+            chunk,
+            job.executor,
+            job.parts.demonstrations,
+            fresh,
+        )
         for each in (programs.train, programs.init):
-            _wait(each, stop)
+            if each is not None:
+                wait_for(each, stop)
+        health.check_memory(programs.train.result(), say)
     except BaseException:
-        files.discard_folder(folder)
+        if fresh:
+            files.discard_folder(job.folder)
         raise
     seconds = time.perf_counter() - started
-    show(f"compiled in {seconds:.1f} s")
+    job.show(f"compiled in {seconds:.1f} s")
     return programs, seconds
 
 
-def _train(experiment, advance, state, compile_seconds, show, stopped):
-    """Chunk after chunk until the end or a signal: the state, and where the run stands."""
-    config, grid, _, folder = experiment
-    chunk = chunk_length(config.updates)
-    none = np.full((len(points(grid)), config.seeds), np.nan)
-    status = Status(0, config.updates, 0, 0.0, compile_seconds, none)
-    env_steps = [0] * none.size  # Python integers do not overflow
-    show(status)
-    started = time.perf_counter()
-    while status.updates < config.updates and not stopped():
-        state, metrics = advance(state)
-        seconds = time.perf_counter() - started
-        updates = status.updates + chunk
-        new = metrics.pop("env_steps").sum(axis=1).tolist()
-        env_steps = [a + b for a, b in zip(env_steps, new, strict=True)]
-        means = {name: nan_mean(values) for name, values in metrics.items()}
-        if config.measure_noise:
-            # Ratios of averages: each update's own is too noisy to be averaged.
-            noise, signal = means["noise"], means["signal"]
-            with np.errstate(divide="ignore", invalid="ignore"):
-                means |= {
-                    "noise_scale": config.num_envs * noise / signal,  # in episodes, or lanes
-                    "signal_to_noise": signal / noise,
-                }
-        line = {"update": updates, "env_steps": env_steps, "seconds": seconds, **means}
-        files.append_json(folder / files.METRICS, line)
-        status = status._replace(
-            updates=updates,
-            env_steps=sum(env_steps),
-            seconds=seconds,
-            returns=means["episode_return"].reshape(none.shape),
-        )
-        show(status)
-    return state, status
+def _recorder(job: Job, sinks: Sequence[Sink], after: int) -> Recorder:
+    config, folder, labels = job.config, job.folder, job.replicas.labels
+    columns = varying(job.grid)
+    found = [metrics.json_lines(folder / files.METRICS, config.num_envs), *sinks]
+    if config.tensorboard:
+        place = folder / files.TENSORBOARD
+        found.append(metrics.tensorboard(place, labels, columns, config.num_envs, after))
+    if config.wandb:
+        description = {"config": asdict(config), "hyperparameters": job.grid._asdict()}
+        found.append(metrics.wandb(folder, description, labels, columns, config.num_envs))
+    table = metrics.parquet(folder / files.TABLE, labels, columns)
+    return Recorder(found, table, checkpoint.open_checkpoints(folder / files.CHECKPOINTS))
 
 
-def nan_mean(values: np.ndarray) -> np.ndarray:
-    """[N, K] to [N]: over the updates that have a value, NaN where none has."""
-    has = ~np.isnan(values)
-    with np.errstate(invalid="ignore"):
-        return np.where(has, values, 0.0).sum(axis=1) / has.sum(axis=1)
+def _close(recorder: Recorder) -> None:
+    for sink in recorder.sinks:
+        sink.close()
+    recorder.checkpoints.close()
 
 
-def _advance(executor, train, replicas, stopped, show):
-    noted = []
-
-    def note():
-        if stopped() and not noted:
-            noted.append(True)
-            show("stopping after this chunk; the same signal again aborts at once")
-
-    def step(state):
-        state, metrics = train(state, replicas.hyperparams)
-        return state, jax.device_get(metrics)  # which waits for the devices
-
-    return lambda state: _wait(executor.submit(step, state), note)
+def _without(returns, diverged: dict[int, int]) -> np.ndarray:
+    """What has diverged has no return."""
+    return np.where(np.isin(np.arange(len(returns)), list(diverged)), np.nan, returns)
 
 
-def _on_host(program, *arguments):
-    return jax.device_get(program(*arguments))
-
-
-def _write_evaluation(folder: Path, evaluation: Evaluation, replicas: Replicas) -> None:
+def _write_evaluation(
+    folder: Path,
+    evaluation: Evaluation,
+    returns: np.ndarray,
+    replicas: Replicas,
+    progress: Progress,
+) -> None:
     labels = replicas.labels
     record = {
-        "mean_return": evaluation.mean,
+        "update": progress.updates,
+        "mean_return": returns,
         "standard_error": evaluation.standard_error,
         "episodes": evaluation.episodes,
+        "diverged": [progress.diverged.get(i) for i in range(len(labels))],
         **{name: [label[name] for label in labels] for name in labels[0]},
     }
     files.write_json(folder / files.EVALUATION, record)
-
-
-@contextmanager
-def _workers() -> Iterator[Executor]:
-    # Work goes on in threads because a signal reaches Python only while the main thread waits in it.
-    executor = ThreadPoolExecutor(2)
-    try:
-        yield executor
-    finally:
-        executor.shutdown(wait=False, cancel_futures=True)
-
-
-def _wait(future: Future, poll: Callable[[], Any]) -> Any:
-    """The future's result, looking now and then at whether to stop."""
-    while not wait([future], timeout=0.1).done:
-        poll()
-    return future.result()
-
-
-def _stopper(stopped: Callable[[], int], message: str) -> Callable[[], None]:
-    def stop():
-        if stopped():
-            raise Interrupted(stopped(), message)
-
-    return stop

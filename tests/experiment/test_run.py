@@ -8,10 +8,11 @@ import pytest
 from scipy import stats
 
 from jaxpg.experiment.config import points
+from jaxpg.experiment.loop import LONGEST_CHUNK, chunk_length
+from jaxpg.experiment.metrics import nan_mean
 from jaxpg.experiment.presets import preset
 from jaxpg.experiment.replicas import make_replicas
 from jaxpg.experiment.report import table
-from jaxpg.experiment.run import LONGEST_CHUNK, chunk_length, nan_mean
 from jaxpg.experiment.statistics import summarise
 
 CONFIG, GRID = preset("CartPole-v1", "ppo")

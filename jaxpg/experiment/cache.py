@@ -1,0 +1,58 @@
+"""The compilation cache: programs compiled once are read back by later runs."""
+
+import hashlib
+import os
+import platform
+import sys
+from pathlib import Path
+
+import jax
+
+LARGEST = 2**30  # bytes
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in a folder of the user's, unless JAX_COMPILATION_CACHE_DIR names another.
+
+    Processes may share it, each waiting for its turn; the entries not used for longest go when it exceeds
+    a gigabyte. Without a folder that can be written nothing is kept.
+    """
+    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or _folder())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _drop_unfinished(folder)
+    except OSError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", LARGEST)
+    # By default, only what takes more than a second is kept; a run has many programs that take less.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _drop_unfinished(folder: Path) -> None:
+    # jax writes an entry and then its time of use: a process killed in between leaves the first alone,
+    # maybe cut short, and jax would never write it again.
+    for entry in folder.glob("*-cache"):
+        if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
+            entry.unlink(missing_ok=True)
+
+
+def _folder() -> Path:
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # A home may be shared by machines whose processors differ, and what is kept is machine code.
+    return base / "jaxpg" / f"{platform.machine()}-{_processor()}"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = next((line for line in file if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        flags = platform.processor()
+    return hashlib.sha256(flags.encode()).hexdigest()[:8]

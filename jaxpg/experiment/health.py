@@ -1,0 +1,144 @@
+"""Health: runs that diverge, that do not fit in memory, or that have too few updates to learn."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+# Non-finite values of these mean that a run has diverged; a curve's NaN means that it has no value yet.
+WATCHED = ("objective", "critic_loss", "grad_norm", "entropy")
+FEW_UPDATES = 100
+MANY_STEPS = 100_000  # of one agent, from which few updates are a waste
+FAR_OVER = 2.0  # times what there is: refused
+
+
+class Diverged(Exception):
+    """A loss or a parameter is no longer finite."""
+
+
+def first_divergence(update: np.ndarray, metrics: dict[str, np.ndarray]) -> list[tuple[int, str]]:
+    """For each replica the first update at which a watched metric is not finite, and its name.
+
+    update: [K]; metrics: [N, K] each. A replica without any has (0, "").
+    """
+    names = [name for name in WATCHED if name in metrics]
+    found = []
+    for i in range(len(next(iter(metrics.values())))):
+        bad = [(int(update[k]), name) for name in names if (k := _first(metrics[name][i])) >= 0]
+        found.append(min(bad, key=lambda each: each[0], default=(0, "")))
+    return found
+
+
+def _first(values) -> int:
+    bad = ~np.isfinite(values)
+    return int(bad.argmax()) if bad.any() else -1
+
+
+def finite(params: Any) -> np.ndarray:
+    """[N] bool: whether every parameter of a replica is finite; params: arrays [N, ...]."""
+    leaves = [np.asarray(x) for x in jax.tree.leaves(params)]
+    floats = [x for x in leaves if np.issubdtype(x.dtype, np.floating)]
+    return np.all([np.isfinite(x).reshape(len(x), -1).all(axis=1) for x in floats], axis=0)
+
+
+def diverged_message(label: dict[str, float], replica: int, update: int, what: str) -> str:
+    """Which replica, when, what, and under which hyperparameters."""
+    numbers = ", ".join(f"{k.strip('_')}={v:g}" for k, v in label.items() if k != "seed")
+    return (
+        f"seed {label['seed']:g} (replica {replica}) diverged: {what} is not finite at update "
+        f"{update}, with {numbers}"
+    )
+
+
+def starving(updates: int, steps_per_update: int) -> str:
+    """A warning where a large batch leaves few updates for the steps asked, or nothing."""
+    if updates >= FEW_UPDATES or updates * steps_per_update < MANY_STEPS:
+        return ""
+    return (
+        f"warning: only {updates} updates of {steps_per_update:,} steps each; large batches\n"
+        "starve learning: with smaller ones (--num-envs, --num-steps) the same steps\n"
+        f"make more updates, of which about {FEW_UPDATES} are the least that usually learn"
+    )
+
+
+def check_memory(compiled: Any, say: Callable[[str], Any]) -> None:
+    """Warns when a compiled program needs more memory than there is; raises ValueError when far more."""
+    needed, available = needed_bytes(compiled), available_bytes()
+    if needed is None or available is None or needed <= available:
+        return
+    text = (
+        f"training needs about {_giga(needed)} of memory, and there is {_giga(available)}; "
+        "fewer --seeds, --num-envs or --num-steps, or a smaller grid, need less"
+    )
+    if needed > FAR_OVER * available:
+        raise ValueError(text)
+    say(f"warning: {text}")
+
+
+def needed_bytes(compiled: Any) -> int | None:
+    """Of one device while the program runs, as its compiler says; None where it does not say."""
+    try:
+        found = compiled.memory_analysis()
+    except (NotImplementedError, RuntimeError, jax.errors.JaxRuntimeError):
+        return None
+    if found is None:
+        return None
+    total = (
+        found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes
+        + found.temp_size_in_bytes
+        + found.generated_code_size_in_bytes
+    )
+    # Devices of a CPU share its memory.
+    return total * (jax.local_device_count() if jax.default_backend() == "cpu" else 1)
+
+
+def available_bytes() -> int | None:
+    """Of one accelerator, or of this machine within its limits; None where unknown."""
+    if jax.default_backend() != "cpu":
+        found = jax.local_devices()[0].memory_stats() or {}
+        limit = found.get("bytes_limit")
+        return None if limit is None else limit - found.get("bytes_in_use", 0)
+    return machine_bytes()
+
+
+def machine_bytes() -> int | None:
+    """Free memory of this machine, within its limits; None where unknown."""
+    limits = [_number(Path("/sys/fs/cgroup/memory.max"))]
+    if sys.platform == "linux":
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":") for line in file)
+        limits.append(1024 * int(lines["MemAvailable"].split()[0]))
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min((x for x in limits if x is not None), default=None)
+
+
+def explain(update: Callable, *arguments: Any) -> str:
+    """Runs one update operation by operation: which of them first gave a NaN, and where; "" if none."""
+    with jax.debug_nans(True), jax.disable_jit():
+        try:
+            update(*arguments)
+        except FloatingPointError as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            own = [f for f in frames if f"{os.sep}jaxpg{os.sep}" in f.filename]
+            where = f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
+            return f"{str(error).splitlines()[0]}{where}"
+    return ""
+
+
+def _number(path):
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def _giga(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"

@@ -1,0 +1,183 @@
+"""Policies that leave the laboratory: what a run has learnt, loaded to act."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpg.envs import Box, Env
+from jaxpg.experiment import checkpoint as checkpoints
+from jaxpg.experiment.build import Parts, build
+from jaxpg.experiment.config import Config, Grid, load_config, points
+from jaxpg.experiment.folder import CHECKPOINTS, EVALUATION, PARAMS
+from jaxpg.experiment.replicas import make_replicas
+from jaxpg.lab.worlds import Checkpoint
+from jaxpg.policies import Agent, AgentParams, init_params
+from jaxpg.types import Array, Carry, Key
+
+
+class Policy(NamedTuple):
+    """A policy at fixed parameters, on observations as the environment gives them.
+
+    step is pure. act hides the carry of a recurrent policy: it remembers what it has seen since an
+    observation that was first, so it is for one stream of observations and not for inside jit.
+    """
+
+    initial_carry: Callable[[int], Carry]  # of B lanes
+    # (key, obs [B, ...], carry, first [B]) -> (action [B, ...], carry)
+    step: Callable[[Key, Array, Carry, Array], tuple[Array, Carry]]
+    act: Callable[
+        ..., Array
+    ]  # (key, obs, first=False): obs of one environment or [B, ...] of several
+    env: Env  # as the agent met it
+    params: AgentParams
+    replica: int
+    seed: int
+
+
+class Run(NamedTuple):
+    """A finished or interrupted run, read back from its folder."""
+
+    folder: Path
+    config: Config
+    grid: Grid
+    parts: Parts
+    params: AgentParams  # [N, ...] of every replica
+    update: int | None  # of the checkpoint that the parameters are of; None: the last
+
+
+def load_policy(
+    run: str | Path,
+    replica: int | str | None = None,
+    *,
+    greedy: bool = False,
+    update: int | str | None = None,
+) -> Policy:
+    """The policy that a run has learnt.
+
+    replica: its number in the order of config.json; "best" (and None) is the highest mean return in the
+    final evaluation. greedy: the distribution's mode instead of a sample. update: of which checkpoint, or
+    "best" for the one with the highest training return; the end of the run by default. Actions are
+    clipped to the action space. Raises ValueError for what is no run and for what the run has not.
+    """
+    found = read_run(run, update)
+    chosen = choose(found, replica)
+    params = jax.tree.map(lambda x: jnp.asarray(x[chosen]), found.params)
+    return _policy(found.parts, params, greedy, chosen, chosen % found.config.seeds)
+
+
+def load(run: str, replica: int = 0) -> Checkpoint:
+    """Policy and critic of one replica of a run, for the laboratory. Raises ValueError."""
+    found = read_run(run)
+    chosen = choose(found, replica)
+    params = jax.tree.map(lambda x: jnp.asarray(x[chosen]), found.params)
+    return Checkpoint(found.config.environment, found.parts.env, found.parts.agent, params)
+
+
+def read_run(run: str | Path, update: int | str | None = None) -> Run:
+    """A run with the parameters of all its replicas. Raises ValueError."""
+    folder = Path(run)
+    config, grid = load_config(folder)
+    parts = build(config)
+    saved = checkpoints.steps(folder / CHECKPOINTS)
+    if update is None and (folder / PARAMS).is_file():
+        return Run(folder, config, grid, parts, _read_params(folder / PARAMS, parts.agent), None)
+    if not saved:
+        raise ValueError(
+            f"{folder} has neither {PARAMS} nor a checkpoint: it has learnt nothing yet"
+        )
+    if update == "best":
+        update = checkpoints.best(folder / CHECKPOINTS)
+    elif update is None:
+        update = saved[-1]
+    if update not in saved:
+        raise ValueError(
+            f"{folder} has no checkpoint of {update} updates; it has {', '.join(map(str, saved))}"
+        )
+    keys = make_replicas(config, points(grid)).keys
+    shapes = jax.eval_shape(jax.vmap(parts.trainer.init), keys)
+    state, _ = checkpoints.restore(folder / CHECKPOINTS, int(update), shapes)
+    return Run(folder, config, grid, parts, state.params, int(update))
+
+
+def choose(run: Run, replica: int | str | None) -> int:
+    """A replica's number; "best" and None: of the highest return in the evaluation. Raises ValueError."""
+    count = len(jax.tree.leaves(run.params)[0])
+    if isinstance(replica, int):
+        if not 0 <= replica < count:
+            raise ValueError(f"{run.folder} has replicas 0 to {count - 1}, not {replica}")
+        return replica
+    if replica not in (None, "best"):
+        raise ValueError(f"replica={replica!r} must be a number from 0 to {count - 1}, or 'best'")
+    if count == 1:
+        return 0
+    path = run.folder / EVALUATION
+    if not path.is_file():
+        raise ValueError(
+            f"{run.folder} has no evaluation to choose the best replica by; name one from 0 to "
+            f"{count - 1}, or finish the run with jaxpg train --resume {run.folder}"
+        )
+    returns = np.array(json.loads(path.read_text())["mean_return"], float)
+    if len(returns) != count or np.isnan(returns).all():
+        raise ValueError(f"{path} has no return to choose by; name a replica from 0 to {count - 1}")
+    return int(np.nanargmax(returns))
+
+
+def _policy(parts: Parts, params: AgentParams, greedy: bool, replica: int, seed: int) -> Policy:
+    env, network = parts.env, parts.agent.policy
+
+    def step(key, obs, carry, first):
+        carry, distribution = network.apply(params.policy, carry, obs[None], first[None])
+        distribution = jax.tree.map(lambda x: x[0], distribution)
+        action = distribution.mode() if greedy else distribution.sample(key)
+        if isinstance(env.action, Box):
+            action = jnp.clip(action, env.action.low, env.action.high)
+        return action, carry
+
+    compiled = jax.jit(step)
+    memory: dict[str, Any] = {}
+
+    def act(key, obs, first=False):
+        obs = jnp.asarray(obs)
+        rank = len(env.observation.shape)
+        if (
+            obs.ndim not in (rank, rank + 1)
+            or obs.shape[obs.ndim - rank :] != env.observation.shape
+        ):
+            raise ValueError(
+                f"an observation has shape {env.observation.shape}, several have one axis more; "
+                f"got {obs.shape}"
+            )
+        lanes = obs if obs.ndim > rank else obs[None]
+        carry = memory.get("carry")
+        if carry is None or memory["lanes"] != len(lanes):
+            carry = network.initial_carry(len(lanes))
+        first = jnp.broadcast_to(jnp.asarray(first, bool), len(lanes))
+        action, carry = compiled(key, lanes, carry, first)
+        if jax.tree.leaves(carry):
+            memory.update(carry=carry, lanes=len(lanes))
+        return action if obs.ndim > rank else action[0]
+
+    return Policy(network.initial_carry, step, act, env, params, replica, seed)
+
+
+def _read_params(path: Path, agent: Agent) -> AgentParams:
+    """Of every replica, [N, ...]."""
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+    except Exception as error:  # whatever zipfile and numpy make of a damaged file
+        raise ValueError(f"cannot read {path}: {error}") from error
+    shapes = jax.eval_shape(lambda key: init_params(agent, key), jax.random.key(0))
+    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    found = []
+    for place, shape in leaves:
+        name = jax.tree_util.keystr(place, simple=True, separator="/")
+        if name not in arrays or arrays[name].shape[1:] != shape.shape:
+            raise ValueError(f"{path} does not hold {name} {shape.shape} of its own config")
+        found.append(arrays[name])
+    return jax.tree.unflatten(structure, found)

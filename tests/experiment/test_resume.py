@@ -1,0 +1,266 @@
+"""A run that was stopped, killed or extended goes on as if nothing had happened."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from pyarrow import parquet
+
+from jaxpg.experiment import checkpoint, run
+from jaxpg.experiment.build import build
+from jaxpg.experiment.cache import use_compilation_cache
+from jaxpg.experiment.config import load_config, points
+from jaxpg.experiment.flags import request
+from jaxpg.experiment.presets import preset
+from jaxpg.experiment.replicas import make_replicas
+from jaxpg.experiment.run import execute, prepare, prepare_resume
+
+ROOT = Path(__file__).parents[2]
+FLAGS = (
+    "CartPole-v1 --seeds 2 --num-envs 2 --num-steps 8 --num-minibatches 2 --num-epochs 1 --hidden 4 "
+    "--evaluation-episodes 2 --schedule constant --quiet"
+)
+
+
+def start(folder, *flags):
+    config, grid, _ = request([*FLAGS.split(), *flags, "--run", str(folder)], "jaxpg train")
+    execute(prepare(config, grid))
+
+
+def resume(folder, *flags):
+    config, grid, resumed = request(["--resume", str(folder), "--quiet", *flags], "jaxpg train")
+    assert resumed
+    execute(prepare_resume(config, grid))
+
+
+def leaves(folder):
+    """The newest state, by the leaf, as bits."""
+    config, grid = load_config(folder)
+    shapes = jax.eval_shape(
+        jax.vmap(build(config).trainer.init), make_replicas(config, points(grid)).keys
+    )
+    place = folder / "checkpoints"
+    state, _ = checkpoint.restore(place, checkpoint.steps(place)[-1], shapes)
+    host = jax.tree_util.tree_leaves_with_path(checkpoint.on_host(jax.device_put(state)))
+    return {jax.tree_util.keystr(path): x.tobytes() for path, x in host}
+
+
+def curves(folder):
+    table = parquet.read_table(folder / "metrics.parquet").to_pydict()
+    order = np.lexsort((table["update"], table["replica"]))
+    return {
+        k: [v[i] for i in order]
+        for k, v in table.items()
+        if k not in ("seconds", "replica", "seed")
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Programs compiled once, for this process and those it starts."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
+        names = [n for n in dir(jax.config) if "persistent_cache" in n or "compilation_cache_" in n]
+        before = {name: getattr(jax.config, name) for name in names}
+        use_compilation_cache()
+        yield folder
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+    assert list(folder.glob("*-cache"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """run(8) in one go."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    start(folder, "--updates", "8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """run(4), to be copied."""
+    folder = tmp_path_factory.mktemp("half") / "run"
+    start(folder, "--updates", "4", "--checkpoint-seconds", "0")
+    return folder
+
+
+@pytest.fixture
+def copy(half, tmp_path):
+    return Path(shutil.copytree(half, tmp_path / "run"))
+
+
+def test_twice_half_is_the_whole_bit_by_bit(whole, copy):
+    before = leaves(copy)
+    resume(copy, "--updates", "8")
+    after = leaves(copy)
+    assert after == leaves(whole)
+    assert len(after) > 20
+    # The negative control: four updates change what is compared.
+    assert {k for k in after if "params" in k and after[k] != before[k]}
+    assert curves(copy) == curves(whole)
+    assert (copy / "params.npz").read_bytes() == (whole / "params.npz").read_bytes()
+    returns, expected = (
+        json.loads((run / "evaluation.json").read_text())["mean_return"] for run in (copy, whole)
+    )
+    assert returns == expected
+    saved = json.loads((copy / "config.json").read_text())
+    assert saved["config"]["updates"] == 8
+    assert [each["update"] for each in saved["resumed"]] == [4]
+    lines = [json.loads(x) for x in (copy / "metrics.jsonl").read_text().splitlines()]
+    assert [x["update"] for x in lines] == list(range(1, 9))
+    assert lines[-1]["env_steps"] == [128, 128]
+
+
+def test_what_a_crash_left_after_the_checkpoint_is_done_again(whole, copy):
+    shutil.rmtree(copy / "checkpoints" / "4")  # the kill came before it was whole
+    with open(copy / "metrics.jsonl", "a") as file:
+        file.write('{"update": 5, "env_')
+    (copy / ".lock").write_text("999999\n")
+    torn = copy / "checkpoints" / "4.orbax-checkpoint-tmp"
+    torn.mkdir()
+    resume(copy, "--updates", "8")
+    assert leaves(copy) == leaves(whole)
+    assert curves(copy) == curves(whole)
+    assert not torn.exists()
+    assert not (copy / ".lock").exists()
+
+
+def test_a_damaged_checkpoint_is_refused_and_moving_it_away_helps(whole, copy):
+    newest = copy / "checkpoints" / "4"
+    (newest / "host" / "metadata").write_text('{"lay')
+    files = {f: f.read_bytes() for f in copy.rglob("*") if f.is_file()}
+    with pytest.raises(ValueError, match=r"checkpoints.4: .*The one of 3 updates is next: move"):
+        resume(copy, "--updates", "8")
+    assert {f: f.read_bytes() for f in copy.rglob("*") if f.is_file()} == files
+    shutil.rmtree(newest)
+    resume(copy, "--updates", "8")
+    assert leaves(copy) == leaves(whole)
+
+
+def test_the_schedule_stays_as_the_run_began(copy):
+    saved = json.loads((copy / "config.json").read_text())
+    saved["config"]["schedule"] = "linear"
+    (copy / "config.json").write_text(json.dumps(saved))
+    config, grid, _ = request(["--resume", str(copy), "--updates", "6"], "jaxpg train")
+    assert grid.schedule_updates == (4.0,)
+    said = []
+    run._begin(prepare_resume(config, grid), make_replicas(config, points(grid)), said.append)
+    assert said[-1] == "the linear schedule still ends at update 4, as the run began"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "has finished its 4 updates; --updates 8 goes on to 8"),
+        ("--updates 3", "has made 4 already"),
+        ("--updates 8 --seeds 3", "keeps its seeds; --config"),
+        ("--updates 8 --learning-rate 1e-1", "keeps its learning_rate"),
+        ("Pendulum-v1 --updates 8", "keeps its environment"),
+        ("--config x", "use one of them"),
+    ],
+)
+def test_a_mistake_in_resuming_is_refused(half, flags, message):
+    before = {f: f.stat().st_mtime_ns for f in half.rglob("*")}
+    with pytest.raises(ValueError, match=message):
+        resume(half, *flags.split())
+    assert {f: f.stat().st_mtime_ns for f in half.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "has no config.json"),
+        ("{", "which is not JSON"),
+        ("{}", "cannot read"),
+        ('{"config": {"environment": "E", "colour": 1}, "hyperparameters": {}}', "'colour'"),
+    ],
+)
+def test_a_foreign_folder_is_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    for flag in ("--resume", "--config"):
+        with pytest.raises(ValueError, match=message):
+            request([flag, str(tmp_path)], "jaxpg train")
+
+
+def test_a_run_without_a_checkpoint_says_how_to_start_again(half, tmp_path):
+    shutil.copy(half / "config.json", tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint to resume from; start again with --config"):
+        resume(tmp_path)
+
+
+def test_a_config_is_run_again_and_flags_after_it_override(half):
+    config, grid, resumed = request(["--config", str(half)], "jaxpg train")
+    saved = load_config(half)
+    assert not resumed
+    assert config == replace(saved[0], run=None, quiet=False)
+    assert grid == saved[1]
+    flags = ["--config", str(half / "config.json"), "--seeds", "3", "--gamma", ".5"]
+    other, numbers, _ = request([*flags, "Acrobot-v1"], "jaxpg train")
+    assert other == replace(config, seeds=3, environment="Acrobot-v1")
+    assert numbers == grid._replace(gamma=(0.5,))
+    # Not the presets': those of the command have other defaults.
+    assert preset("CartPole-v1", "ppo")[0].hidden != other.hidden == (4,)
+
+
+def test_the_numbers_in_a_config_are_exact(tmp_path):
+    rate = 0.0012345678901234567
+    flags = f"{FLAGS} --learning-rate {rate!r}"
+    config, grid, _ = request([*flags.split(), "--run", str(tmp_path / "r")], "jaxpg train")
+    from jaxpg.experiment import folder
+
+    description = folder.description(config, grid, [{"seed": 0}])
+    folder.write_json(tmp_path / "config.json", description, exact=True)
+    assert load_config(tmp_path)[1].learning_rate == (rate,)
+    assert description["git"] is None or len(description["git"]["commit"]) == 40
+
+
+def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
+    flags = f"{FLAGS} --updates 20 --checkpoint-seconds 0"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def command(*arguments):
+        return [sys.executable, "-m", "jaxpg", "train", *arguments]
+
+    process = subprocess.Popen(
+        command(*flags.split(), "--run", "r"),
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    place = tmp_path / "r" / "checkpoints"
+    try:
+        deadline = time.monotonic() + 200
+        while len(checkpoint.steps(place)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert 0 < checkpoint.steps(place)[-1] < 20
+    assert not (tmp_path / "r" / "evaluation.json").exists()
+    done = subprocess.run(
+        command("--resume", "r", "--checkpoint-seconds", "30"),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    start(tmp_path / "whole", "--updates", "20")
+    assert leaves(tmp_path / "r") == leaves(tmp_path / "whole")
+    assert curves(tmp_path / "r") == curves(tmp_path / "whole")
