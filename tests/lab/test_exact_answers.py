@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from exact_answers import ANSWERS
 from instances import instance_a, instance_t, random_instance
 
 from jaxpg.estimators import Estimator, baselines, credit, importance
@@ -125,6 +126,40 @@ def test_fisher_natural_gradient_and_trust_region():
     assert_close(step.step, pairs(-0.14265802, -0.27636835, 0.0))
     assert_close((step.mean_kl, step.objective), (0.00968101, 4.7209241551), 1e-8)
     assert np.trace(fisher) == pytest.approx(2.36076056, rel=1e-8)
+
+
+@pytest.mark.parametrize(("name", "gamma"), ANSWERS)
+def test_every_answer_of_the_other_instances(name, gamma):
+    mdp, logits, _ = INSTANCES[name]
+    gradient = exact.gradient(mdp, logits, gamma)
+    total = exact.optimal_baselines(mdp, logits, TOTAL, gamma)
+    to_go = exact.optimal_baselines(mdp, logits, TO_GO, gamma)
+    natural = exact.natural_gradient(mdp, logits, gamma)
+    step = exact.trpo_step(mdp, logits, gamma, max_kl=0.01)
+    doob = exact.doob_decomposition(mdp, logits, gamma)
+    found = {
+        "objective": exact.objective(mdp, logits, gamma),
+        "gradient": gradient,
+        "gradient_square": gradient @ gradient,
+        "return_variance": exact.return_variance(mdp, logits, gamma),
+        "total_scalar": total.scalar,
+        "total_per_parameter": total.per_parameter,
+        "scalar": to_go.scalar,
+        "per_time": to_go.per_time,
+        "per_state": to_go.per_state_time[0],
+        "value": exact.values(mdp, logits, gamma)[0][0],
+        "fisher": np.diag(exact.fisher(mdp, logits)),
+        "natural": natural,
+        "natural_square": natural @ gradient,
+        "step": step.step,
+        "mean_kl": step.mean_kl,
+        "objective_after": step.objective,
+        "doob": (doob.initial, doob.action.sum(), doob.transition.sum()),
+        "tucker": exact.tucker_decomposition(mdp, logits, gamma),
+        "tucker_without": exact.tucker_decomposition(mdp, logits, gamma, 0.0),
+    }
+    for quantity, known in ANSWERS[name, gamma].items():
+        np.testing.assert_allclose(found[quantity], known, atol=5.1e-9, err_msg=quantity)
 
 
 def test_the_natural_gradient_is_a_regression():
