@@ -6,6 +6,15 @@ from typing import Any
 from jaxpg.experiment.config import Config, Grid
 from jaxpg.types import Hyperparams
 
+_TRUST_REGION = {
+    "updates": 60,
+    "num_envs": 16,
+    "num_steps": 256,
+    "critic_epochs": 9,
+    "critic_minibatches": 4,
+    "critic_learning_rate": 1e-2,
+}
+
 # (environment, algorithm) -> what differs from Config's and Hyperparams' own defaults. Later in this
 # order wins: (any, algorithm), (environment, any), (environment, algorithm).
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
@@ -29,15 +38,26 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "learning_rate": 2.5e-3,
         "critic_learning_rate": 2.5e-3,
     },
+    # Large batches, because a step of fixed KL is only as good as its direction.
+    ("*", "trpo"): _TRUST_REGION,
+    ("*", "npg"): _TRUST_REGION,
+    # Small ones, many steps; the critic must keep up with the policy.
+    ("*", "a2c"): {
+        "updates": 800,
+        "num_envs": 16,
+        "num_steps": 32,
+        "learning_rate": 4e-3,
+        "critic_learning_rate": 1e-2,
+    },
     # A pole falls within some ten steps of a mistake, so credit need not reach far.
     ("CartPole-v1", "ppo"): {"gamma": 0.98, "lambda_": 0.8},
     # At 1e-2, one seed in twenty falls back just before the schedule ends, and stays there.
     ("CartPole-v1", "vpg"): {
-        "updates": 600,
+        "updates": 480,
         "learning_rate": 5e-3,
         "critic_learning_rate": 5e-3,
     },
-    ("CartPole-v1", "reinforce_baseline"): {"updates": 100},
+    ("CartPole-v1", "reinforce_baseline"): {"updates": 60, "num_envs": 16},
     # Returns are in the hundreds: the critic must take large steps to reach them.
     ("Pendulum-v1", "ppo"): {
         "updates": 250,
