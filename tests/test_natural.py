@@ -221,7 +221,7 @@ def test_steps_stay_within_the_trust_region(name, environment, network):
     numbers = jax.tree.map(jnp.float32, Hyperparams(max_kl=0.02))
     learn = jax.jit(jax.vmap(partial(train, trainer, num_updates=4), (0, None)))
     states = jax.vmap(trainer.init)(jax.random.split(jax.random.key(0), 3))
-    after, metrics = learn(states, numbers)
+    _, metrics = learn(states, numbers)
     assert (metrics["kl"] > 1e-4).any(), "something moves"
     if name == "trpo":
         assert (metrics["kl"] <= 0.02 * (1 + 1e-5)).all()
