@@ -15,6 +15,10 @@ Policy-gradient methods in JAX.
 commands:
   train ENV    train policies on an environment (jaxpg train ENV --help: the
                flags, with their defaults for that environment)
+  sweep ENV    rank points of a grid or a random search (jaxpg sweep --help)
+  evaluate RUN fresh episodes of what was learnt
+  record RUN   episodes into a file of demonstrations (.npz)
+  render RUN   one episode as a film (.gif, .mp4)
   plot RUN...  draw learning curves, diagnostics and comparisons of runs
   lab NAME     measure gradients (jaxpg lab list: the experiments)
 
@@ -37,12 +41,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"jaxpg {_version()}")
         elif command == "train":
             _train(rest)
+        elif command == "sweep":
+            _sweep(rest)
+        elif command in ("evaluate", "record", "render"):
+            _play(command, rest)
         elif command == "plot":
             _plot(rest)
         elif command == "lab":
             _lab(rest)
         else:
-            _fail(f"unknown command {command!r}; use train or lab (see jaxpg --help)")
+            _fail(f"unknown command {command!r}; use train, evaluate or lab (see jaxpg --help)")
     except KeyboardInterrupt:  # before training, which handles it itself
         _leave("stopped before the first update; nothing was saved", 130)
     except BrokenPipeError:  # `jaxpg train ... | head`
@@ -80,6 +88,46 @@ def _train(argv):
         raise
     except OSError as error:  # a full disk, a folder that went away
         _leave(f"error: cannot write {experiment.folder}: {error.strerror or error}", 1)
+
+
+def _sweep(argv):
+    from jaxpg.experiment.search import HELP as SWEEP_HELP
+
+    if not argv or {"-h", "--help"} & {*argv}:
+        print(SWEEP_HELP, end="")
+        return
+    from jaxpg.experiment.cache import use_compilation_cache
+    from jaxpg.experiment.interrupt import Interrupted
+    from jaxpg.experiment.sweep import execute, prepare
+
+    try:
+        sweep = prepare(argv)
+        if sweep.config.compilation_cache:
+            use_compilation_cache()
+        execute(sweep)
+    except ValueError as error:
+        _fail(str(error))
+    except Interrupted as stop:
+        _leave(str(stop), stop.status)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _leave(f"error: cannot write: {error.strerror or error}", 1)
+
+
+def _play(command, argv):
+    from jaxpg.experiment import playback
+    from jaxpg.experiment.cache import use_compilation_cache
+
+    try:
+        use_compilation_cache()
+        getattr(playback, command)(argv)
+    except ValueError as error:
+        _fail(str(error))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _fail(f"cannot write: {error.strerror or error}", status=1)
 
 
 def _plot(argv):

@@ -16,7 +16,7 @@ from jaxpg.experiment.config import Config, Grid, load_config, points
 from jaxpg.experiment.folder import CHECKPOINTS, EVALUATION, PARAMS
 from jaxpg.experiment.replicas import make_replicas
 from jaxpg.lab.worlds import Checkpoint
-from jaxpg.policies import Agent, AgentParams, init_params
+from jaxpg.policies import Agent, AgentParams, Network, init_params
 from jaxpg.types import Array, Carry, Key
 
 
@@ -125,6 +125,26 @@ def choose(run: Run, replica: int | str | None) -> int:
     if len(returns) != count or np.isnan(returns).all():
         raise ValueError(f"{path} has no return to choose by; name a replica from 0 to {count - 1}")
     return int(np.nanargmax(returns))
+
+
+def greedily(network: Network) -> Network:
+    """The policy that always takes its distribution's mode; log-probs stay the distribution's."""
+
+    class Greedy(NamedTuple):
+        distribution: Any
+
+        def sample(self, key):
+            del key
+            return self.distribution.mode()
+
+        def log_prob(self, action):
+            return self.distribution.log_prob(action)
+
+    def apply(params, carry, obs, first):
+        carry, distribution = network.apply(params, carry, obs, first)
+        return carry, Greedy(distribution)
+
+    return network._replace(apply=apply)
 
 
 def _policy(parts: Parts, params: AgentParams, greedy: bool, replica: int, seed: int) -> Policy:

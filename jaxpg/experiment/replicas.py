@@ -36,7 +36,7 @@ class Programs(NamedTuple):
 
     train: Future  # (state, hyperparams[, demonstrations]) -> state, metrics [N, updates per chunk]
     init: Future | None  # (keys) -> state; None when there is a state already
-    evaluate: Future | None  # (params, keys) -> Evaluation; None when nothing is evaluated
+    evaluate: Future  # (params, keys) -> Evaluation
 
 
 def use_cpu_cores() -> None:
@@ -88,18 +88,17 @@ def compile_programs(
     executor: Executor,
     demonstrations: Trajectory | None = None,
     fresh: bool = True,
-    final: bool = True,
 ) -> Programs:
     """Starts to compile the three programs; training's is the longest, so it goes first.
 
-    demonstrations: common to all replicas. fresh: the state has to be made, too. final: it is evaluated, too.
+    demonstrations: common to all replicas. fresh: the state has to be made, too.
     """
     state = jax.eval_shape(jax.vmap(parts.trainer.init), replicas.keys)
     common = () if demonstrations is None else (demonstrations,)
 
     def start(function, *arguments, common=(), effort=None, donate=()):
         axes = (0,) * len(arguments) + (None,) * len(common)
-        program = _replicated(function, axes, replicas.sharding, donate)
+        program = replicated(function, axes, replicas.sharding, donate)
         options = _compiler_options(effort)
         return executor.submit(lambda: program.lower(*arguments, *common).compile(options))
 
@@ -119,13 +118,11 @@ def compile_programs(
         init=start(parts.trainer.init, replicas.keys, effort=None if config.imitate else 0)
         if fresh
         else None,
-        evaluate=start(evaluated, state.params, replicas.evaluation_keys, effort=1)
-        if final
-        else None,
+        evaluate=start(evaluated, state.params, replicas.evaluation_keys, effort=1),
     )
 
 
-def _replicated(function: Callable, axes, sharding: NamedSharding | None, donate) -> Any:
+def replicated(function: Callable, axes, sharding: NamedSharding | None, donate) -> Any:
     mapped = jax.vmap(function, in_axes=axes)
     if sharding is None:
         return jax.jit(mapped, donate_argnums=donate)

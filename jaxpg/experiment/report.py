@@ -36,18 +36,22 @@ def summary(config: Config, grid: Grid, status: Status, returns: np.ndarray) -> 
 def table(grid: Grid, returns: np.ndarray) -> list[str]:
     """Lines of a table with one row per point of the grid; returns: [points, seeds].
 
-    Of a large grid, the best rows only.
+    Of a large grid, the best rows only. A seed that diverged, and so has no return, is counted.
     """
     names, at = varying(grid), points(grid)
     summaries = [summarise(row) for row in returns]
     order = list(range(len(at)))
     if len(order) > MOST_ROWS:
         order.sort(key=lambda i: -np.nan_to_num(summaries[i].mean, nan=-np.inf))
-    rows = [[*names, "mean", "95 % interval", "min", "max"]]
+    diverged = np.isnan(returns).sum(axis=1)
+    some = bool(diverged.any())
+    rows = [[*names, "mean", "95 % interval", "min", "max", *["diverged"] * some]]
     for i in order[:MOST_ROWS]:
         s = summaries[i]
         settings = [f"{getattr(at[i], name):g}" for name in names]
-        rows.append([*settings, number(s.mean), interval(s), number(s.smallest), number(s.largest)])
+        row = [number(s.mean), interval(s), number(s.smallest), number(s.largest)]
+        last = [f"{diverged[i]} of {returns.shape[1]}"] * some
+        rows.append([*settings, *row, *last])
     lines = aligned(rows)
     if len(order) > MOST_ROWS:
         lines.append(f"  (the best {MOST_ROWS} of {len(order)})")

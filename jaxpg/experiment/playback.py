@@ -1,0 +1,210 @@
+"""What a trained policy does: evaluated, recorded, rendered. The commands of the same names."""
+
+import argparse
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxpg.experiment import policy as policies
+from jaxpg.experiment.config import points
+from jaxpg.experiment.folder import write_atomically
+from jaxpg.experiment.policy import Policy, Run, choose, load_policy, read_run
+from jaxpg.experiment.replicas import make_replicas, replicated, use_cpu_cores
+from jaxpg.experiment.report import table
+from jaxpg.experiment.trajectories import write_trajectories
+from jaxpg.rollout import Evaluation, episodes
+from jaxpg.rollout import evaluate as evaluate_policy
+
+MOST_FRAMES = 2000
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """`jaxpg evaluate RUN`: fresh episodes of every replica; nothing is written. Raises ValueError."""
+    parser = _parser("evaluate", "Evaluate every policy of a run over fresh episodes.")
+    parser.add_argument("--episodes", type=int, metavar="N", help="for each; as the run had")
+    given = parser.parse_args(list(argv))
+    use_cpu_cores()
+    run = read_run(given.run, _update(given.update))
+    count = run.config.evaluation_episodes if given.episodes is None else given.episodes
+    if count < 1:
+        raise ValueError(f"--episodes {count} must be at least 1")
+    found = evaluation(run, count, given.greedy, given.seed)
+    how = "greedy" if given.greedy else "sampled"
+    print(
+        f"{run.config.environment}, {run.config.algorithm}: {count} fresh episodes, {how} actions"
+    )
+    print("\n".join(table(run.grid, np.asarray(found.mean).reshape(-1, run.config.seeds))))
+
+
+def evaluation(run: Run, count: int, greedy: bool, seed: int = 0) -> Evaluation:
+    """Of every replica, over the same episodes as at the end of training when seed is 0."""
+    replicas = make_replicas(run.config, points(run.grid))
+    keys = replicas.evaluation_keys
+    if seed:
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, seed))(keys)
+
+    def evaluated(params, key):
+        return evaluate_policy(run.parts.env, run.parts.agent, params, key, count, greedy)
+
+    program = replicated(evaluated, (0, 0), replicas.sharding, ())
+    return jax.device_get(program(jax.device_put(run.params, replicas.sharding), keys))
+
+
+def record(argv: Sequence[str]) -> None:
+    """`jaxpg record RUN --episodes N --out FILE.npz`: whole episodes. Raises ValueError."""
+    parser = _parser("record", "Record whole episodes of a run's policy, as demonstrations.")
+    parser.add_argument("--episodes", type=int, metavar="N", required=True)
+    _add_out(parser, ".npz")
+    given = parser.parse_args(list(argv))
+    out = _writable(given.out, (".npz",))
+    if given.episodes < 1:
+        raise ValueError(f"--episodes {given.episodes} must be at least 1")
+    run = read_run(given.run, _update(given.update))
+    chosen = choose(run, _replica(given.replica))
+    env, agent, *_ = run.parts
+    if given.greedy:
+        agent = agent._replace(policy=policies.greedily(agent.policy))
+    params = jax.tree.map(lambda x: x[chosen], run.params)
+    roll = jax.jit(lambda key: episodes(env, agent, params, key, given.episodes)[0])
+    trajectory = jax.device_get(roll(jax.random.key(given.seed)))
+    steps = int(trajectory.mask.any(axis=1).sum())  # rows after the longest episode hold nothing
+    trajectory = jax.tree.map(lambda x: x[:steps], trajectory)
+    write_trajectories(out, trajectory, run.config.environment)
+    mean = float((trajectory.reward * trajectory.mask).sum() / given.episodes)
+    print(
+        f"{given.episodes} episodes of replica {chosen}, {int(trajectory.mask.sum()):,} steps, mean "
+        f"return {mean:.1f}: {out}"
+    )
+
+
+def render(argv: Sequence[str]) -> None:
+    """`jaxpg render RUN --out FILE.gif`: one episode as GIF or MP4. Raises ValueError."""
+    parser = _parser("render", "Draw one episode of a run's policy.")
+    _add_out(parser, ".gif or .mp4")
+    given = parser.parse_args(list(argv))
+    out = _writable(given.out, (".gif", ".mp4"))
+    encoder = _encoder() if out.suffix == ".mp4" else ""
+    policy = load_policy(
+        given.run, _replica(given.replica), greedy=given.greedy, update=_update(given.update)
+    )
+    run = policies.load_config(given.run)[0]
+    frames, total = film(policy, run.environment, jax.random.key(given.seed))
+    from jaxpg.experiment.drawing import frames_per_second
+
+    save = _save_mp4 if encoder else _save_gif
+    save(out, frames, frames_per_second(run.environment), encoder)
+    print(f"{len(frames)} frames of replica {policy.replica}, return {total:.1f}: {out}")
+
+
+def film(policy: Policy, environment: str, key: Any) -> tuple[list, float]:
+    """The pictures of one episode, its start and its end among them, and its return."""
+    from jaxpg.experiment.drawing import frame
+
+    env = policy.env
+
+    @jax.jit
+    def advance(key, state, obs, carry, first):
+        k_act, k_env = jax.random.split(key)
+        action, carry = policy.step(k_act, obs[None], carry, first[None])
+        state, result = env.step(k_env, state, action[0])
+        return state, result, carry
+
+    k_reset, key = jax.random.split(key)
+    state, obs = jax.jit(env.reset)(k_reset)
+    carry, total, frames, ended = policy.initial_carry(1), 0.0, [], False
+    for t in range(MOST_FRAMES):
+        shown = jax.device_get((state, obs))
+        caption = f"{environment}   step {t}   return {total:.4g}"
+        frames.append(frame(environment, *shown, caption=caption))
+        if ended:
+            break
+        k_step, first = jax.random.fold_in(key, t), np.array(t == 0)
+        state, result, carry = advance(k_step, state, obs, carry, first)
+        obs, total = result.obs, total + float(result.reward)
+        ended = bool(result.terminated | result.truncated)
+    return frames, total
+
+
+def _save_gif(path, frames, rate, encoder):
+    del encoder
+    first, *others = [frame.quantize(32) for frame in frames]
+    write_atomically(
+        path,
+        lambda file: first.save(
+            file, "GIF", save_all=True, append_images=others, duration=1000 // rate, loop=0
+        ),
+    )
+
+
+def _save_mp4(path, frames, rate, encoder):
+    width, height = frames[0].size
+    part = path.with_name(f".{path.stem}.part.mp4")
+    command = [encoder, "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+    command += ["-s", f"{width}x{height}", "-r", str(rate), "-i", "-", "-pix_fmt", "yuv420p"]
+    try:
+        done = subprocess.run(
+            [*command, str(part)], input=b"".join(f.tobytes() for f in frames), capture_output=True
+        )
+        if done.returncode:
+            raise ValueError(f"{encoder} failed: {done.stderr.decode(errors='replace').strip()}")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _encoder() -> str:
+    found = shutil.which("ffmpeg")
+    if found is None:
+        try:
+            from imageio_ffmpeg import get_ffmpeg_exe
+        except ImportError:
+            raise ValueError(
+                "an .mp4 needs ffmpeg, which is not on the path; install it, or write a .gif"
+            ) from None
+        found = get_ffmpeg_exe()
+    return found
+
+
+def _parser(name, description):
+    parser = argparse.ArgumentParser(prog=f"jaxpg {name}", description=description)
+    parser.add_argument("run", metavar="RUN", help="folder of a jaxpg train run")
+    parser.add_argument("--greedy", action="store_true", help="the likeliest action, not a sample")
+    parser.add_argument(
+        "--update", metavar="N", help="of the checkpoint of N updates, or best; the end of the run"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the episodes")
+    return parser
+
+
+def _add_out(parser, kinds):
+    parser.add_argument("--out", metavar="FILE", required=True, help=f"ends in {kinds}")
+    parser.add_argument(
+        "--replica", metavar="R", default="best", help="a number, or best by the final evaluation"
+    )
+
+
+def _writable(name, suffixes) -> Path:
+    """Raises ValueError before anything is computed."""
+    path = Path(name)
+    if path.suffix not in suffixes:
+        raise ValueError(f"--out {name} must end in {' or '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out {name}: there is no folder {path.parent}")
+    return path
+
+
+def _replica(text):
+    return int(text) if text.isdigit() else text
+
+
+def _update(text):
+    if text is None or text == "best":
+        return text
+    if not text.isdigit():
+        raise ValueError(f"--update {text} must be a number of updates, or best")
+    return int(text)
