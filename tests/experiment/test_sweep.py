@@ -1,0 +1,384 @@
+"""Sweeps: the points, one compilation for all of them, the ranking, and a user's mistakes."""
+
+import csv
+import json
+from concurrent import futures
+from contextlib import contextmanager
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from pyarrow import parquet
+from scipy import stats
+
+from jaxpg.cli import main
+from jaxpg.experiment import batches, health, ranking, responses, sweep
+from jaxpg.experiment.interrupt import Interrupted
+from jaxpg.experiment.presets import preset
+from jaxpg.experiment.replicas import Programs, make_replicas
+from jaxpg.experiment.search import (
+    Options,
+    Range,
+    Rung,
+    choose,
+    count,
+    listed,
+    read_range,
+    rungs,
+    take_options,
+)
+from jaxpg.rollout import evaluate
+from jaxpg.trainer import train
+
+SMALL = (
+    "CartPole-v1 --algorithm reinforce_to_go --network linear --num-envs 4 --num-steps 30 --seeds 2 "
+    "--updates 8 --evaluation-episodes 8 --schedule constant --quiet"
+)
+GRID = f"{SMALL} --learning-rate 1e-3:1:log3 --gamma .5,.9"
+DEVICES = jax.device_count()  # elsewhere than in these tests, jax may have been given several
+
+
+@contextmanager
+def compilations():
+    """The names of the programs that are compiled."""
+    names = []
+
+    def listen(event, duration, fun_name="", **rest):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def of_training(names):
+    return [name for name in names if "train" in name]
+
+
+def run(arguments, folder):
+    """The sweep, the training programs it compiled, its record, and its plan."""
+    found, plans = sweep.prepare([*arguments.split(), "--run", str(folder)]), []
+    plan = batches.plan
+    with pytest.MonkeyPatch.context() as patch, compilations() as names:
+        patch.setattr(batches, "plan", lambda *each: plans.append(plan(*each)) or plans[0])
+        sweep.execute(found)
+    record = json.loads((folder / "sweep.json").read_text())
+    return found, of_training(names), record, plans[0]
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    return run(GRID, tmp_path_factory.mktemp("sweep") / "grid")
+
+
+@pytest.fixture(scope="module")
+def halved(tmp_path_factory):
+    return run(f"{GRID} --halving 3", tmp_path_factory.mktemp("sweep") / "halved")
+
+
+def returns_by_point(record):
+    return {
+        (p["hyperparameters"]["learning_rate"], p["hyperparameters"]["gamma"]): p
+        for p in record["points"]
+    }
+
+
+def test_a_sweep_is_one_program(grid):
+    _, compiled, record, _ = grid
+    assert len(compiled) == 1
+    assert record["costs"]["batch"] == 12
+    assert record["complete"]
+
+
+def test_rungs_and_batches_share_one_program(halved):
+    _, compiled, record, _ = halved
+    assert record["search"]["rungs"] == [{"points": 6, "updates": 3}, {"points": 2, "updates": 8}]
+    assert record["costs"]["batch"] == 4  # three batches, then one
+    assert len(compiled) == 1
+
+
+def test_a_further_compilation_would_be_seen():
+    # Negative control: another size is another program, the same size is not.
+    def train(x):
+        return x + 1
+
+    program = jax.jit(train)
+    with compilations() as names:
+        for size in (3, 4, 4):
+            program(np.ones(size))
+    assert len(of_training(names)) == 2
+
+
+def test_every_point_is_what_training_it_alone_gives(grid):
+    """Against jaxpg's own functions for one agent, without any of the machinery of sweeps."""
+    found, _, record, _ = grid
+    config, parts = found.config, found.parts
+    wanted = found.search.points[3]  # the second learning rate, the second gamma
+    replicas = make_replicas(config, [wanted])
+    program = jax.jit(partial(train, parts.trainer, num_updates=config.updates))
+    for seed in range(2):
+        key, k_evaluate = replicas.keys[seed], replicas.evaluation_keys[seed]
+        numbers = jax.tree.map(np.float32, wanted)
+        state, _ = program(parts.trainer.init(key), numbers)
+        returns = evaluate(parts.env, parts.agent, state.params, k_evaluate, 8)
+        point = returns_by_point(record)[wanted.learning_rate, wanted.gamma]
+        np.testing.assert_allclose(point["returns"][seed], returns.mean, rtol=1e-5)
+
+
+def test_halving_goes_on_from_where_it_stood(grid, halved):
+    plain, thinned = (returns_by_point(x[2]) for x in (grid, halved))
+    survivors = [at for at, point in thinned.items() if point["updates"] == 8]
+    assert len(survivors) == 2
+    for at in survivors:
+        np.testing.assert_allclose(thinned[at]["returns"], plain[at]["returns"], rtol=1e-6)
+    dropped = [point for point in thinned.values() if point["updates"] == 3]
+    assert [point["evaluated"] for point in dropped] == [False] * 4
+    # Those that went on are ranked first, whatever the others had earned by then.
+    assert sorted(point["rank"] for point in dropped) == [3, 4, 5, 6]
+
+
+def test_the_table_is_ranked_with_intervals(grid):
+    found, _, record, _ = grid
+    with open(found.folder / "table.csv") as file:
+        rows = list(csv.DictReader(file))
+    table = parquet.read_table(found.folder / "table.parquet").to_pydict()
+    assert [int(row["rank"]) for row in rows] == table["rank"] == [1, 2, 3, 4, 5, 6]
+    means = [float(row["return"]) for row in rows]
+    assert means == sorted(means, reverse=True)
+    for row, point in zip(rows, record["points"], strict=True):
+        assert float(row["learning_rate"]) == point["hyperparameters"]["learning_rate"]
+        expected = stats.trim_mean(point["returns"], 0.25)
+        assert np.isclose(float(row["return"]), expected)
+        assert float(row["low"]) <= float(row["return"]) <= float(row["high"])
+    assert record["versions"]["jax"] and record["config"]["seeds"] == 2
+    assert {f.name for f in (found.folder / "figures").iterdir()} == {
+        "response.png",
+        "response.svg",
+    }
+    assert {f.name for f in found.folder.iterdir()} == {
+        "sweep.json", "table.csv", "table.parquet", "figures"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("totals", [[1], [7], [60], [1000], [270, 90, 30, 10], [36, 12, 4]])
+@pytest.mark.parametrize("free", [None, 1e3, 7e3, 1e5, 1e9])
+def test_batches_fit_the_memory_that_there_is(monkeypatch, totals, free):
+    """Programs whose needs are known: 30 bytes, and 200 for every agent, of which the state is 40."""
+    tried = []
+    done = futures.Future()
+    done.set_result(None)
+
+    def start(job, size):
+        tried.append(size)
+        return Programs(train=done, init=done, evaluate=done)
+
+    monkeypatch.setattr(batches, "_start", start)
+    monkeypatch.setattr(batches, "state_bytes", lambda parts: 40)
+    monkeypatch.setattr(health, "available_bytes", lambda: free)
+    monkeypatch.setattr(health, "needed_bytes", lambda train: 30 + 200 * tried[-1])
+    job = batches.Job(*[None] * 6)._replace(parts=None)
+    plan = batches.plan(job, totals, lambda: None)
+    assert plan.size == tried[-1] and len(tried) <= 2
+    assert free is None or plan.bytes <= 0.9 * free
+    wanted = totals[0] if len(totals) == 1 else totals[-1]
+    room = float("inf") if free is None else (0.9 * free - 30) / 200
+    if room >= wanted:
+        assert tried == [-(-wanted // DEVICES) * DEVICES]
+    else:
+        # As many as fit, but for what makes batches equal and uses every device.
+        fewest = -(-totals[0] // plan.size)
+        assert fewest <= -(-totals[0] // max(1, int(0.95 * room) // DEVICES * DEVICES))
+
+
+def test_an_agent_that_does_not_fit_is_refused(monkeypatch):
+    done = futures.Future()
+    done.set_result(None)
+    monkeypatch.setattr(batches, "_start", lambda job, size: Programs(done, done, done))
+    monkeypatch.setattr(batches, "state_bytes", lambda parts: 40)
+    monkeypatch.setattr(health, "available_bytes", lambda: 2e9)
+    monkeypatch.setattr(health, "needed_bytes", lambda train: 3e9)
+    with pytest.raises(
+        ValueError, match=r"one agent needs 3.0 GB of memory, and 2.0 GB are free; few"
+    ):
+        batches.plan(batches.Job(*[None] * 6), [8], lambda: None)
+
+
+def test_a_signal_ranks_what_is_known(halved, tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(batches, "plan", lambda job, totals, poll: halved[3])
+
+    @contextmanager
+    def signals():
+        yield lambda: calls.append(0) or (2 if len(calls) > 6 else 0)
+
+    monkeypatch.setattr(sweep, "signals", signals)
+    monkeypatch.setattr(batches, "wait_for", lambda future, poll: future.result())
+    found = sweep.prepare([*f"{GRID} --halving 3".split(), "--run", str(tmp_path / "r")])
+    with pytest.raises(Interrupted, match=r"after \d of 6 points; those are ranked in") as stop:
+        sweep.execute(found)
+    assert stop.value.status == 130
+    record = json.loads((tmp_path / "r" / "sweep.json").read_text())
+    assert not record["complete"]
+    assert 1 <= len(record["points"]) < 6
+    assert "best: --learning-rate" in capsys.readouterr().out
+
+
+# Without any training
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1e-4:1e-2:log3", [1e-4, 1e-3, 1e-2]),
+        ("1e-4:1e-2:log8", 1e-4 * 100 ** (np.arange(8) / 7)),
+        ("0:1:lin5", [0, 0.25, 0.5, 0.75, 1]),
+        ("0.9:0.99:lin", [0.9, 0.99]),
+    ],
+)
+def test_ranges_are_listed_to_six_digits(text, expected):
+    np.testing.assert_allclose(listed(read_range("x", text)), expected, rtol=5e-6)
+    assert all(float(f"{x:g}") == x for x in listed(read_range("x", text)))
+
+
+def test_own_flags_are_taken_and_ranges_written_out():
+    argv = "E --lambda=0:1:lin3 --learning-rate 1e-3:1e-1:log --random 7 --seeds 3 --halving=4"
+    options, rest = take_options(argv.split())
+    assert options == Options({"learning_rate": Range(1e-3, 1e-1, True, None)}, 7, 4.0)
+    assert rest == ["E", "--lambda", "0.0,0.5,1.0", "--learning-rate", "0.001,0.1", "--seeds", "3"]
+
+
+def test_random_points_lie_in_their_ranges():
+    _, grid = preset("CartPole-v1", "ppo")
+    grid = grid._replace(learning_rate=(1e-4, 1e-2), gamma=(0.9, 0.99), clip_eps=(0.1, 0.2, 0.3))
+    spans = {"learning_rate": Range(1e-4, 1e-2, True, None), "gamma": Range(0.9, 0.99, False, None)}
+    options = Options(spans, 400, None)
+    drawn = choose(grid, options, 0)
+    assert count(grid, options) == len(drawn) == 400
+    rates, gammas = (np.array([getattr(p, n) for p in drawn]) for n in ("learning_rate", "gamma"))
+    assert stats.kstest(np.log10(rates), stats.uniform(-4, 2).cdf).pvalue > 1e-3
+    assert stats.kstest(gammas, stats.uniform(0.9, 0.09).cdf).pvalue > 1e-3
+    # Negative control: the rates are not uniform.
+    assert stats.kstest(rates, stats.uniform(1e-4, 1e-2).cdf).pvalue < 1e-9
+    assert {p.clip_eps for p in drawn} == {0.1, 0.2, 0.3}
+    assert {p.lambda_ for p in drawn} == {grid.lambda_[0]}
+    assert choose(grid, options, 0) == drawn != choose(grid, options, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((27, 200, 10, None), [(27, 200)]),
+        ((27, 270, 10, 3.0), [(27, 10), (9, 30), (3, 90), (1, 270)]),
+        ((8, 80, 4, 2.0), [(8, 8), (4, 20), (2, 40), (1, 80)]),
+        ((64, 600, 30, 4.0), [(64, 30), (16, 150), (4, 600)]),  # no room for a fourth
+        ((5, 9, 1, 3.0), [(5, 3), (2, 9)]),
+    ],
+)
+def test_rungs(arguments, expected):
+    assert rungs(*arguments) == [Rung(*each) for each in expected]
+
+
+def outcomes(returns, updates):
+    returns = np.array(returns, float)
+    return ranking.Outcomes(returns, np.array(updates), np.zeros(returns.shape, bool))
+
+
+def test_the_order_of_points():
+    nan = np.nan
+    found = outcomes(
+        [[1, 2, 3], [500, 500, nan], [9, 9, 9], [nan, nan, nan], [7, 7, 7]], [8, 8, 3, 8, 0]
+    )
+    # A seed that diverged earns the least of all, 1; without it the second would lead by more.
+    np.testing.assert_array_equal(ranking.order(found), [1, 0, 3, 2])
+    assert ranking.best_of(found, np.array([0, 2, 3]), 2).tolist() == [1, 0]
+    with pytest.raises(ValueError, match="no episode ended in the last chunk before update 8"):
+        ranking.best_of(found, np.array([3]), 1)
+
+
+def test_a_grid_of_two_is_a_heat_map():
+    rates, gammas = [0.1, 0.1, 0.2, 0.2, 0.4, 0.4], [0.9, 0.99] * 3
+    values = np.array([10.0, 20, 30, 60, 50, 40])
+    estimates = np.stack([values, values - 1, values + 1])
+    whole = np.array([True] * 5 + [False])
+    figure = Figure()
+    responses.draw(
+        figure,
+        responses.Points({"learning_rate": rates, "gamma": gammas}, estimates, whole, True),
+        "",
+    )
+    axis = figure.axes[0]
+    cells = {text.get_position(): text for text in axis.texts}
+    assert {at: text.get_text() for at, text in cells.items()} == {
+        (0, 0): "10", (0, 1): "20", (1, 0): "30", (1, 1): "60", (2, 0): "50", (2, 1): "(40)"
+    }  # fmt: skip
+    assert [at for at, text in cells.items() if text.get_fontweight() == "bold"] == [(1, 1)]
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["0.1", "0.2", "0.4"]
+
+
+@pytest.mark.parametrize(
+    ("names", "gridded", "panels"), [("a", True, 1), ("ab", False, 2), ("abc", True, 3)]
+)
+def test_other_sweeps_have_a_panel_for_each_number(names, gridded, panels):
+    rng = np.random.default_rng(0)
+    numbers = {name: list(rng.uniform(1, 100, 6)) for name in names}
+    estimates = np.sort(rng.normal(size=(3, 6)), axis=0)[[1, 0, 2]]
+    figure = Figure()
+    responses.draw(figure, responses.Points(numbers, estimates, np.ones(6, bool), gridded), "")
+    assert [axis.get_xlabel() for axis in figure.axes] == list(names)
+    assert len(figure.axes) == panels
+    assert figure.axes[0].get_xscale() == "log"
+
+
+BAD = {
+    "CartPole-v1": "nothing is swept; give a hyperparameter several values",
+    "CartPole-v1 --gamma .9": "nothing is swept",
+    "CartPole-v1 --learning-rate 1e-2:1e-4:log0": "has 0 values; a range has 2 or more",
+    "CartPole-v1 --learning-rate 1e-2:1e-4:log8": "0.01 is not below 0.0001; give the lower end",
+    "CartPole-v1 --learning-rate 1e-4:1e-2": "is no range; write LOW:HIGH:logN",
+    "CartPole-v1 --learning-rate 1e-4:1e-2:geo8": "is no range",
+    "CartPole-v1 --learning-rate 1e-4:x:log8": "is no range",
+    "CartPole-v1 --learning-rate 1e-4:inf:log8": "a range has finite ends",
+    "CartPole-v1 --learning-rate 0:1e-2:log8": "starts above 0; use lin",
+    "CartPole-v1 --learning-rate 1e-4:1e-2:log": "has no count, as log8 has; add one, or draw with --random",
+    "CartPole-v1 --gamma .9:1.1:lin3": "gamma=1.1 must lie in [0, 1]",
+    "CartPole-v1 --gamma .9,.99 --random 0": "--random 0 must be at least 1",
+    "CartPole-v1 --gamma .9,.99 --random many": "--random many takes a number of points",
+    "CartPole-v1 --gamma .9,.99 --random": "--random takes a number of points",
+    "CartPole-v1 --gamma .9,.99 --halving 1": "--halving 1 must be above 1",
+    "CartPole-v1 --gamma .9,.99 --halving 3": "cannot thin 2 points",
+    "CartPole-v1 --gamma .9,.99 --tensorboard": "--tensorboard means nothing to a sweep",
+    "CartPol-v1 --gamma .9,.99": "did you mean CartPole-v1",
+    "CartPole-v1 --gamma .9,.99 --run full": "full is not empty",
+    "CartPole-v1 --gamma 0:1:lin40000 --lambda 0:1:lin40000": "points fit",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_a_mistake_is_one_line(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "something").touch()
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as exit_:
+        main(["sweep", *arguments.split()])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert error.startswith("jaxpg: error: ") and error.count("\n") == 1
+    assert BAD[arguments] in error
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_unknown_flags_are_refused_and_help_is_short(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        main(["sweep", "CartPole-v1", "--gamma", ".9,.99", "--halfing", "3"])
+    assert exit_.value.code == 2
+    assert "--halfing" in capsys.readouterr().err
+    main(["sweep", "--help"])
+    text = capsys.readouterr().out
+    assert "--halving" in text and max(map(len, text.splitlines())) <= 80
