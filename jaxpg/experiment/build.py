@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ def build(config: Config) -> Parts:
     # Names are looked up before the environment is made, which takes seconds.
     known(NETWORKS, "network", config.network)
     known(ACTIVATIONS, "activation", config.activation)
-    env = wrapped(from_gymnax(config.environment), config)
+    env = wrapped(from_gymnax(config.environment, **settings_of(config)), config)
     # Not every network has hidden layers or an activation.
     accepted = inspect.signature(NETWORKS[config.network]).parameters
     settings = {
@@ -47,6 +48,20 @@ def build(config: Config) -> Parts:
         agent = agent._replace(critic=None)
     trainer = make_trainer(env, agent, row, num_envs=config.num_envs, num_steps=config.num_steps)
     return Parts(env, agent, trainer)
+
+
+def settings_of(config: Config) -> dict[str, bool | int | float]:
+    """The environment's settings as numbers. Raises ValueError for what is no name=number."""
+    settings = {}
+    for part in config.settings.split(",") if config.settings else ():
+        name, _, value = part.partition("=")
+        try:
+            settings[name.strip()] = json.loads(value.lower())
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"settings={config.settings}: {part!r} is not name=number, as in size=16"
+            ) from error
+    return settings
 
 
 def instructed(parts: Parts, config: Config) -> Parts:

@@ -34,6 +34,7 @@ class Config:
     num_steps: int | None = _flag(
         None, "steps per environment and update; for reinforce*, the longest episode"
     )
+    settings: str | None = _flag(None, "of the environment, as in size=16,unscaled_move_cost=0")
     keep: tuple[int, ...] = _flag((), "entries of the observation to see, as in 0,2; none: all")
     repeat: int = _flag(1, "times that every action is taken; the rewards are summed")
     history: int | None = _flag(None, "see the last so many observations and actions")

@@ -35,9 +35,10 @@ def read_trajectories(path: str | Path) -> tuple[Trajectory, str | None]:
     Raises ValueError for a file that cannot be read or whose fields are missing or do not fit together.
     """
     try:
-        with np.load(path) as file:
+        # Opened here, because numpy leaves a file open that turns out to be no archive.
+        with open(path, "rb") as stream, np.load(stream) as file:
             found = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     missing = [name for name in NEEDED if name not in found]
     if missing:
