@@ -6,6 +6,8 @@ in it, so the code that reads one must have made the same tree, and says so if i
 
 import logging
 import math
+import os
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -213,9 +215,9 @@ def _written(folder, action):
         raise
     # tensorstore raises ValueError, and jax's own errors, when a disk is full.
     except Exception as error:
-        text = str(error)
-        why = "No space left on device" if "No space left" in text else text.splitlines()[0][:200]
-        raise OSError(None, why, str(folder)) from error
+        said = re.search(r"OS error (\d+)", str(error))
+        why = os.strerror(int(said[1])) if said else (str(error).splitlines() or [repr(error)])[0]
+        raise OSError(int(said[1]) if said else None, why[:200], str(folder)) from error
 
 
 def _orbax() -> Any:

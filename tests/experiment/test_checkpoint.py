@@ -151,6 +151,29 @@ def test_an_older_layout_and_foreign_folders_are_refused(tmp_path, monkeypatch):
     assert (tmp_path / "c" / "7" / "weights.pt").exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits on files")
+def test_a_full_disk_is_an_oserror_and_leaves_the_last_checkpoint(tmp_path):
+    import resource
+
+    saved(tmp_path, 0.0)
+    checkpoints = open_checkpoints(tmp_path)
+    noise = np.random.default_rng(0).random((100, 1000))  # which cannot be compressed
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # A write beyond the limit fails as on a full disk: Python ignores the signal.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large|No space left|Error writing"):  # noqa: PT012
+            checkpoints.save(2, {"noise": noise}, {}, 0.0)
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert steps(tmp_path) == [1]
+    assert same(restore(tmp_path, 1, shapes())[0], tree(1))
+    # And when there is room again, the next one is saved.
+    saved(tmp_path, 1.0, first=3)
+    assert steps(tmp_path) == [1, 3]
+
+
 KILLED = """
 import sys
 import numpy as np

@@ -13,34 +13,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from pyarrow import parquet
+from small_runs import FLAGS, ROOT, resume, start
 
 from jaxpg.experiment import checkpoint, run
 from jaxpg.experiment.build import build
-from jaxpg.experiment.cache import use_compilation_cache
 from jaxpg.experiment.config import load_config, points
 from jaxpg.experiment.flags import request
 from jaxpg.experiment.presets import preset
 from jaxpg.experiment.replicas import make_replicas
-from jaxpg.experiment.run import execute, prepare, prepare_resume
+from jaxpg.experiment.run import prepare_resume
 
-ROOT = Path(__file__).parents[2]
-FLAGS = (
-    "CartPole-v1 --seeds 2 --num-envs 2 --num-steps 8 --num-minibatches 2 --num-epochs 1 --hidden 4 "
-    "--evaluation-episodes 2 --schedule constant --quiet"
-)
-
-
-def start(folder, *flags):
-    config, grid, _ = request([*FLAGS.split(), *flags, "--run", str(folder)], "jaxpg train")
-    execute(prepare(config, grid))
-
-
-def resume(folder, *flags):
-    config, grid, resumed = request(["--resume", str(folder), "--quiet", *flags], "jaxpg train")
-    assert resumed
-    execute(prepare_resume(config, grid))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def leaves(folder):
@@ -63,22 +47,6 @@ def curves(folder):
         for k, v in table.items()
         if k not in ("seconds", "replica", "seed")
     }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Programs compiled once, for this process and those it starts."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
-        names = [n for n in dir(jax.config) if "persistent_cache" in n or "compilation_cache_" in n]
-        before = {name: getattr(jax.config, name) for name in names}
-        use_compilation_cache()
-        yield folder
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-    assert list(folder.glob("*-cache"))
 
 
 @pytest.fixture(scope="module")
