@@ -142,14 +142,31 @@ def _listing() -> list[str]:
     width = max(map(len, EXPERIMENTS))
     rows = [
         textwrap.fill(
-            each.summary,
+            f"{each.summary} [{_where(each)}]",
             artifacts.WIDTH,
             initial_indent=f"  {name.ljust(width)}  ",
             subsequent_indent=" " * (width + 4),
+            break_on_hyphens=False,
         )
         for name, each in EXPERIMENTS.items()
     ]
-    return ["experiments (jaxpg lab NAME; jaxpg lab all --quick runs every one):", *rows]
+    worlds = (
+        "any: --env takes A, T or C (worked instances), LQR, or a gymnax environment, and --checkpoint "
+        "a policy trained there. Exact lines are drawn where probabilities are known: in the worked "
+        "instances, FrozenLake-misc, Catch-bsuite and DiscountingChain-bsuite, and in part in LQR."
+    )
+    head = "experiments (jaxpg lab NAME; jaxpg lab all --quick runs every one), and where:"
+    return [head, *rows, textwrap.fill(worlds, artifacts.WIDTH, break_on_hyphens=False)]
+
+
+def _where(experiment) -> str:
+    """The worlds that an experiment runs on."""
+    if experiment.worlds:
+        return ", ".join(experiment.worlds)
+    if "env" in experiment.ignores:
+        return "its own"
+    own = " and ".join(experiment.defaults.env.split(","))
+    return "any" if own == "A" else f"{own}, or any"
 
 
 def _refusal(name, experiment, given) -> str:
@@ -159,7 +176,8 @@ def _refusal(name, experiment, given) -> str:
             return f"--{flag} means nothing to {name}; leave it out"
     wanted = given.get("env", experiment.defaults.env)
     if experiment.worlds and wanted not in experiment.worlds:
-        return f"{name} runs on {', '.join(experiment.worlds)}, not on {wanted}"
+        needed = ", which have tables of probabilities" if len(experiment.worlds) > 1 else ""
+        return f"{name} runs on {', '.join(experiment.worlds)}{needed}; not on {wanted}"
     if "env" in experiment.ignores and "env" in given and wanted != experiment.defaults.env:
         return f"{name} has a world of its own; leave out --env"
     return ""

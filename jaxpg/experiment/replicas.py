@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxpg.devices import compiler_options
 from jaxpg.experiment.build import Parts
 from jaxpg.experiment.config import Config
 from jaxpg.rollout import evaluate
@@ -99,7 +100,7 @@ def compile_programs(
     def start(function, *arguments, common=(), effort=None, donate=()):
         axes = (0,) * len(arguments) + (None,) * len(common)
         program = replicated(function, axes, replicas.sharding, donate)
-        options = _compiler_options(effort)
+        options = compiler_options(effort)
         return executor.submit(lambda: program.lower(*arguments, *common).compile(options))
 
     def evaluated(params, key):
@@ -134,9 +135,3 @@ def replicated(function: Callable, axes, sharding: NamedSharding | None, donate)
     )
     placed = tuple(NamedSharding(sharding.mesh, spec) for spec in specs)
     return jax.jit(mapped, in_shardings=placed, out_shardings=sharding, donate_argnums=donate)
-
-
-def _compiler_options(effort):
-    if effort is None or jax.default_backend() != "cpu":
-        return None
-    return {"xla_backend_optimization_level": effort}

@@ -116,9 +116,11 @@ def gradient_statistics(
     )
 
 
+_POWERS = (1.0, 2.0, 4.0, 8.0)
+
+
 class _Weights(NamedTuple):
-    log_sum: Array  # of the trajectory weights W
-    log_squares: Array  # of W^2
+    log_sums: Array  # [4] of the trajectory weights W and of W^2, W^4 and W^8
     steps: Array
     unsupported: Array  # steps where the policy may do what the behaviour never does
 
@@ -165,17 +167,16 @@ def _measure(source: Source, size: int, num_samples: int) -> tuple[Moments, _Wei
 
         num_params = sum(x.size for x in jax.tree.leaves(source.policy_params))
         zeros = jnp.zeros(num_params, jnp.result_type(float))
-        none = jnp.full((), -jnp.inf)
+        none = jnp.full(len(_POWERS), -jnp.inf)
         start = (
             Moments(jnp.zeros(()), zeros, zeros),
-            _Weights(none, none, jnp.zeros(()), jnp.zeros(())),
+            _Weights(none, jnp.zeros(()), jnp.zeros(())),
         )
         return jax.lax.scan(piece, start, jnp.arange(pieces))[0]
 
     moments, weights = jax.lax.map(group, jnp.arange(GROUPS))
     return moments, _Weights(
-        jax.nn.logsumexp(weights.log_sum),
-        jax.nn.logsumexp(weights.log_squares),
+        jax.nn.logsumexp(weights.log_sums, axis=0),
         weights.steps.sum(),
         weights.unsupported.sum(),
     )
@@ -192,15 +193,14 @@ def _one_batch(source: Source, index, size: int):
 
 
 def _weights_of(source: Source, chunk) -> _Weights:
-    """Per trajectory: log W in both logarithmic fields, steps, unsupported steps."""
+    """Per trajectory: log W, steps, unsupported steps."""
     log_weight = chunk.log_ratio.sum(axis=0)
     mask = chunk.trajectory.mask
     unsupported = jnp.zeros(mask.shape)
     if source.behaviour_params is not None:
         unsupported = _unsupported(source, chunk.trajectory)
-    return _Weights(
-        log_weight, log_weight, mask.sum(axis=0), jnp.where(mask, unsupported, 0.0).sum(axis=0)
-    )
+    steps, unsupported = mask.sum(axis=0), jnp.where(mask, unsupported, 0.0).sum(axis=0)
+    return _Weights(log_weight, steps, unsupported)
 
 
 def _unsupported(source: Source, trajectory):
@@ -220,17 +220,17 @@ def _unsupported(source: Source, trajectory):
 
 
 def _add(weights: _Weights, new: _Weights, valid) -> _Weights:
-    log_weight = jnp.where(valid, new.log_sum, -jnp.inf)
+    log_weight = jnp.where(valid, new.log_sums, -jnp.inf)
     return _Weights(
-        jnp.logaddexp(weights.log_sum, jax.nn.logsumexp(log_weight)),
-        jnp.logaddexp(weights.log_squares, jax.nn.logsumexp(2 * log_weight)),
+        jnp.logaddexp(weights.log_sums, log_power_sums(log_weight)),
         weights.steps + jnp.where(valid, new.steps, 0).sum(),
         weights.unsupported + jnp.where(valid, new.unsupported, 0).sum(),
     )
 
 
 def _check_weights(source: Source, weights: _Weights) -> tuple[float, tuple[str, ...]]:
-    ess = float(np.exp(2 * float(weights.log_sum) - float(weights.log_squares)))
+    total, squares, fourths, eighths = np.asarray(weights.log_sums, np.float64)
+    ess = float(np.exp(2 * total - squares))
     if float(weights.unsupported) > 0:
         raise ValueError(
             "the behaviour never takes actions that the policy may take (probability 0 where the policy's "
@@ -243,7 +243,24 @@ def _check_weights(source: Source, weights: _Weights) -> tuple[float, tuple[str,
             f"the importance weights have an effective sample size of {ess:.1f}, below {MIN_EFFECTIVE}: an "
             "interval would mean nothing; use more trajectories, shorter episodes or a closer behaviour"
         )
-    return ess, ()
+    warning = heavy_tail(float(np.exp(2 * fourths - eighths)))
+    return ess, (warning,) if warning else ()
+
+
+def log_power_sums(log_weight: Array) -> Array:
+    """log sum W^k [4] over [C] weights, for k = 1, 2, 4, 8."""
+    return jax.nn.logsumexp(log_weight[None] * jnp.array(_POWERS)[:, None], axis=1)
+
+
+def heavy_tail(fourth_sample_size: float) -> str:
+    """The warning that an interval of a variance is too narrow, or nothing.
+
+    The error of a variance of weighted gradients goes with the fourth powers of the weights: where few of
+    them make up their sum, the samples do not show it, and 95 % intervals hold the truth less often.
+    """
+    if fourth_sample_size >= MIN_EFFECTIVE:
+        return ""
+    return f"few weights decide the variance (ESS of W^4 {fourth_sample_size:.1f}): interval too narrow"
 
 
 def _trace(moments: Moments):

@@ -309,3 +309,4 @@ def _mdp(initial, transition, reward, horizon, terminal=(0, 0, 0), observation=(
 REGULATOR = "LQR"
 INSTANCES: dict[str, Callable[..., Any]] = {"A": instance_a, "T": instance_t, "C": instance_c}
 TABULATED = ("FrozenLake-misc", "Catch-bsuite", "DiscountingChain-bsuite")
+TABLES = (*INSTANCES, *TABULATED)

@@ -271,6 +271,7 @@ EXPERIMENTS = {
         optimizers,
         Settings(repeats=64),
         Settings(repeats=16, quick=True),
+        ignores=("estimators", "trajectories"),
     ),
     "committal": Experiment(
         "baselines of equal variance that decide whether a bandit finds its best arm",
@@ -278,5 +279,6 @@ EXPERIMENTS = {
         Settings(env=BANDIT, repeats=4000),
         Settings(env=BANDIT, repeats=500, quick=True),
         worlds=(BANDIT,),
+        ignores=("estimators", "policy", "trajectories", "gamma", "checkpoint"),
     ),
 }

@@ -26,7 +26,7 @@ from jaxpg.lab.experiments.frame import (
 from jaxpg.lab.experiments.observability import exact_moments
 from jaxpg.lab.experiments.pairs import intervals, norm
 from jaxpg.lab.experiments.sampling import measure
-from jaxpg.lab.worlds import World, coordinates, table_params, tabular_world
+from jaxpg.lab.worlds import TABLES, World, coordinates, table_params, tabular_world
 from jaxpg.types import Hyperparams
 
 STANDARDISED = "total_standardised"
@@ -280,11 +280,14 @@ EXPERIMENTS = {
         coupled,
         Settings(trajectories=2**20),
         Settings(trajectories=2**14, quick=True),
+        ignores=("repeats",),
     ),
     "behaviour": Experiment(
         "importance sampling as a gain: behaviours that favour what moves the gradient",
         behaviour,
         Settings(env=BANDIT, trajectories=2**18),
         Settings(env=BANDIT, trajectories=2**14, quick=True),
+        worlds=(BANDIT, *TABLES),
+        ignores=("estimators", "policy", "repeats"),
     ),
 }

@@ -21,7 +21,7 @@ from jaxpg.lab.experiments.frame import (
     world_of,
 )
 from jaxpg.lab.experiments.pairs import grouped, intervals
-from jaxpg.lab.experiments.sampling import compiler_options, measure, source_of
+from jaxpg.lab.experiments.sampling import measure, options_for, source_of
 from jaxpg.lab.samples import roll, rows_of, weigh
 from jaxpg.lab.streaming import Estimate, Moments, jackknife
 from jaxpg.lab.worlds import World, num_params, tabular_world
@@ -97,7 +97,7 @@ def split_by_start(world: World, forms, key, num_trajectories) -> list[tuple[Est
 
     work = num_trajectories * world.env.horizon
 
-    @partial(jax.jit, compiler_options=compiler_options(work))
+    @partial(jax.jit, compiler_options=options_for(work))
     @partial(jax.vmap, in_axes=(None, 0))
     def of_start(key, index):
         k_start, k_episodes = jax.random.split(jax.random.fold_in(key, index))
@@ -272,11 +272,13 @@ EXPERIMENTS = {
         total_variance,
         Settings(trajectories=2**20),
         Settings(trajectories=2**15, quick=True),
+        ignores=("repeats",),
     ),
     "horizon": Experiment(
         "the trace against the length of the episode, on and off policy",
         horizon,
         Settings(trajectories=2**18),
         Settings(trajectories=2**13, quick=True),
+        ignores=("repeats",),
     ),
 }

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpg.lab.worlds import Checkpoint, World, world
+from jaxpg.lab.worlds import TABLES, Checkpoint, World, world
 from jaxpg.types import Key
 
 Table = dict[str, list]  # tidy: one row per measured or exact point
@@ -51,7 +51,7 @@ class Experiment(NamedTuple):
     run: Callable[[Settings, Progress], Result]
     defaults: Settings
     quick: Settings
-    worlds: tuple[str, ...] = ()  # the only ones it runs on; (): any
+    worlds: tuple[str, ...] = ()  # the only ones it runs on, its own first; (): any
     ignores: tuple[str, ...] = ()  # settings that mean nothing to it, so that asking is a mistake
 
 
@@ -83,6 +83,6 @@ def need_exact(world: World, experiment: str) -> None:
     """Raises ValueError for a world without tables."""
     if world.mdp is None:
         raise ValueError(
-            f"{experiment} compares with exact answers, which {world.name} has not; use --env A, T, C, "
-            "FrozenLake-misc or Catch-bsuite"
+            f"{experiment} compares with exact answers, which {world.name} has not; use one of "
+            f"{', '.join(TABLES)}"
         )

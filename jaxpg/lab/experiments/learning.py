@@ -146,6 +146,7 @@ EXPERIMENTS = {
         seeds,
         Settings(env="A,T", repeats=32),
         Settings(env="A", repeats=32, quick=True),
+        ignores=("trajectories",),
     ),
     **ascent.EXPERIMENTS,
 }

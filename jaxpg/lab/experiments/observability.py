@@ -21,7 +21,7 @@ from jaxpg.lab.experiments.frame import (
 from jaxpg.lab.experiments.pairs import intervals, norm
 from jaxpg.lab.experiments.sampling import Measured, measure
 from jaxpg.lab.streaming import Estimate
-from jaxpg.lab.worlds import World, tabular_world
+from jaxpg.lab.worlds import TABLES, World, tabular_world
 
 LAMBDAS = (0.0, 0.5, 0.8, 0.95, 1.0)
 ALIASES = {"A": (0, 1, 0)}  # elsewhere neighbouring observations are merged two by two
@@ -129,5 +129,7 @@ EXPERIMENTS = {
         partial_observability,
         Settings(trajectories=2**22),
         Settings(trajectories=2**16, quick=True),
+        worlds=TABLES,
+        ignores=("estimators", "policy", "repeats"),
     ),
 }

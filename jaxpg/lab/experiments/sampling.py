@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from jaxpg.devices import compiler_options
 from jaxpg.lab.experiments.estimators import Form
 from jaxpg.lab.experiments.frame import Progress
 from jaxpg.lab.samples import Source, log_probs, roll, weigh
-from jaxpg.lab.statistics import MIN_EFFECTIVE
+from jaxpg.lab.statistics import MIN_EFFECTIVE, heavy_tail, log_power_sums
 from jaxpg.lab.streaming import (
     GROUPS,
     Estimate,
@@ -39,6 +40,7 @@ class Measured(NamedTuple):
     trajectories: int
     env_steps: int
     effective_sample_size: float  # of whole-episode weights; the number of trajectories on-policy
+    fourth_sample_size: float  # likewise of their fourth powers
     cosines: dict[int, np.ndarray]  # N -> [GROUPS, 2]: to the reference, and between two batches
 
     def trace(self, size: int = 1) -> Estimate:
@@ -83,9 +85,11 @@ class Measured(NamedTuple):
 
     @property
     def warning(self) -> str:
-        """That the weights are degenerate, or nothing."""
+        """That the weights are degenerate, or their tail too heavy, or nothing."""
         ess = self.effective_sample_size
-        return "" if ess >= MIN_EFFECTIVE else f"ESS {ess:.1f} < {MIN_EFFECTIVE}: no interval"
+        if ess < MIN_EFFECTIVE:
+            return f"ESS {ess:.1f} < {MIN_EFFECTIVE}: no interval"
+        return heavy_tail(self.fourth_sample_size)
 
 
 Measure = Callable[..., dict[str, Measured]]  # (key, params=the world's) of one compiled program
@@ -136,7 +140,7 @@ def measurer(
     progress(f"compiling {len(forms)} estimator{'s' * (len(forms) > 1)} on {world.name}")
     lowered = jax.jit(group).lower(jax.random.key(0, impl="threefry2x32"), world.params, 0)
     numbers = num_trajectories * world.env.horizon * num_params(world)
-    program = lowered.compile(compiler_options(numbers // 4))
+    program = lowered.compile(options_for(numbers // 4))
 
     def run(key, params=world.params):
         found = []
@@ -175,7 +179,8 @@ def _collect(forms, per_group, found) -> dict[str, Measured]:
             {n: Moments(*(np.asarray(x, np.float64) for x in m)) for n, (m, _) in levels.items()},
             GROUPS * per_group,
             int(steps[int(form.off_policy)].astype(np.int64).sum()),
-            _effective(log_weights[int(form.off_policy)]),
+            _effective(log_weights[int(form.off_policy)][:, :2]),
+            _effective(log_weights[int(form.off_policy)][:, 2:]),
             {n: np.asarray(c, np.float64) for n, (_, c) in levels.items()},
         )
         for form, levels in zip(forms, rows, strict=True)
@@ -207,9 +212,9 @@ def _check_memory(world, per_group, smallest):
 
 
 def _group(world, forms, per_group, sizes, toward, key, start):
-    """Moments and cosines of every form and N, environment steps, log weights' (sum, sum of squares)."""
+    """Moments and cosines of every form and N, environment steps, log sums of the weights' powers."""
     unit, rows = sizes[0], {}
-    steps, log_weights = [jnp.int32(0)] * 2, [jnp.full(2, -jnp.inf)] * 2
+    steps, log_weights = [jnp.int32(0)] * 2, [jnp.full(4, -jnp.inf)] * 2
     for off_policy, critics in _shared(forms):
         for group in critics:
             source = source_of(world, group[-1], key)  # the last: those without a critic come first
@@ -230,10 +235,9 @@ def _group(world, forms, per_group, sizes, toward, key, start):
     return [rows[form.name] for form in forms], steps, log_weights
 
 
-def compiler_options(steps) -> dict[str, Any] | None:
-    """For little work, the CPU compiler's optimisation costs more than it saves."""
-    small = steps < 2**24 and jax.default_backend() == "cpu"
-    return {"xla_backend_optimization_level": 0} if small else None
+def options_for(steps) -> dict[str, Any] | None:
+    """The compiler's: for little work, its optimisation costs more than it saves."""
+    return compiler_options(0 if steps < 2**24 else None)
 
 
 def source_of(world: World, form: Form, key: Key) -> Source:
@@ -292,8 +296,7 @@ def _log_weights(source, trajectory):
     else:
         log_prob = log_probs(source, trajectory)(source.policy_params)
         log_weight = jnp.where(trajectory.mask, log_prob - trajectory.log_prob, 0.0).sum(axis=0)
-    both = log_weight[None] * jnp.arange(1.0, 3.0)[:, None]
-    return jax.nn.logsumexp(both, axis=1)
+    return log_power_sums(log_weight)
 
 
 def _effective(log_weights) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxpg.envs import Mdp, from_mdp
 from jaxpg.estimators import credit
-from jaxpg.lab.experiments.sampling import compiler_options
+from jaxpg.lab.experiments.sampling import options_for
 from jaxpg.lab.worlds import World
 from jaxpg.policies import Agent, AgentParams, Categorical, Network
 from jaxpg.rollout import init_stream, unroll
@@ -76,7 +76,7 @@ def measure_windows(world: World, direction, key, num_envs: int, lengths) -> lis
 
         return jax.lax.map(chunk, jnp.arange(-(-num_envs // size)))
 
-    program = jax.jit(run, compiler_options=compiler_options(num_envs * max(lengths)))
+    program = jax.jit(run, compiler_options=options_for(num_envs * max(lengths)))
     return jax.tree.map(lambda x: np.asarray(x, np.float64).reshape(-1)[:num_envs], program(key))
 
 

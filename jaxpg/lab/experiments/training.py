@@ -13,7 +13,7 @@ from scipy import optimize, stats
 from jaxpg.algorithms import Algorithm
 from jaxpg.envs import Env, check_mdp
 from jaxpg.lab import regulators
-from jaxpg.lab.experiments.sampling import compiler_options
+from jaxpg.lab.experiments.sampling import options_for
 from jaxpg.lab.worlds import World, has_exact
 from jaxpg.policies import NETWORKS, Agent, AgentParams
 from jaxpg.trainer import make_trainer, train
@@ -71,7 +71,7 @@ def learner(
             (hyperparams, reward_scale),
         )
         work = keys.shape[0] * num_updates * num_envs * (num_steps or world.env.horizon)
-        program = jax.jit(jax.vmap(one), compiler_options=compiler_options(work))
+        program = jax.jit(jax.vmap(one), compiler_options=options_for(work))
         scores, steps = (np.asarray(x, np.float64) for x in program(keys, *spread))
         return Curves(scores, np.cumsum(steps, axis=1) - steps)
 

@@ -308,11 +308,13 @@ EXPERIMENTS = {
         windows,
         Settings(env=LONG_SHORT, trajectories=2**20),
         Settings(env=LONG_SHORT, trajectories=2**15, quick=True),
+        ignores=("estimators", "repeats", "gamma"),
     ),
     "discount": Experiment(
         "dropping gamma^t from the gradient: relative bias, cosine, and the curl of the update",
         discount,
         Settings(trajectories=2**20),
         Settings(trajectories=2**16, quick=True),
+        ignores=("estimators", "repeats", "gamma"),
     ),
 }
