@@ -2,8 +2,9 @@
 
 import os
 import sys
+import threading
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
@@ -77,7 +78,8 @@ def _train(argv):
     try:
         if asked.config.compilation_cache:
             use_compilation_cache()
-        execute(experiment)
+        with _only_own_exceptions():
+            execute(experiment)
     except ValueError as error:  # a folder in use, a damaged checkpoint
         _leave(f"error: {_line(error)}", 2)
     except Diverged as error:
@@ -113,6 +115,22 @@ def _sweep(argv):
         raise
     except OSError as error:
         _leave(f"error: cannot write: {error.strerror or error}", 1)
+
+
+@contextmanager
+def _only_own_exceptions():
+    """Tracebacks of the main thread alone: after one failed write, tensorstore's threads print theirs."""
+    hook = sys.excepthook
+
+    def show(*exception):
+        if threading.current_thread() is threading.main_thread():
+            hook(*exception)
+
+    sys.excepthook = show
+    try:
+        yield
+    finally:
+        sys.excepthook = hook
 
 
 def _play(command, argv):

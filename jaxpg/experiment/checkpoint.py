@@ -4,10 +4,10 @@ Each is a folder of orbax named after the number of updates. A tree is stored as
 in it, so the code that reads one must have made the same tree, and says so if it has not.
 """
 
+import errno
 import logging
 import math
 import os
-import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -215,9 +215,10 @@ def _written(folder, action):
         raise
     # tensorstore raises ValueError, and jax's own errors, when a disk is full.
     except Exception as error:
-        said = re.search(r"OS error (\d+)", str(error))
-        why = os.strerror(int(said[1])) if said else (str(error).splitlines() or [repr(error)])[0]
-        raise OSError(int(said[1]) if said else None, why[:200], str(folder)) from error
+        text = str(error) or repr(error)
+        code = errno.ENOSPC if text.startswith("RESOURCE_EXHAUSTED") else None
+        why = os.strerror(code) if code else text.splitlines()[0][:200]
+        raise OSError(code, why, str(folder)) from error
 
 
 def _orbax() -> Any:
