@@ -40,20 +40,25 @@ GRID = f"{SMALL} --learning-rate 1e-3:1:log3 --gamma .5,.9"
 DEVICES = jax.device_count()  # elsewhere than in these tests, jax may have been given several
 
 
+COMPILED = []  # the names of programs, by a listener that older jax cannot unregister
+
+
+def _listen(event, duration_secs, **rest):
+    if event == "/jax/core/compile/backend_compile_duration":
+        COMPILED.append(str(rest.get("fun_name", "")))
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
 @contextmanager
 def compilations():
-    """The names of the programs that are compiled."""
-    names = []
-
-    def listen(event, duration, fun_name="", **rest):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(fun_name)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
+    """The names of the programs that are compiled within."""
+    names, before = [], len(COMPILED)
     try:
         yield names
     finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+        names += COMPILED[before:]
 
 
 def of_training(names):
