@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxpg.algorithms import Algorithm
 from jaxpg.estimators import coefficients, lane_gradients, objective, surrogates
 from jaxpg.estimators.estimator import Batch
+from jaxpg.gradients import gradient_of
 from jaxpg.policies import Agent, AgentCarry, AgentParams
 from jaxpg.types import Array, Hyperparams, Key, Metrics, Params
 
@@ -112,29 +113,19 @@ def improve(
 def _policy_step(
     policy, algorithm, optimizer, hyperparams, params, opt_state, moving, batch, carry
 ):
-    def loss(params):
-        value, (log_prob, distribution) = objective(
-            algorithm.estimator, policy, params, carry.policy, batch, hyperparams
-        )
-        return -value, (log_prob, distribution.entropy())
-
-    (negative, (log_prob, entropy)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    ascent, metrics = gradient_of(
+        algorithm.estimator, policy, params, carry.policy, batch, hyperparams
+    )
+    gradient = jax.tree.map(jnp.negative, ascent)  # optimizers descend
     if algorithm.control_variate:
         gradient = _controlled(policy, algorithm, params, batch, hyperparams)
+    metrics["grad_norm"] = optax.tree.norm(gradient)
     updates, new_state = optimizer.update(
-        gradient, opt_state, params, **_landscape(policy, algorithm, params, loss, batch, carry)
+        gradient,
+        opt_state,
+        params,
+        **_landscape(policy, algorithm, params, batch, carry, hyperparams),
     )
-    mask = batch.trajectory.mask
-    log_rho = jnp.where(mask, log_prob - batch.trajectory.log_prob, 0.0)
-    metrics = {
-        "objective": -negative,
-        "grad_norm": optax.tree.norm(gradient),
-        "entropy": surrogates.per_step(entropy, mask),
-        "kl": surrogates.per_step(jnp.expm1(log_rho) - log_rho, mask),
-        # Effective share of the batch: (sum rho)^2 / (N sum rho^2), 1 on-policy.
-        "ess": surrogates.per_step(jnp.exp(log_rho), mask) ** 2
-        / surrogates.per_step(jnp.exp(2 * log_rho), mask),
-    }
     new_params = optax.apply_updates(params, updates)
     if algorithm.num_epochs * algorithm.num_minibatches == 1:
         return new_params, new_state, moving, metrics
@@ -161,7 +152,7 @@ def _critic_step(critic, optimizer, hyperparams, params, opt_state, batch, carry
     return optax.apply_updates(params, updates), opt_state, {"critic_loss": value}
 
 
-def _landscape(policy, algorithm, params, loss, batch, carry):
+def _landscape(policy, algorithm, params, batch, carry, hyperparams):
     """What the natural gradient's transformations ask for; costs nothing where they do not ask."""
     part = batch, carry
     if algorithm.fisher_samples:
@@ -176,8 +167,12 @@ def _landscape(policy, algorithm, params, loss, batch, carry):
         _, distribution = policy.apply(params, carry.policy, trajectory.obs, trajectory.first)
         return jnp.where(trajectory.mask, distribution.log_prob(trajectory.action), 0.0).sum(0)
 
+    def loss(params):
+        estimator = algorithm.estimator
+        return -objective(estimator, policy, params, carry.policy, batch, hyperparams)[0]
+
     return {
-        "loss": lambda params: loss(params)[0],
+        "loss": loss,
         "kl": _kl_from(policy, params, batch, carry),
         "fisher_kl": _kl_from(policy, params, *part),
         "episode_log_probs": episode_log_probs,

@@ -98,7 +98,7 @@ def episodes(
     total = num_blocks * block
     rows = jax.tree.map(lambda x: jnp.zeros((total, *x.shape[1:]), x.dtype), shapes)
     loop, index, rows = jax.lax.while_loop(
-        lambda state: (state[1] < num_blocks) & _any(state[0][3]),
+        lambda state: (state[1] < num_blocks) & any_replica(state[0][3]),
         run_block,
         (loop, jnp.int32(0), rows),
     )
@@ -166,14 +166,14 @@ def unroll(
             last.sum(),
         )
         cut_value = jax.lax.cond(
-            _any(result.truncated),
+            any_replica(result.truncated),
             lambda: _where(
                 result.truncated, value_of(critic_carry, result.obs, jnp.zeros_like(last))[1]
             ),
             lambda: jnp.zeros_like(value),
         )
         env_state, next_obs = jax.lax.cond(
-            _any(last),
+            any_replica(last),
             lambda: _reset_where(env, last, _key(key, t, 2), env_state, result.obs),
             lambda: (env_state, result.obs),
         )
@@ -237,7 +237,7 @@ def evaluate(
 
     start = (jnp.int32(0), env_state, obs, carry, alive, returns)
     *_, alive, returns = jax.lax.while_loop(
-        lambda state: (state[0] < env.horizon) & _any(state[4]), step, start
+        lambda state: (state[0] < env.horizon) & any_replica(state[4]), step, start
     )
     count = (~alive).sum()
     mean = jnp.where(alive, 0.0, returns).sum() / count
@@ -284,7 +284,7 @@ def _select(condition, yes, no):
 
 
 @jax.custom_batching.custom_vmap
-def _any(flags):
+def any_replica(flags):
     """Whether any flag is set: under vmap, in any replica.
 
     A predicate that differs between replicas turns `cond` into computing both branches, and `while_loop`
@@ -294,7 +294,7 @@ def _any(flags):
     return flags.any()
 
 
-@_any.def_vmap
+@any_replica.def_vmap
 def _any_of_replicas(axis_size, in_batched, flags):
     del axis_size, in_batched
-    return _any(flags.any(axis=0)), False
+    return any_replica(flags.any(axis=0)), False

@@ -64,9 +64,24 @@ def standardised(surrogate: Surrogate) -> Surrogate:
 
 
 def _standardised(surrogate, log_prob, advantage, trajectory, hyperparams):
-    mean = per_step(advantage, trajectory.mask)
-    spread = jnp.sqrt(per_step((advantage - mean) ** 2, trajectory.mask))
-    return surrogate(log_prob, (advantage - mean) / (spread + 1e-8), trajectory, hyperparams)
+    advantage = _unit_scale(advantage, trajectory.mask)
+    return surrogate(log_prob, advantage, trajectory, hyperparams)
+
+
+def unwrapped(surrogate: Surrogate, advantage: Array, mask: Array) -> tuple[Surrogate, Array]:
+    """A standardised surrogate as the one inside and the advantages that it would see; others as they are.
+
+    So that a batch can be standardised as a whole and differentiated in parts.
+    """
+    if not (isinstance(surrogate, partial) and surrogate.func is _standardised):
+        return surrogate, advantage
+    return surrogate.args[0], _unit_scale(advantage, mask)
+
+
+def _unit_scale(advantage, mask):
+    mean = per_step(advantage, mask)
+    spread = jnp.sqrt(per_step((advantage - mean) ** 2, mask))
+    return (advantage - mean) / (spread + 1e-8)
 
 
 def per_episode(gain: Array, mask: Array) -> Array:

@@ -1,0 +1,96 @@
+"""The gradient in blocks is the gradient of the whole."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpg import Hyperparams, episodes
+from jaxpg.envs import from_gymnax
+from jaxpg.estimators import Estimator, assess, baselines, credit, surrogates
+from jaxpg.estimators.estimator import Batch
+from jaxpg.gradients import _divisor, gradient_of
+from jaxpg.policies import Agent, AgentParams, mlp
+
+SURROGATES = {
+    "score": surrogates.score,
+    "standardised clip": surrogates.standardised(surrogates.clipped),
+}
+
+
+def take(i, x):
+    return x[i]
+
+
+def data(num_episodes=30):
+    env = from_gymnax("CartPole-v1", max_steps_in_episode=24)
+    policy = mlp(env.observation, env.action, (8,))
+    params = policy.init(jax.random.key(0))
+    agent = Agent(policy)
+    trajectory, _ = episodes(env, agent, AgentParams(params, ()), jax.random.key(1), num_episodes)
+    # Nobody lives through the last rows, so that there are blocks to skip.
+    trajectory = trajectory._replace(mask=trajectory.mask.at[-8:].set(False))
+    elsewhere = jax.tree.map(lambda x: x + 0.1, params)
+    to64 = lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
+    return policy, jax.tree.map(to64, elsewhere), jax.tree.map(to64, trajectory)
+
+
+@pytest.mark.parametrize("reduce", [surrogates.per_episode, surrogates.per_step])
+@pytest.mark.parametrize("name", SURROGATES)
+def test_blocks_add_up(name, reduce, x64):
+    policy, params, trajectory = data()
+    estimator = Estimator(credit.reward_to_go, baselines.leave_one_out, reduce=reduce)
+    estimator = estimator._replace(surrogate=SURROGATES[name])
+    numbers = Hyperparams(entropy_coef=0.1)
+    batch = assess(estimator, trajectory, trajectory.log_prob, numbers)
+
+    def of(block):
+        run = jax.jit(lambda p: gradient_of(estimator, policy, p, (), batch, numbers, block))
+        return run(params)
+
+    whole, metrics = of(10**6)
+    for block in (72, 60):
+        parts, found = of(block)
+        for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+            assert np.allclose(a, b, rtol=1e-9, atol=1e-12)
+        for key in metrics:
+            assert np.isclose(found[key], metrics[key], rtol=1e-9), key
+    # Replicas whose episodes end at different times share the loop and not the result.
+    both = jax.tree.map(lambda x: jnp.stack([x, x]), batch)
+    short = both.trajectory.mask.at[1, 3:].set(False)
+    both = both._replace(
+        trajectory=both.trajectory._replace(mask=short),
+        advantage=jnp.where(short, both.advantage, 0.0),
+    )
+    run = jax.jit(jax.vmap(lambda b: gradient_of(estimator, policy, params, (), b, numbers, 60)[0]))
+    together = run(both)
+    for i in (0, 1):
+        one = Batch(*(jax.tree.map(partial(take, i), x) for x in both))
+        alone, _ = gradient_of(estimator, policy, params, (), one, numbers, 10**6)
+        for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+            assert np.allclose(a[i], b, rtol=1e-9, atol=1e-12)
+
+
+def test_reductions_that_are_no_sums_stay_whole(x64):
+    policy, params, trajectory = data()
+
+    def largest(gain, mask):
+        return jnp.where(mask, gain, -jnp.inf).max()
+
+    estimator = Estimator(reduce=largest)
+    batch = assess(estimator, trajectory, trajectory.log_prob, Hyperparams())
+    found, metrics = gradient_of(estimator, policy, params, (), batch, Hyperparams(), 60)
+    same, _ = gradient_of(estimator, policy, params, (), batch, Hyperparams(), 10**6)
+    assert np.isfinite(metrics["objective"])
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(same), strict=True):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("total", "wanted", "size"),
+    [(500 * 64, 512, 500), (720, 60, 60), (7919, 512, 7919), (5, 10, 5)],
+)
+def test_blocks_are_divisors_of_a_fair_size(total, wanted, size):
+    assert _divisor(total, wanted) == size
