@@ -11,6 +11,7 @@ from jaxpg.lab.experiments import (
     ascent,
     coupling,
     decomposition,
+    discounting,
     learning,
     observability,
     streams,
@@ -24,7 +25,7 @@ from jaxpg.lab.worlds import world
 
 ALL = {
     name: experiment
-    for module in (decomposition, coupling, windows, observability, learning)
+    for module in (decomposition, coupling, windows, discounting, observability, learning)
     for name, experiment in module.EXPERIMENTS.items()
 }
 A = world("A")
@@ -207,7 +208,7 @@ def test_simulated_windows_agree_with_the_table():
 
 
 def test_dropping_the_discount_is_no_gradient():
-    known = windows.discount_bias(A, 0.9)
+    known = discounting.discount_bias(A, 0.9)
     assert round(known["bias"], 5) == 0.28413
     assert round(known["relative_bias"], 3) == 0.228
     assert round(known["asymmetry_without_start"], 4) == 0.0478

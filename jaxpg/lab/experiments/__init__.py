@@ -1,9 +1,11 @@
 """The experiments: one table of names, each with what it shows, how it runs and its sizes."""
 
+from jaxpg.lab.experiments.advantages import EXPERIMENTS as _ADVANTAGES
 from jaxpg.lab.experiments.batches import EXPERIMENTS as _BATCHES
 from jaxpg.lab.experiments.clipping import EXPERIMENTS as _CLIPPING
 from jaxpg.lab.experiments.coupling import EXPERIMENTS as _COUPLING
 from jaxpg.lab.experiments.decomposition import EXPERIMENTS as _DECOMPOSITION
+from jaxpg.lab.experiments.discounting import EXPERIMENTS as _DISCOUNTING
 from jaxpg.lab.experiments.frame import Experiment, Progress, Result, Settings, Table
 from jaxpg.lab.experiments.horizons import EXPERIMENTS as _HORIZONS
 from jaxpg.lab.experiments.hurts import EXPERIMENTS as _HURTS
@@ -13,9 +15,11 @@ from jaxpg.lab.experiments.learning import EXPERIMENTS as _LEARNING
 from jaxpg.lab.experiments.noise import EXPERIMENTS as _NOISE
 from jaxpg.lab.experiments.observability import EXPERIMENTS as _OBSERVABILITY
 from jaxpg.lab.experiments.offsets import EXPERIMENTS as _OFFSETS
+from jaxpg.lab.experiments.staleness import EXPERIMENTS as _STALENESS
 from jaxpg.lab.experiments.windows import EXPERIMENTS as _WINDOWS
 
 _FOUND: dict[str, Experiment] = {
+    **_ADVANTAGES,
     **_BATCHES,
     **_LADDER,
     **_OFFSETS,
@@ -27,6 +31,8 @@ _FOUND: dict[str, Experiment] = {
     **_DECOMPOSITION,
     **_COUPLING,
     **_WINDOWS,
+    **_DISCOUNTING,
+    **_STALENESS,
     **_OBSERVABILITY,
     **_LEARNING,
 }

@@ -18,13 +18,11 @@ from jaxpg.lab.experiments.estimators import (
 )
 from jaxpg.lab.experiments.frame import Experiment, Progress, Result, Settings, key_of, tidy
 from jaxpg.lab.experiments.importance import (
-    PILOT,
-    Lag,
-    lag_of,
     lag_rows,
     measured_lags,
     measured_result,
 )
+from jaxpg.lab.experiments.lags import PILOT, Lag, lag_of
 from jaxpg.lab.experiments.sampling import source_of
 from jaxpg.lab.samples import roll
 from jaxpg.lab.worlds import World

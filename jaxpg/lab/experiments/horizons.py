@@ -18,7 +18,7 @@ from jaxpg.lab.experiments.frame import (
     key_of,
     tidy,
 )
-from jaxpg.lab.experiments.importance import Lag, lag_of
+from jaxpg.lab.experiments.lags import Lag, lag_of
 from jaxpg.lab.experiments.sampling import group_size, source_of
 from jaxpg.lab.samples import log_probs, roll
 from jaxpg.lab.statistics import MIN_EFFECTIVE

@@ -1,11 +1,8 @@
 """Importance: what weighting another policy's data costs, and what leaving the weights out costs."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
 from jaxpg.lab import exact
 from jaxpg.lab.exact import Moments
@@ -22,81 +19,15 @@ from jaxpg.lab.experiments.frame import (
     estimated,
     key_of,
     tidy,
-    world_of,
 )
+from jaxpg.lab.experiments.lags import Lag, lag_of
 from jaxpg.lab.experiments.pairs import paired, squares
-from jaxpg.lab.experiments.sampling import Measured, measurer, need_effective, source_of
-from jaxpg.lab.samples import log_probs, roll
+from jaxpg.lab.experiments.sampling import Measured, measurer, need_effective
 from jaxpg.lab.streaming import Estimate, jackknife
-from jaxpg.lab.worlds import World, table_params
 
 FORMS = ("is_total", "is_pdis", "is_first_order", "is_marginal", "is_step")
 LAGS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 REFERENCE = "squared_distance_to_on_policy"  # of means, in place of a bias where no truth is known
-SPREAD = 0.5  # of an episode's log weight at lag 1, to first order, where the step is random
-PILOT = 256  # episodes that scale it
-QUICK_STEPS = 50  # of an episode, in a quick run where no answers are exact
-
-
-class Lag(NamedTuple):
-    """A behaviour policy, and the way from it to the policy to improve: target = behaviour + lag step."""
-
-    world: World
-    behaviour: Any  # [O, A] logits, or a network's parameters where the world has no tables
-    step: Any  # likewise
-
-    def at(self, lag: float) -> World:
-        """The world whose policy is ahead of its data by a lag."""
-        moved = jax.tree.map(lambda x, step: x + lag * step, self.behaviour, self.step)
-        if self.world.mdp is None:
-            return self.world._replace(params=moved, behaviour_params=self.behaviour)
-        return self.world._replace(
-            logits=moved,
-            params=table_params(moved),
-            behaviour_logits=self.behaviour,
-            behaviour_params=table_params(self.behaviour),
-        )
-
-
-def lag_of(settings: Settings) -> Lag:
-    """The world's own behaviour policy at lag 0 and its policy at 1; or one step up the gradient.
-
-    A network steps in a random direction, and its world is measured only.
-    """
-    world = measured_world(settings)
-    if world.mdp is None:
-        return _random_lag(world, settings)
-    if world.behaviour_logits is not None:
-        return Lag(world, world.behaviour_logits, world.logits - world.behaviour_logits)
-    up = exact.gradient(world.mdp, world.logits, world.gamma).reshape(world.logits.shape)
-    return Lag(world, world.logits, up / max(np.abs(up).max(), 1e-12))
-
-
-def measured_world(settings: Settings) -> World:
-    """The world, without the tables of a network; short episodes where it has none and time is short."""
-    world = world_of(settings)
-    if world.mdp is not None and world.factor is None:
-        return world
-    if settings.quick:
-        world = world._replace(env=world.env._replace(horizon=min(world.env.horizon, QUICK_STEPS)))
-    return world._replace(mdp=None, logits=None, factor=None, basis=None)
-
-
-def _random_lag(world: World, settings: Settings) -> Lag:
-    """A random direction, so long that at lag 1 an episode's log weight spreads by SPREAD."""
-    walk, draw = jax.random.split(jax.random.fold_in(key_of(settings), 1))
-    flat, unravel = ravel_pytree(world.params)
-    step = unravel(jax.random.normal(draw, flat.shape, flat.dtype))
-    source = source_of(world, form("rtg", world), walk)
-
-    @jax.jit
-    def spread(params, step):
-        trajectory = roll(source, 0, PILOT)
-        _, change = jax.jvp(log_probs(source, trajectory), (params,), (step,))
-        return jnp.sqrt((change.sum(axis=0) ** 2).mean())
-
-    size = SPREAD / spread(world.params, step)
-    return Lag(world, world.params, jax.tree.map(lambda x: size * x, step))
 
 
 def importance(settings: Settings, progress: Progress) -> Result:
@@ -237,103 +168,6 @@ def _clear(rows):
     return -0.35 * top, top
 
 
-def stale(settings: Settings, progress: Progress) -> Result:
-    """Error of the surrogate at a policy alpha away from its data: slope 1 for gradients, 2 for values.
-
-    The surrogate L has the right value and gradient at alpha = 0 (Kakade and Langford, 2002), so J - L
-    starts with the square and the gradients differ from the first order on.
-    """
-    lag = lag_of(settings)
-    name, lags = "is_step", np.geomspace(1e-3, 1.0, 13)
-    chosen = [lags[-1], lags[-3]] if settings.quick else list(lags[-5:][::-1])
-    each = form(name, lag.at(1.0))
-    if lag.world.mdp is None:
-        return _stale_measured(lag, each, chosen, settings, progress)
-    found = measured_lags(lag, [each], chosen, settings, progress)
-    rows = []
-    for x in lags:
-        there = lag.at(float(x))
-        moments = form(name, there).exact
-        assert moments is not None
-        error, gap = np.linalg.norm(moments().mean - gradient(there)), abs(_gap(lag, there))
-        rows.append({"estimator": name, "lag": float(x), "quantity": "gradient error",
-                     "exact": float(error), "warning": "biased"})  # fmt: skip
-        if x in found:
-            measured = found[x][name]
-            # A square root bends an interval; its ends are those of the square.
-            value = [np.sqrt(max(v, 0.0)) for v in measured.bias(gradient(there))]
-            rows[-1] |= estimated(
-                value, trajectories=measured.trajectories, env_steps=measured.env_steps
-            )
-        rows.append({"estimator": name, "lag": float(x), "quantity": "objective gap",
-                     "exact": float(gap)})  # fmt: skip
-    slopes = {name: _slope(rows, name) for name in ("gradient error", "objective gap")}
-    return Result(
-        tidy(rows),
-        {"slopes": slopes},
-        lambda figure: _draw_stale(figure, rows, slopes, lag.world.name),
-    )
-
-
-def _stale_measured(lag: Lag, each, lags, settings, progress) -> Result:
-    """The surrogate's gradient against the mean of on-policy rewards to go."""
-    aim = form("rtg", lag.at(1.0))
-    found = measured_lags(lag, [each, aim], lags, settings, progress)
-    rows = []
-    for x in lags:
-        measured = found[x][each.name]
-        value = [np.sqrt(max(v, 0.0)) for v in distance(measured, found[x][aim.name])]
-        rows.append(estimated(
-            value, estimator=each.name, lag=float(x), quantity="distance to on-policy", warning="biased",
-            trajectories=measured.trajectories, env_steps=measured.env_steps,
-        ))  # fmt: skip
-    summary = {"horizon": lag.world.env.horizon}
-    slopes = {"distance to on-policy": None}
-    return Result(
-        tidy(rows), summary, lambda figure: _draw_stale(figure, rows, slopes, lag.world.name)
-    )
-
-
-def _slope(rows, quantity) -> float:
-    """Of the logarithms, over two decades of small lags."""
-    small = [r for r in rows if r["quantity"] == quantity and r["lag"] <= 0.11]
-    x, y = np.log([[r["lag"], r["exact"]] for r in small]).T
-    return float(np.polyfit(x, y, 1)[0])
-
-
-def _gap(lag: Lag, there: World) -> float:
-    """J - L with L = J_beta + E_beta[sum_t gamma^t rho_t A_t], A the behaviour's advantages."""
-    world = lag.world
-    gamma, mdp = world.gamma, world.mdp
-    value, action_value = exact.values(mdp, lag.behaviour, gamma)
-    target = np.exp(there.logits - np.logaddexp.reduce(there.logits, axis=1, keepdims=True))
-    visits = exact.occupancy(mdp, lag.behaviour) * gamma ** np.arange(mdp.horizon)[:, None]
-    visits = visits * ~np.asarray(mdp.terminal, bool)
-    advantage = action_value - value[:-1, :, None]
-    gain = np.einsum("ts,sa,tsa->", visits, target[np.asarray(mdp.observation)], advantage)
-    start = exact.objective(mdp, lag.behaviour, gamma)
-    return float(exact.objective(mdp, there.logits, gamma) - start - gain)
-
-
-def _draw_stale(figure, rows, slopes, world):
-    (axis,) = panels(figure, width=6.2, height=4.4)
-    units = {"gradient error": "|E g − ∇J|", "objective gap": "|J − L|",
-             "distance to on-policy": "|E g − E g on-policy|"}  # fmt: skip
-    for index, (quantity, slope) in enumerate(slopes.items()):
-        mine = [r for r in rows if r["quantity"] == quantity]
-        if slope is not None:
-            text = f"{units[quantity]}, exact: slope {slope:.3f}"
-            line(axis, [r["lag"] for r in mine], [r["exact"] for r in mine], index, text)
-        seen = [r for r in mine if r.get("measured") is not None]
-        if seen:
-            columns = [[r[k] for r in seen] for k in ("lag", "measured", "low", "high")]
-            points(axis, *columns, index=index, label=f"{units[quantity]}, measured, 95 %")
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    label(axis, f"The surrogate's error on stale data, {world}",
-          "lag α: policy = behaviour + α · step", "error")  # fmt: skip
-
-
 EXPERIMENTS = {
     "importance": Experiment(
         "six ways to weigh another policy's data: bias and variance against the lag",
@@ -341,12 +175,5 @@ EXPERIMENTS = {
         Settings(trajectories=2**18),
         Settings(trajectories=2**14, quick=True),
         ignores=("repeats",),
-    ),
-    "stale": Experiment(
-        "how fast the surrogate goes wrong on stale data: slope 1 for gradients, 2 for values",
-        stale,
-        Settings(trajectories=2**20),
-        Settings(trajectories=2**16, quick=True),
-        ignores=("estimators", "repeats"),
     ),
 }

@@ -24,7 +24,7 @@ from jaxpg.lab.experiments.frame import (
     tidy,
     world_of,
 )
-from jaxpg.lab.experiments.importance import QUICK_STEPS
+from jaxpg.lab.experiments.lags import QUICK_STEPS
 from jaxpg.lab.experiments.sampling import measure
 from jaxpg.lab.streaming import moments_of
 from jaxpg.lab.worlds import tables

@@ -31,6 +31,12 @@ def norm(x) -> float:
     return float(np.linalg.norm(x))
 
 
+def square(x) -> float:
+    """|x|^2; 0 where it is only rounding."""
+    found = float((x**2).sum())
+    return found if found > 1e-20 else 0.0
+
+
 def intervals(rows) -> tuple[list, list, list]:
     """The columns measured, low and high of a table's rows."""
     measured, low, high = ([r[name] for r in rows] for name in ("measured", "low", "high"))

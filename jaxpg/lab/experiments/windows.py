@@ -1,6 +1,5 @@
 """Windows of a stream, and the discount of late states: two biases that the loss does not show."""
 
-from itertools import product
 from typing import Any
 
 import jax
@@ -8,11 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jaxpg.estimators import Estimator, baselines, importance
-from jaxpg.lab import exact
-from jaxpg.lab.exact.tables import action_values, discounts, tabulate, visits
+from jaxpg.estimators import Estimator, baselines
 from jaxpg.lab.experiments import drawing
-from jaxpg.lab.experiments.estimators import Form, gradient
+from jaxpg.lab.experiments.estimators import gradient
 from jaxpg.lab.experiments.frame import (
     Experiment,
     Progress,
@@ -23,8 +20,7 @@ from jaxpg.lab.experiments.frame import (
     tidy,
     world_of,
 )
-from jaxpg.lab.experiments.pairs import grouped, intervals, norm, paired, squares
-from jaxpg.lab.experiments.sampling import measure
+from jaxpg.lab.experiments.pairs import grouped, intervals
 from jaxpg.lab.experiments.streams import (
     LONG_SHORT,
     Lanes,
@@ -34,8 +30,8 @@ from jaxpg.lab.experiments.streams import (
     measure_windows,
 )
 from jaxpg.lab.samples import gradient_samples
-from jaxpg.lab.streaming import Moments, jackknife
-from jaxpg.lab.worlds import World, coordinates, lifted
+from jaxpg.lab.streaming import jackknife
+from jaxpg.lab.worlds import World, lifted
 from jaxpg.types import Hyperparams
 
 WINDOWS = {
@@ -176,131 +172,7 @@ def _draw_windows(figure, rows, true, own):
         drawing.label(axes[1], title, "window length [environment steps]", "return")
 
 
-def discount(settings: Settings, progress: Progress) -> Result:
-    """Dropping gamma^t: the bias, the turn, and that the result is the gradient of no function."""
-    world = world_of(settings)
-    forms = {each: _discounted(*each) for each in product(GAMMAS, (True, False))}
-    measured = measure(
-        world, list(forms.values()), key_of(settings), settings.trajectories, progress=progress
-    )
-    rows = []
-    for gamma in GAMMAS:
-        true, other = (measured[forms[gamma, start].name] for start in (True, False))
-        pairs = paired(true.levels[1], other.levels[1])
-        known = {} if world.mdp is None else discount_bias(world, gamma)
-        common = {"gamma": gamma, "trajectories": other.trajectories, "env_steps": other.env_steps}
-        for quantity, function in (("relative_bias", _relative), ("cosine", _cosine)):
-            row = {"estimator": "without_start", "quantity": quantity, "exact": known.get(quantity)}
-            rows.append(estimated(jackknife(function, pairs), **row, **common, warning=NO_GRADIENT))
-        for name, warning in (("without_start", NO_GRADIENT), ("from_start", "")) if known else ():
-            row = {"estimator": name, "quantity": "asymmetry", "gamma": gamma, "warning": warning}
-            rows.append(row | {"exact": known[f"asymmetry_{name}"]})
-    known = {} if world.mdp is None else {g: discount_bias(world, g) for g in GAMMAS}
-    found = {
-        r["gamma"]: r["measured"] if np.isfinite(r["measured"]) else None
-        for r in rows
-        if r["quantity"] == "relative_bias"
-    }
-    summary = {"relative_bias": found, "exact": known}
-    return Result(tidy(rows), summary, lambda figure: _draw_discount(figure, rows))
-
-
-def discount_bias(world: World, gamma: float) -> dict[str, float]:
-    """Of E[sum_t u_t R_t] against grad J = E[sum_t gamma^t u_t R_t]: bias, cosine, and asymmetries.
-
-    The asymmetry is of the Jacobian in the logits, 0 for the gradient of any function.
-    """
-    assert world.logits is not None
-    size = world.logits.size
-    true, other = (
-        coordinates(world, exact.Moments(_field(world, gamma, start)(world.logits), np.eye(size)))[
-            0
-        ]
-        for start in (True, False)
-    )
-    return {
-        "bias": norm(other - true),
-        "relative_bias": norm(other - true) / norm(true),
-        "cosine": float(other @ true) / norm(true) / norm(other),
-        "asymmetry_without_start": asymmetry(_field(world, gamma, False), world.logits),
-        "asymmetry_from_start": asymmetry(_field(world, gamma, True), world.logits),
-    }
-
-
-def asymmetry(field, point, step: float = 1e-5) -> float:
-    """|K - K^T| / |K| of the Jacobian K of a field [P] at a point, by central differences."""
-    flat = np.asarray(point, np.float64).reshape(-1)
-    ends = [
-        [field((flat + sign * step * e).reshape(np.shape(point))) for sign in (1, -1)]
-        for e in np.eye(len(flat))
-    ]
-    jacobian = np.stack([(up - down) / (2 * step) for up, down in ends], axis=1)
-    return norm(jacobian - jacobian.T) / norm(jacobian)
-
-
-def _field(world: World, gamma, from_start):
-    """The expected gradient [O A] as a function of the logits."""
-
-    def field(logits):
-        assert world.mdp is not None
-        found = tabulate(world.mdp, logits)
-        weight = discounts(gamma if from_start else 1.0, found.horizon)[:, None] * visits(found)
-        _, action_value = action_values(found, gamma)
-        parts = (weight, found.policy, found.score, action_value)
-        return np.einsum("ts,sa,sap,tsa->p", *parts, optimize=True)
-
-    return field
-
-
-def _discounted(gamma, from_start) -> Form:
-    slot = importance.from_start(importance.on_policy) if from_start else importance.on_policy
-    name = f"{'from' if from_start else 'without'}_start_{gamma:g}"
-    return Form(name, Estimator(importance=slot), Hyperparams(gamma=gamma), None)
-
-
-def _relative(moments: Moments) -> float:
-    """|E(other - one)| / |E one|, by unbiased squares; nan where noise outweighs the gradient."""
-    one, _, difference = squares(moments)
-    return np.sqrt(max(difference, 0.0) / one) if one > 0 else np.nan
-
-
-def _cosine(moments: Moments) -> float:
-    """By polarisation: <x, y> = (|x|^2 + |y|^2 - |y - x|^2) / 2, each square unbiased."""
-    one, other, difference = squares(moments)
-    if min(one, other) <= 0:
-        return np.nan
-    return (one + other - difference) / (2 * np.sqrt(one * other))
-
-
-def _draw_discount(figure, rows):
-    exact_rows = [r for r in rows if r["quantity"] == "asymmetry"]
-    axes = drawing.panels(figure, columns=3 if exact_rows else 2)
-    titles = {
-        "relative_bias": (r"Bias of dropping $\gamma^t$", r"$|E\hat g - \nabla J|\,/\,|\nabla J|$"),
-        "cosine": ("Direction", r"cosine of $E\hat g$ to $\nabla J$"),
-    }
-    for axis, (quantity, (title, y)) in zip(axes, titles.items(), strict=False):
-        found = [r for r in rows if r["quantity"] == quantity]
-        gammas = [r["gamma"] for r in found]
-        if found[0]["exact"] is not None:
-            drawing.line(axis, gammas, [r["exact"] for r in found], 0, "exact")
-        drawing.points(axis, gammas, *intervals(found), 0, "measured")
-        drawing.label(axis, title, r"discount $\gamma$ [per step]", y)
-    for i, (name, label) in enumerate(
-        {"without_start": "$c_t = 1$", "from_start": r"$c_t = \gamma^t$"}.items()
-    ):
-        found = [r for r in exact_rows if r["estimator"] == name]
-        if found:
-            drawing.line(
-                axes[2], [r["gamma"] for r in found], [r["exact"] for r in found], i, label
-            )
-            drawing.label(axes[2], "Is it the gradient of a function?", r"discount $\gamma$ [per step]",
-                          r"$|K - K^T|\,/\,|K|$ of its Jacobian $K$ (0: yes)")  # fmt: skip
-
-
 SAMPLED = 2**27  # numbers of the gradients that show where an unknown gradient points
-GAMMAS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
-NO_GRADIENT = "biased, and the gradient of no function (Nota and Thomas, 2020)"
 
 EXPERIMENTS = {
     "windows": Experiment(
@@ -308,13 +180,6 @@ EXPERIMENTS = {
         windows,
         Settings(env=LONG_SHORT, trajectories=2**20),
         Settings(env=LONG_SHORT, trajectories=2**15, quick=True),
-        ignores=("estimators", "repeats", "gamma"),
-    ),
-    "discount": Experiment(
-        "dropping gamma^t from the gradient: relative bias, cosine, and the curl of the update",
-        discount,
-        Settings(trajectories=2**20),
-        Settings(trajectories=2**16, quick=True),
         ignores=("estimators", "repeats", "gamma"),
     ),
 }
