@@ -49,11 +49,11 @@ def number(value: float, digits: int = 1) -> str:
     return f"{value:,.{digits}f}" if np.isfinite(value) else "-"
 
 
-def interval(summary: Summary | Estimate) -> str:
+def interval(summary: Summary | Estimate, digits: int = 1) -> str:
     """`[low, high]`, or a dash."""
     if not np.isfinite(summary.low):
         return "-"
-    return f"[{number(summary.low)}, {number(summary.high)}]"
+    return f"[{number(summary.low, digits)}, {number(summary.high, digits)}]"
 
 
 def robust(values: np.ndarray) -> Estimate:

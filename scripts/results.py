@@ -1,0 +1,164 @@
+"""What each method learns, on fresh episodes: every case is one `jaxpg train` command.
+
+scripts/results [CASE ...] [--out DIR] [--quick]
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxpg.experiment.statistics import interval, number, robust, summarise
+
+ROOT = Path(__file__).parent.parent
+EPISODES, SEEDS = 128, 10
+Row = dict[str, Any]
+
+
+class Case(NamedTuple):
+    arguments: str  # of jaxpg train, beyond seeds and episodes
+    target: float | None  # that the mean should reach; None: a control, which should not
+    digits: int = 1
+
+
+NO_VELOCITIES = "CartPole-v1 --keep 0,2 --normalise"
+CASES = {
+    "cartpole-reinforce_baseline": Case("CartPole-v1 --algorithm reinforce_baseline", 475),
+    "cartpole-vpg": Case("CartPole-v1 --algorithm vpg", 475),
+    "cartpole-a2c": Case("CartPole-v1 --algorithm a2c", 475),
+    "cartpole-npg": Case("CartPole-v1 --algorithm npg", 475),
+    "cartpole-trpo": Case("CartPole-v1 --algorithm trpo", 475),
+    "cartpole-ppo": Case("CartPole-v1", 475),
+    "acrobot-ppo": Case("Acrobot-v1", -90),
+    "acrobot-trpo": Case("Acrobot-v1 --algorithm trpo", -90),
+    "pendulum-ppo": Case("Pendulum-v1", -200),
+    "pendulum-trpo": Case("Pendulum-v1 --algorithm trpo", -200),
+    "mountaincar-ppo": Case("MountainCar-v0", -130),
+    "mountaincar-single": Case("MountainCar-v0 --repeat 1", None),
+    "mountaincarcontinuous-ppo": Case("MountainCarContinuous-v0", 85),
+    "catch-ppo": Case("Catch-bsuite", 0.95, 2),
+    "memorychain-gru": Case("MemoryChain-bsuite", 0.95, 2),
+    "memorychain-history": Case("MemoryChain-bsuite --network mlp --history 6", 0.95, 2),
+    "memorychain-memoryless": Case("MemoryChain-bsuite --network mlp", None, 2),
+    "hidden-history": Case(f"{NO_VELOCITIES} --history 3 --hidden 64,64 --updates 300", 475),
+    "hidden-gru": Case(f"{NO_VELOCITIES} --network gru", 475),
+    "hidden-memoryless": Case(f"{NO_VELOCITIES} --hidden 64,64 --updates 300", None),
+}
+
+
+def run(name: str, quick: bool) -> Row:
+    """One case in a process of its own."""
+    case = CASES[name]
+    small = ["--updates", "2", "--seeds", "2", "--evaluation-episodes", "4"]
+    full = ["--seeds", str(SEEDS), "--evaluation-episodes", str(EPISODES)]
+    given = shlex.split(case.arguments) + (small if quick else full)
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent, "run")
+        command = [sys.executable, "-m", "jaxpg", "train", *given, "--quiet", "--run", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        if done.returncode:
+            sys.exit(f"{shlex.join(command)} failed:\n{done.stdout}{done.stderr}")
+        evaluation = json.loads(folder.joinpath("evaluation.json").read_text())
+        last = json.loads(folder.joinpath("metrics.jsonl").read_text().splitlines()[-1])
+        config = json.loads(folder.joinpath("config.json").read_text())["config"]
+    names = ("jax", "jaxlib", "flax", "optax", "gymnax", "numpy")
+    versions = [f"Python {platform.python_version()}", *(f"{n} {version(n)}" for n in names)]
+    return {
+        "command": f"jaxpg train {case.arguments}",
+        "returns": evaluation["mean_return"],
+        "episodes": evaluation["episodes"],
+        # Of the environment itself, where one decision is several of its steps.
+        "steps": max(last["env_steps"]) * config["repeat"],
+        "seconds": last["seconds"],
+        "machine": f"{os.cpu_count()} CPU cores; {', '.join(versions)}",
+    }
+
+
+def cells(name: str, row: Row) -> list[str]:
+    """Of the table's line."""
+    _, target, digits = CASES[name]
+    returns = np.array(row["returns"])
+    mean, middle = summarise(returns), robust(returns)
+    return [
+        f"`{row['command']}`",
+        "control" if target is None else f"{target:g}",
+        f"{number(mean.mean, digits)} {interval(mean, digits)}",
+        f"{number(middle.value, digits)} {interval(middle, digits)}",
+        number(mean.smallest, digits),
+        f"{row['steps']:.2g}",
+        f"{row['seconds']:.0f}",
+    ]
+
+
+COLUMNS = ["command", "target", "mean", "interquartile mean", "worst seed", "steps", "seconds"]
+PAGE = """# What each method learns
+
+`scripts/results` writes this page; `scripts/results CASE` renews a line of it.
+
+{table}
+
+Mean undiscounted return over {episodes} fresh episodes of each of {seeds} seeds, actions sampled. In brackets
+are 95 % intervals over seeds: Student's t for the mean, bootstrap for the interquartile mean. Steps
+are those of the environment that one agent trained on. Seconds are those in which all seeds trained
+together, without compilation, on a machine that did other work beside. {machines}.
+
+Every command takes what it does not say from the presets, which `jaxpg train ENV --help` shows; with
+`--seeds {seeds}` it repeats its line.
+
+- **Mountain cars** are paid at the goal only, and single random actions do not lead there. The preset takes
+  every action 8 times (`--repeat 8`), so that random actions add up, and normalises observations
+  (`--normalise`), because velocities are in hundredths. The control takes single actions.
+- **MemoryChain** shows a bit at the start and asks for it five steps later. A GRU (the preset) and a
+  history of six observations know it; without memory, a guess is worth 0.
+- **CartPole without velocities** (`--keep 0,2`) needs several observations; the control sees the last one.
+"""
+
+
+def page(rows: dict[str, Row]) -> str:
+    lines = [COLUMNS, ["---"] * len(COLUMNS)]
+    lines += [cells(name, rows[name]) for name in CASES if name in rows]
+    return PAGE.format(
+        table="\n".join("| " + " | ".join(line) + " |" for line in lines),
+        episodes=EPISODES,
+        seeds=SEEDS,
+        machines=". ".join(sorted({row["machine"] for row in rows.values()})),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/results", description=__doc__)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all")
+    parser.add_argument(
+        "--out", metavar="DIR", help="where results.json and results.md are renewed"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny runs, to try the script itself; needs --out"
+    )
+    chosen = parser.parse_args()
+    unknown = set(chosen.cases) - set(CASES)
+    if unknown:
+        parser.error(f"unknown case {min(unknown)!r}; use {', '.join(CASES)}")
+    if chosen.quick and not chosen.out:
+        parser.error("--quick must not renew the page of this repository; give --out DIR")
+    out = Path(chosen.out or ROOT / "scripts")
+    stored = out / "results.json"
+    rows = json.loads(stored.read_text()) if stored.exists() else {}
+    for name in chosen.cases or CASES:
+        rows[name] = run(name, chosen.quick)
+        print("  ".join([name, *cells(name, rows[name])[1:]]), flush=True)
+        out.mkdir(parents=True, exist_ok=True)
+        stored.write_text(json.dumps(rows, indent=1) + "\n")
+        out.joinpath("results.md").write_text(page(rows))
+
+
+if __name__ == "__main__":
+    main()
