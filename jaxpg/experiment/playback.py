@@ -5,18 +5,22 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from jaxpg.envs import Env, from_gymnax
 from jaxpg.experiment import policy as policies
-from jaxpg.experiment.config import points
+from jaxpg.experiment.build import settings_of
+from jaxpg.experiment.config import Config, points
+from jaxpg.experiment.experts import expert
 from jaxpg.experiment.folder import write_atomically
 from jaxpg.experiment.policy import Policy, Run, choose, load_policy, read_run
 from jaxpg.experiment.replicas import make_replicas, replicated, use_cpu_cores
 from jaxpg.experiment.report import table
 from jaxpg.experiment.trajectories import write_trajectories
+from jaxpg.policies import Agent, AgentParams, init_params
 from jaxpg.rollout import Evaluation, episodes
 from jaxpg.rollout import evaluate as evaluate_policy
 
@@ -56,30 +60,59 @@ def evaluation(run: Run, count: int, greedy: bool, seed: int = 0) -> Evaluation:
 
 
 def record(argv: Sequence[str]) -> None:
-    """`jaxpg record RUN --episodes N --out FILE.npz`: whole episodes. Raises ValueError."""
+    """`jaxpg record RUN --episodes N --out FILE.npz`: whole episodes. Raises ValueError.
+
+    `jaxpg record ENV --expert ...`: of a scripted expert.
+    """
     parser = _parser("record", "Record whole episodes of a run's policy, as demonstrations.")
+    parser.add_argument(
+        "--expert", action="store_true", help="RUN is an environment: record its scripted expert"
+    )
+    parser.add_argument("--settings", help="of the expert's environment, as in size=16")
     parser.add_argument("--episodes", type=int, metavar="N", required=True)
     _add_out(parser, ".npz")
     given = parser.parse_args(list(argv))
     out = _writable(given.out, (".npz",))
     if given.episodes < 1:
         raise ValueError(f"--episodes {given.episodes} must be at least 1")
+    actor = _expert(given) if given.expert else _trained(given)
+    roll = jax.jit(lambda key: episodes(actor.env, actor.agent, actor.params, key, given.episodes))
+    trajectory, _ = jax.device_get(roll(jax.random.key(given.seed)))
+    steps = int(trajectory.mask.any(axis=1).sum())  # rows after the longest episode hold nothing
+    trajectory = jax.tree.map(lambda x: x[:steps], trajectory)
+    write_trajectories(out, trajectory, actor.environment)
+    mean = float((trajectory.reward * trajectory.mask).sum() / given.episodes)
+    print(
+        f"{given.episodes} episodes of {actor.name}, {int(trajectory.mask.sum()):,} steps, mean "
+        f"return {mean:.4g}: {out}"
+    )
+
+
+class _Actor(NamedTuple):
+    """Who is recorded."""
+
+    env: Env
+    agent: Agent
+    params: AgentParams
+    environment: str
+    name: str
+
+
+def _trained(given) -> _Actor:
     run = read_run(given.run, _update(given.update))
     chosen = choose(run, _replica(given.replica))
     env, agent, *_ = run.parts
     if given.greedy:
         agent = agent._replace(policy=policies.greedily(agent.policy))
     params = jax.tree.map(lambda x: x[chosen], run.params)
-    roll = jax.jit(lambda key: episodes(env, agent, params, key, given.episodes)[0])
-    trajectory = jax.device_get(roll(jax.random.key(given.seed)))
-    steps = int(trajectory.mask.any(axis=1).sum())  # rows after the longest episode hold nothing
-    trajectory = jax.tree.map(lambda x: x[:steps], trajectory)
-    write_trajectories(out, trajectory, run.config.environment)
-    mean = float((trajectory.reward * trajectory.mask).sum() / given.episodes)
-    print(
-        f"{given.episodes} episodes of replica {chosen}, {int(trajectory.mask.sum()):,} steps, mean "
-        f"return {mean:.1f}: {out}"
-    )
+    return _Actor(env, agent, params, run.config.environment, f"replica {chosen}")
+
+
+def _expert(given) -> _Actor:
+    settings = settings_of(Config(given.run, settings=given.settings))
+    env = from_gymnax(given.run, **settings)
+    agent = Agent(expert(given.run, env, **settings))
+    return _Actor(env, agent, init_params(agent, jax.random.key(0)), given.run, "a scripted expert")
 
 
 def render(argv: Sequence[str]) -> None:
