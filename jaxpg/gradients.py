@@ -35,7 +35,7 @@ def gradient_of(
     """
     block = block or BLOCK.get(jax.default_backend(), OTHER_BLOCK)
     num_steps, num_lanes = batch.advantage.shape
-    size = _divisor(num_steps * num_lanes, block)
+    size = divisor(num_steps * num_lanes, block)
     # Over the whole batch, before it is cut.
     surrogate, advantage = surrogates.unwrapped(
         estimator.surrogate, batch.advantage, batch.trajectory.mask
@@ -108,7 +108,7 @@ def _share_of_block(reduce, size, num_lanes):
     return None
 
 
-def _divisor(total: int, wanted: int) -> int:
+def divisor(total: int, wanted: int) -> int:
     """The largest divisor up to the wanted size; the whole where there is none of a fair size."""
     size = next(n for n in range(min(wanted, total), 0, -1) if total % n == 0)
     return size if 4 * size >= min(wanted, total) else total

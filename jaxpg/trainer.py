@@ -12,6 +12,7 @@ from jaxpg.envs import Env
 from jaxpg.estimators import assess, baselines, surrogates, uses
 from jaxpg.improvement import improve, noise, optimizers
 from jaxpg.optimizers import scheduled
+from jaxpg.pieces import improve_in_pieces, num_pieces
 from jaxpg.policies import (
     Agent,
     AgentParams,
@@ -83,6 +84,7 @@ def make_trainer(
     layout = _check(env, agent, algorithm, num_envs, num_steps)
     adapts = algorithm.adaptation is not adaptation.fixed
     remembers = algorithm.num_batches > 1
+    pieces = num_pieces(agent, algorithm, num_envs)
 
     def init(key):
         k_params, k_rollout, k_train = jax.random.split(key, 3)
@@ -100,6 +102,26 @@ def make_trainer(
             batch = jax.eval_shape(lambda: roll(params, rollout, k_train)[1:3])
             memory = sources.empty_memory(batch, algorithm.num_batches)
         return TrainState(params, opt_state, rollout, k_train, jnp.int32(0), scales, memory)
+
+    def update_in_pieces(state, hyperparams, demonstrations=None):
+        del demonstrations
+        key = jax.random.fold_in(state.key, state.num_updates)
+        hyperparams = scheduled(hyperparams, algorithm.schedule, state.num_updates)
+        params, opt_state, metrics, ended = improve_in_pieces(
+            env,
+            agent,
+            algorithm,
+            state.params,
+            state.opt_state,
+            hyperparams,
+            key,
+            num_envs,
+            num_steps,
+            pieces,
+        )
+        metrics = _episode_metrics(ended) | metrics
+        count = state.num_updates + 1
+        return state._replace(params=params, opt_state=opt_state, num_updates=count), metrics
 
     def update(state, hyperparams, demonstrations=None):
         key = jax.random.fold_in(state.key, state.num_updates)
@@ -151,11 +173,12 @@ def make_trainer(
             demonstrations = _given(demonstrations)
         if algorithm.imitates:
             none = jnp.zeros(())
-            ended = _episode_metrics(EpisodeSums(none, none, none), demonstrations)
+            ended = _episode_metrics(EpisodeSums(none, none, none))
+            ended["env_steps"] = demonstrations.mask.sum()
             data = sources.imitated(agent, state.params.policy, demonstrations)
             return ((), ()), data, ended, {}
         rollout, trajectory, carry, ended = roll(state.params, state.rollout, key)
-        ended = _episode_metrics(ended, trajectory)
+        ended = _episode_metrics(ended) | {"env_steps": trajectory.mask.sum()}
         policy, memory = state.params.policy, state.memory
         if algorithm.guided:
             data = sources.joined(agent, policy, memory, trajectory, demonstrations)
@@ -174,7 +197,7 @@ def make_trainer(
         )
         return (rollout, memory), data, ended, metrics
 
-    return Trainer(init, update)
+    return Trainer(init, update_in_pieces if pieces > 1 else update)
 
 
 def _given(demonstrations: Trajectory | None) -> Trajectory:
@@ -229,11 +252,10 @@ def _check(env, agent, algorithm, num_envs, num_steps) -> str:
     return "lanes" if whole else "steps"
 
 
-def _episode_metrics(ended: EpisodeSums, trajectory: Trajectory) -> Metrics:
+def _episode_metrics(ended: EpisodeSums) -> Metrics:
     # 0/0 is NaN: a curve has no value until an episode has ended.
     return {
         "episode_return": ended.returns / ended.episodes,
         "episode_length": ended.lengths / ended.episodes,
         "episodes": ended.episodes,
-        "env_steps": trajectory.mask.sum(),
     }

@@ -11,7 +11,7 @@ from jaxpg import Hyperparams, episodes
 from jaxpg.envs import from_gymnax
 from jaxpg.estimators import Estimator, assess, baselines, credit, surrogates
 from jaxpg.estimators.estimator import Batch
-from jaxpg.gradients import _divisor, gradient_of
+from jaxpg.gradients import divisor, gradient_of
 from jaxpg.policies import Agent, AgentParams, mlp
 
 SURROGATES = {
@@ -92,5 +92,5 @@ def test_reductions_that_are_no_sums_stay_whole(x64):
     ("total", "wanted", "size"),
     [(500 * 64, 512, 500), (720, 60, 60), (7919, 512, 7919), (5, 10, 5)],
 )
-def test_blocks_are_divisors_of_a_fair_size(total, wanted, size):
-    assert _divisor(total, wanted) == size
+def test_blocks_aredivisors_of_a_fair_size(total, wanted, size):
+    assert divisor(total, wanted) == size

@@ -19,6 +19,7 @@ RANKS = {
     "sources": 4.3,
     "gradients": 4.3,
     "improvement": 4.6,
+    "pieces": 4.8,
     "trainer": 5,
     "imitation": 5.5,
     "devices": 5,

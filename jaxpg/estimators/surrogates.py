@@ -6,6 +6,7 @@ log_prob is the current policy's, trajectory.log_prob the behaviour's. A reducti
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import jax.numpy as jnp
 
@@ -73,9 +74,13 @@ def unwrapped(surrogate: Surrogate, advantage: Array, mask: Array) -> tuple[Surr
 
     So that a batch can be standardised as a whole and differentiated in parts.
     """
-    if not (isinstance(surrogate, partial) and surrogate.func is _standardised):
+    if not is_standardised(surrogate):
         return surrogate, advantage
-    return surrogate.args[0], _unit_scale(advantage, mask)
+    return cast(partial, surrogate).args[0], _unit_scale(advantage, mask)
+
+
+def is_standardised(surrogate: Surrogate) -> bool:
+    return isinstance(surrogate, partial) and surrogate.func is _standardised
 
 
 def _unit_scale(advantage, mask):
