@@ -97,22 +97,21 @@ def gradient_samples(
     would not fit in memory.
     """
     source = Source(
-        env,
-        policy,
-        estimator,
-        policy_params,
-        key,
-        hyperparams,
-        behaviour_params,
-        critic,
-        critic_params,
-    )
+        env, policy, estimator, policy_params, key, hyperparams, behaviour_params, critic, critic_params
+    )  # fmt: skip
+    return samples_of(source, num_trajectories, control_variate)
+
+
+def samples_of(
+    source: Source, num_trajectories: int, control_variate: ControlVariate | None = None
+) -> Array:
+    """gradient_samples of a Source."""
     check_source(source, num_trajectories)
     size = min(chunk_size(source), num_trajectories)
     _check_memory(source, num_trajectories, size)
     num_chunks = -(-num_trajectories // size)
     starts = size * jnp.arange(num_chunks)
-    if not couples(estimator) and control_variate is None:
+    if not couples(source.estimator) and control_variate is None:
         rows = jax.lax.map(lambda start: rows_of(source, gather(source, start, size)), starts)
         return rows.reshape(num_chunks * size, -1)[:num_trajectories]
     whole = jax.lax.map(lambda start: roll(source, start, size), starts)
@@ -123,11 +122,13 @@ def gradient_samples(
     chunk = weigh(source, whole)
 
     def gradients(weight):
-        return _in_chunks(partial(lane_gradients, policy, policy_params), size, whole, weight)
+        return _in_chunks(
+            partial(lane_gradients, source.policy, source.policy_params), size, whole, weight
+        )
 
     if control_variate is None:
         return gradients(chunk.coefficient)
-    return control_variate(gradients, chunk.coefficient, whole, hyperparams)
+    return control_variate(gradients, chunk.coefficient, whole, source.hyperparams)
 
 
 def _in_chunks(function, size: int, *trees) -> Array:

@@ -13,8 +13,8 @@ from jaxpg.lab.samples import (
     chunk_size,
     couples,
     gather,
-    gradient_samples,
     rows_of,
+    samples_of,
 )
 from jaxpg.lab.streaming import (
     GROUPS,
@@ -74,16 +74,8 @@ def gradient_statistics(
     is below 50, and a behaviour without support.
     """
     source = Source(
-        env,
-        policy,
-        estimator,
-        policy_params,
-        key,
-        hyperparams,
-        behaviour_params,
-        critic,
-        critic_params,
-    )
+        env, policy, estimator, policy_params, key, hyperparams, behaviour_params, critic, critic_params
+    )  # fmt: skip
     size, num_samples = plan(source, num_trajectories, batch_size)
     moments, weights = jax.jit(
         lambda source_key: _measure(source._replace(key=source_key), size, num_samples)
@@ -184,10 +176,7 @@ def _measure(source: Source, size: int, num_samples: int) -> tuple[Moments, _Wei
 
 def _one_batch(source: Source, index, size: int):
     one = source._replace(key=jax.random.fold_in(source.key, index))
-    rows = gradient_samples(
-        one.env, one.policy, one.estimator, one.policy_params, one.key, size, one.hyperparams,
-        one.behaviour_params, critic=one.critic, critic_params=one.critic_params,
-    )  # fmt: skip
+    rows = samples_of(one, size)
     weights = _weights_of(one, gather(one, 0, size))
     return rows.mean(axis=0), jax.tree.map(lambda x: x.sum(axis=0), weights)
 

@@ -37,16 +37,8 @@ def gradient_trace(
     if route not in ROUTES:
         raise ValueError(f"unknown route {route!r}; use one of {', '.join(ROUTES)}")
     source = Source(
-        env,
-        policy,
-        estimator,
-        policy_params,
-        key,
-        hyperparams,
-        behaviour_params,
-        critic,
-        critic_params,
-    )
+        env, policy, estimator, policy_params, key, hyperparams, behaviour_params, critic, critic_params
+    )  # fmt: skip
     if couples(estimator):
         raise ValueError(
             "this estimator couples the trajectories of a batch; use gradient_statistics"

@@ -14,7 +14,8 @@ from jaxpg.lab.experiments import EXPERIMENTS
 from jaxpg.lab.experiments.estimators import available, batch_moments, form, gradient, lambda_form
 from jaxpg.lab.experiments.frame import COLUMNS, Settings
 from jaxpg.lab.experiments.sampling import measure
-from jaxpg.lab.worlds import INSTANCES, lifted, tabular_world, world
+from jaxpg.lab.instances import INSTANCES
+from jaxpg.lab.worlds import lifted, tabular_world, world
 
 KEY = jax.random.key(3)
 

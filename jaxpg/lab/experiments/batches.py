@@ -17,7 +17,8 @@ from jaxpg.lab.experiments.frame import (
     tidy,
     world_of,
 )
-from jaxpg.lab.experiments.sampling import Measured, group_size, measure, need_effective, powers
+from jaxpg.lab.experiments.measured import Measured, need_effective
+from jaxpg.lab.experiments.sampling import group_size, measure, powers
 from jaxpg.lab.streaming import GROUPS, Estimate, Moments, merge_groups, quantile
 from jaxpg.lab.worlds import World, has_exact
 

@@ -21,8 +21,9 @@ from jaxpg.lab.experiments.frame import (
     tidy,
 )
 from jaxpg.lab.experiments.lags import Lag, lag_of
+from jaxpg.lab.experiments.measured import Measured, need_effective
 from jaxpg.lab.experiments.pairs import paired, squares
-from jaxpg.lab.experiments.sampling import Measured, measurer, need_effective
+from jaxpg.lab.experiments.sampling import measurer
 from jaxpg.lab.streaming import Estimate, jackknife
 
 FORMS = ("is_total", "is_pdis", "is_first_order", "is_marginal", "is_step")

@@ -22,8 +22,9 @@ from jaxpg.lab.experiments.frame import (
     tidy,
     world_of,
 )
+from jaxpg.lab.experiments.measured import Measured, need_effective
 from jaxpg.lab.experiments.pairs import square
-from jaxpg.lab.experiments.sampling import Measured, group_size, measure, need_effective
+from jaxpg.lab.experiments.sampling import group_size, measure
 from jaxpg.lab.worlds import World, has_exact, lifted
 
 LADDER = (

@@ -18,8 +18,9 @@ from jaxpg.lab.experiments.frame import (
     tidy,
     world_of,
 )
+from jaxpg.lab.experiments.measured import Measured
 from jaxpg.lab.experiments.pairs import intervals, norm
-from jaxpg.lab.experiments.sampling import Measured, measure
+from jaxpg.lab.experiments.sampling import measure
 from jaxpg.lab.streaming import Estimate
 from jaxpg.lab.worlds import TABLES, World, tabular_world
 

@@ -6,7 +6,7 @@ trajectories are formed for every N asked for, so that one pass over the data gi
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,80 +16,18 @@ from jax.flatten_util import ravel_pytree
 from jaxpg.devices import compiler_options
 from jaxpg.lab.experiments.estimators import Form
 from jaxpg.lab.experiments.frame import Progress
+from jaxpg.lab.experiments.measured import Measured
 from jaxpg.lab.samples import Source, log_probs, roll, weigh
-from jaxpg.lab.statistics import MIN_EFFECTIVE, heavy_tail, log_power_sums
+from jaxpg.lab.statistics import log_power_sums
 from jaxpg.lab.streaming import (
     GROUPS,
-    Estimate,
     Moments,
-    jackknife,
-    merge_groups,
     moments_of,
-    quantile,
 )
 from jaxpg.lab.worlds import World, num_params
 from jaxpg.types import Key
 
 LIMIT_BYTES = 2**31
-
-
-class Measured(NamedTuple):
-    """Of one estimator: moments of the mean over N trajectories, over independent batches."""
-
-    levels: dict[int, Moments]  # N -> over GROUPS groups, float64
-    trajectories: int
-    env_steps: int
-    effective_sample_size: float  # of whole-episode weights; the number of trajectories on-policy
-    fourth_sample_size: float  # likewise of their fourth powers
-    cosines: dict[int, np.ndarray]  # N -> [GROUPS, 2]: to the reference, and between two batches
-
-    def trace(self, size: int = 1) -> Estimate:
-        """tr Cov of the mean over `size` trajectories."""
-        return self.estimate(_trace, size)
-
-    def bias(self, truth: np.ndarray, size: int = 1) -> Estimate:
-        """|E g - truth|^2, unbiased: it may be negative."""
-        return self.estimate(lambda m: ((m.mean - truth) ** 2).sum() - _trace(m) / m.count, size)
-
-    def signal(self, size: int = 1) -> Estimate:
-        """|E g|^2, unbiased: it may be negative."""
-        return self.bias(np.zeros(self.levels[size].mean.shape[-1]), size)
-
-    def noise_scale(self, size: int = 1) -> Estimate:
-        """size tr Cov / |E g|^2: B_simple in trajectories (McCandlish et al., 2018)."""
-        return self.estimate(
-            lambda m: size * _trace(m) / ((m.mean**2).sum() - _trace(m) / m.count), size
-        )
-
-    def estimate(self, function: Callable[[Moments], Any], size: int = 1) -> Estimate:
-        """Any function of moments, with its jackknife interval; none where the weights are degenerate."""
-        found = jackknife(function, self.levels[size])
-        if self.effective_sample_size < MIN_EFFECTIVE:
-            return Estimate(found.value, float("nan"), float("nan"))
-        return found
-
-    def cosine(self, size: int = 1) -> tuple[Estimate, Estimate]:
-        """Mean cosine of the mean over `size` trajectories to the reference, and to another such mean."""
-        columns = self.cosines[size].T
-        half = quantile(0.95, GROUPS) * columns.std(axis=1, ddof=1) / GROUPS**0.5
-        one, other = (
-            Estimate(float(m), float(m - h), float(m + h))
-            for m, h in zip(columns.mean(axis=1), half, strict=True)
-        )
-        return one, other
-
-    @property
-    def mean(self) -> np.ndarray:
-        """[P], over everything."""
-        return merge_groups(self.levels[min(self.levels)]).mean
-
-    @property
-    def warning(self) -> str:
-        """That the weights are degenerate, or their tail too heavy, or nothing."""
-        ess = self.effective_sample_size
-        if ess < MIN_EFFECTIVE:
-            return f"ESS {ess:.1f} < {MIN_EFFECTIVE}: no interval"
-        return heavy_tail(self.fourth_sample_size)
 
 
 Measure = Callable[..., dict[str, Measured]]  # (key, params=the world's) of one compiled program
@@ -185,17 +123,6 @@ def _collect(forms, per_group, found) -> dict[str, Measured]:
         )
         for form, levels in zip(forms, rows, strict=True)
     }
-
-
-def need_effective(found: Measured, name: str) -> None:
-    """Raises ValueError where importance weights leave too few effective samples for an interval."""
-    ess = found.effective_sample_size
-    if ess < MIN_EFFECTIVE:
-        raise ValueError(
-            f"{name}: the importance weights have an effective sample size of {ess:.1f}, below "
-            f"{MIN_EFFECTIVE}: an interval would mean nothing; use more --trajectories than "
-            f"{found.trajectories}, or a closer behaviour"
-        )
 
 
 def _check_memory(world, per_group, smallest):
@@ -303,7 +230,3 @@ def _effective(log_weights) -> float:
     """exp(2 lse(l) - lse(2 l)) over the groups."""
     total, squares = (np.logaddexp.reduce(x) for x in np.asarray(log_weights, np.float64).T)
     return float(np.exp(2 * total - squares)) if np.isfinite(total) else 0.0
-
-
-def _trace(moments: Moments):
-    return moments.squares.sum() / (moments.count - 1)
