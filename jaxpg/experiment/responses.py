@@ -25,7 +25,9 @@ def draw(figure, points: Points, title: str) -> None:
         return
     names = list(points.numbers)
     columns = min(3, len(names))
-    axes = panels(figure, columns, -(-len(names) // columns), width=4.6, height=3.4)
+    axes = panels(
+        figure, columns, -(-len(names) // columns), width=5.4 if columns == 1 else 4.6, height=3.4
+    )
     for axis, name in zip(axes, names, strict=False):
         _panel(axis, points, name)
         label(axis, title if len(names) == 1 else "", words(name), "return", legend=False)
@@ -33,9 +35,9 @@ def draw(figure, points: Points, title: str) -> None:
         axis.remove()
     if len(names) > 1:
         figure.suptitle(title, fontsize=10)
-    said = "interquartile mean over seeds, 95 % bootstrap intervals"
+    said = "interquartile mean, 95 % intervals over seeds"
     if not points.whole.all():
-        said += "; open and grey: dropped before the end"
+        said += "; open: not trained to the end"
     caption(figure, said)
 
 
@@ -83,7 +85,7 @@ def _heat_map(figure, points, title):
     label(axis, title, words(x), words(y), legend=False)
     said = "interquartile mean over seeds"
     if not points.whole.all():
-        said += "; in brackets: dropped before the end"
+        said += "; in brackets: not trained to the end"
     caption(figure, said)
 
 

@@ -116,7 +116,7 @@ def execute(sweep: Sweep) -> None:
     print("\n".join(ranking.report(config, search, outcomes, costs)))
     if stopped():
         done = int((outcomes.updates > 0).sum())
-        said = f"after {done} of {len(search.points)} points; those are ranked in {folder}"
+        said = f"before the end; {done} of {len(search.points)} points are ranked in {folder}"
         raise Interrupted(stopped(), said)
     print(f"saved in {folder}")
 

@@ -224,7 +224,7 @@ def test_a_signal_ranks_what_is_known(halved, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "signals", signals)
     monkeypatch.setattr(batches, "wait_for", lambda future, poll: future.result())
     found = sweep.prepare([*f"{GRID} --halving 3".split(), "--run", str(tmp_path / "r")])
-    with pytest.raises(Interrupted, match=r"after \d of 6 points; those are ranked in") as stop:
+    with pytest.raises(Interrupted, match=r"before the end; \d of 6 points are ranked in") as stop:
         sweep.execute(found)
     assert stop.value.status == 130
     record = json.loads((tmp_path / "r" / "sweep.json").read_text())

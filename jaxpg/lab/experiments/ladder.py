@@ -131,10 +131,11 @@ def _draw_ladder(figure, names, rows, world):
 def _bars(axis, names, rows):
     place = {name: -i for i, name in enumerate(names)}
     has_exact = [row for row in rows if row["exact"] is not None]
-    axis.barh(
-        [place[row["estimator"]] for row in has_exact], [row["exact"] for row in has_exact], 0.62,
-        color="0.82", edgecolor="0.45", linewidth=0.6, label="exact",
-    )  # fmt: skip
+    if has_exact:
+        axis.barh(
+            [place[row["estimator"]] for row in has_exact], [row["exact"] for row in has_exact], 0.62,
+            color="0.82", edgecolor="0.45", linewidth=0.6, label="exact",
+        )  # fmt: skip
     seen = [row for row in rows if row.get("measured") is not None]
     if seen:
         middle = np.array([row["measured"] for row in seen])
