@@ -19,10 +19,10 @@ from typing import Any
 Row = dict[str, Any]
 
 
-def process(*command: str) -> float:
+def process(*command: str, **environment: str) -> float:
     """Seconds of a whole process; its output goes nowhere unless it fails."""
     started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
     return time.perf_counter() - started
@@ -181,7 +181,119 @@ def _timed(run: Any, repeats: int) -> Row:
     }
 
 
-CASES = {"startup": startup, "command": command, "laboratory": laboratory}
+def runs(repeats: int, quick: bool) -> list[Row]:
+    """Of the command: a cold and a warm cache, and resuming; of 64 agents: a checkpoint, and recording."""
+    rows = []
+    with tempfile.TemporaryDirectory() as parent:
+        updates = 40 if quick else 200
+        caches = {"JAX_COMPILATION_CACHE_DIR": f"{parent}/cache"}
+        train = [sys.executable, "-m", "jaxpg", "train"]
+        start = [*train, "CartPole-v1", "--seeds", "64", "--updates", str(updates), "--quiet"]
+        for name in ("cold", "warm"):
+            seconds = process(*start, "--run", f"{parent}/{name}", **caches)
+            rows.append({"case": f"train 64 seeds, {name} cache", "seconds": seconds})
+        for i in range(repeats):
+            more = str(updates + updates // 20 * (i + 1))
+            resume = [*train, "--resume", f"{parent}/warm", "--updates", more, "--quiet"]
+            seconds = process(*resume, **caches)
+            rows.append(
+                {"case": "resume 64 seeds for one chunk, with evaluation", "seconds": seconds}
+            )
+        rows += _recording(Path(parent), repeats, updates)
+    return rows
+
+
+def _recording(parent: Path, repeats: int, updates: int) -> list[Row]:
+    """Training with all that is written and shown against the bare program, in alternation."""
+    import jax
+
+    from jaxpg.experiment import loop, run
+    from jaxpg.experiment.checkpoint import on_host
+    from jaxpg.experiment.config import points
+    from jaxpg.experiment.flags import parse
+    from jaxpg.experiment.progress import display
+    from jaxpg.experiment.replicas import compile_programs, make_replicas
+
+    flags = f"CartPole-v1 --seeds 64 --updates {updates} --run {parent / 'loop'}"
+    experiment = run.prepare(*parse(flags.split(), "jaxpg train"))
+    config, grid, parts, folder, _ = experiment
+    replicas = make_replicas(config, points(grid))
+    bare, recorded, saves, inside, outside = [], [], [], [], []
+
+    def timed(state, hyperparams):
+        started = time.perf_counter()
+        found = jax.block_until_ready(train(state, hyperparams))
+        inside.append(time.perf_counter() - started)
+        return found
+
+    with loop.workers() as executor, display(False) as show:
+        job = loop.Job(config, grid, parts, folder, replicas, executor, lambda: 0, show)
+        chunk = loop.chunk_length(updates)
+        programs = compile_programs(parts, replicas, config, chunk, executor)
+        train, init = programs.train.result(), programs.init.result()  # type: ignore[union-attr]
+        for i in range(repeats):
+            (parent / str(i)).mkdir()
+            recorder = run._recorder(job._replace(folder=parent / str(i)), (), 0)
+            state = init(replicas.keys)
+            started = time.perf_counter()
+            for _ in range(updates // chunk):
+                state, metrics = train(state, replicas.hyperparams)
+                jax.block_until_ready(metrics)
+            bare.append(time.perf_counter() - started)
+            state, progress = init(replicas.keys), loop.Progress(0, [0] * 64, 0.0, {})
+            started = time.perf_counter()
+            inside.clear()
+            state, *_ = loop.train_chunks(job, timed, state, progress, recorder, 0.0)
+            recorded.append(time.perf_counter() - started)
+            outside.append(1 - sum(inside) / recorded[-1])
+            started = time.perf_counter()
+            recorder.checkpoints.save(updates + 1, on_host(state), {}, 0.0)
+            blocked = time.perf_counter() - started
+            recorder.checkpoints.wait()
+            saves.append((time.perf_counter() - started, blocked))
+    seconds, blocked = zip(*saves, strict=True)
+    shares = [b / a - 1 for a, b in zip(bare, recorded, strict=True)]
+    return [
+        {
+            "case": f"{updates} updates of 64 agents, bare",
+            "seconds": statistics.median(bare),
+            "spread": max(bare) - min(bare),
+        },
+        {
+            "case": "the same with metrics, progress and two checkpoints",
+            "seconds": statistics.median(recorded),
+            "share_added": statistics.median(shares),
+            "share_between_chunks": statistics.median(outside),  # of which machine load moves less
+        },
+        {
+            "case": "checkpoint of 64 agents",
+            "seconds": statistics.median(seconds),
+            "blocking_seconds": statistics.median(blocked),
+        },
+    ]
+
+
+def training(repeats: int, quick: bool) -> list[Row]:
+    """See benchmark_training.py."""
+    from benchmark_training import training
+
+    return training(repeats, quick)
+
+
+def peers(repeats: int, quick: bool) -> list[Row]:
+    """See benchmark_training.py. Makes the peers' environments, so only when asked for."""
+    from benchmark_training import peers
+
+    return peers(repeats, quick)
+
+
+CASES = {
+    "startup": startup,
+    "command": command,
+    "laboratory": laboratory,
+    "runs": runs,
+    "training": training,
+}
 
 
 def main() -> None:
@@ -192,13 +304,17 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="small sizes, to try the script itself"
     )
+    parser.add_argument(
+        "--peers", action="store_true", help="rejax and stable-baselines3 beside jaxpg's PPO"
+    )
     chosen = parser.parse_args()
     unknown = set(chosen.cases) - set(CASES)
     if unknown:
         parser.error(f"unknown case {min(unknown)!r}; use {', '.join(CASES)}")
     rows = []
-    for name in chosen.cases or CASES:
-        for row in CASES[name](chosen.repeats, chosen.quick):
+    cases = [CASES[name] for name in chosen.cases or ([] if chosen.peers else CASES)]
+    for case in [*cases, *([peers] if chosen.peers else [])]:
+        for row in case(chosen.repeats, chosen.quick):
             rows.append(row)
             values = "  ".join(f"{key} {value:.4g}" for key, value in row.items() if key != "case")
             print(f"{row['case']}\n    {values}", flush=True)
