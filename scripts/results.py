@@ -43,14 +43,19 @@ CASES = {
     "pendulum-ppo": Case("Pendulum-v1", -200),
     "pendulum-trpo": Case("Pendulum-v1 --algorithm trpo", -200),
     "mountaincar-ppo": Case("MountainCar-v0", -130),
-    "mountaincar-single": Case("MountainCar-v0 --repeat 1", None),
+    "mountaincar-repeat": Case("MountainCar-v0 --repeat 8", -130),
+    "mountaincar-plain": Case("MountainCar-v0 --no-normalise", None),
     "mountaincarcontinuous-ppo": Case("MountainCarContinuous-v0", 85),
+    "mountaincarcontinuous-single": Case("MountainCarContinuous-v0 --repeat 1", None),
     "catch-ppo": Case("Catch-bsuite", 0.95, 2),
     "memorychain-gru": Case("MemoryChain-bsuite", 0.95, 2),
     "memorychain-history": Case("MemoryChain-bsuite --network mlp --history 6", 0.95, 2),
     "memorychain-memoryless": Case("MemoryChain-bsuite --network mlp", None, 2),
     "hidden-history": Case(f"{NO_VELOCITIES} --history 3 --hidden 64,64 --updates 300", 475),
-    "hidden-gru": Case(f"{NO_VELOCITIES} --network gru", 475),
+    "hidden-gru": Case(
+        f"{NO_VELOCITIES} --network gru --hidden 32 --algorithm trpo --num-envs 64 --num-steps 64",
+        475,
+    ),
     "hidden-memoryless": Case(f"{NO_VELOCITIES} --hidden 64,64 --updates 300", None),
 }
 
@@ -114,9 +119,11 @@ together, without compilation, on a machine that did other work beside. {machine
 Every command takes what it does not say from the presets, which `jaxpg train ENV --help` shows; with
 `--seeds {seeds}` it repeats its line.
 
-- **Mountain cars** are paid at the goal only, and single random actions do not lead there. The preset takes
-  every action 8 times (`--repeat 8`), so that random actions add up, and normalises observations
-  (`--normalise`), because velocities are in hundredths. The control takes single actions.
+- **MountainCar** pays -1 a step until the goal. Its preset normalises observations (`--normalise`), because
+  velocities are in hundredths: unscaled, no seed finds the goal. `--repeat 8` takes every action 8
+  times, which explores farther, and spends more steps of the environment.
+- **MountainCarContinuous** fines every action and pays at the goal only, so standing still is a trap. The
+  preset repeats actions 8 times, so that noise adds up, besides normalising; single actions are the control.
 - **MemoryChain** shows a bit at the start and asks for it five steps later. A GRU (the preset) and a
   history of six observations know it; without memory, a guess is worth 0.
 - **CartPole without velocities** (`--keep 0,2`) needs several observations; the control sees the last one.
