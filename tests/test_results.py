@@ -1,0 +1,52 @@
+"""The page of results: its cases are commands that can be run, its table says what was measured."""
+
+import importlib.util
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxpg.experiment.config import check, completed
+from jaxpg.experiment.flags import parse
+
+SCRIPT = Path(__file__).parent.parent / "scripts/results.py"
+spec = importlib.util.spec_from_file_location("results", SCRIPT)
+assert spec and spec.loader
+results = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(results)
+
+
+def test_cases_are_commands():
+    parsed = [parse(shlex.split(case.arguments), "jaxpg train") for case in results.CASES.values()]
+    for config, grid in parsed:
+        check(config, completed(config, grid))
+    assert len({repr(run) for run in parsed}) == len(parsed), "no case is there twice"
+
+
+def test_the_page_has_means_intervals_and_worst_seeds():
+    row = {
+        "command": "jaxpg train CartPole-v1",
+        "returns": [490.0, 500.0, 500.0, 450.0],
+        "steps": 204800,
+        "seconds": 4.2,
+        "machine": "2 CPU cores",
+    }
+    text = results.page({"cartpole-ppo": row})
+    (line,) = [x for x in text.splitlines() if "CartPole-v1`" in x and x.startswith("|")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    # Of 450, 490, 500, 500: mean 485, standard error 11.9, t(3) = 3.18; the middle two average 495.
+    assert cells[1:3] == ["475", "485.0 [447.1, 522.9]"]
+    assert cells[3].startswith("495.0 [") and cells[4:] == ["450.0", "2e+05", "4"]
+    assert "2 CPU cores" in text and "{" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["cartpole"], "unknown case 'cartpole'"), (["--quick"], "give --out DIR")],
+)
+def test_mistakes_are_one_clear_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["results", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        results.main()
+    assert exit_.value.code == 2 and message in capsys.readouterr().err
