@@ -144,9 +144,13 @@ def _begin(experiment, replicas, say) -> tuple[Any, Progress]:
     metrics.rewind(folder / files.METRICS, folder / files.TABLE, start)
     say(f"resuming {folder} after {start} of {config.updates} updates")
     saved = json.loads((folder / files.CONFIG).read_text())
-    if config.schedule != "constant" and config.updates != saved["config"]["updates"]:
-        ends = ", ".join(f"{value:g}" for value in grid.schedule_updates)
-        say(f"the {config.schedule} schedule still ends at update {ends}, as the run began")
+    ends = min(grid.schedule_updates)
+    if config.schedule != "constant" and config.updates > ends:
+        say(
+            f"the {config.schedule} schedule ends at update {ends:g}, as the run began, and the learning\n"
+            f"rate is 0 from there on: jaxpg train --config {folder} --updates {config.updates} "
+            "starts\na run with a longer one"
+        )
     saved["config"]["updates"] = config.updates
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     saved["resumed"] = [*saved.get("resumed", []), {"update": start, "time": now}]

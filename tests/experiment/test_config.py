@@ -16,7 +16,9 @@ from jaxpg.policies import NETWORKS, init_params
 from jaxpg.policies.networks import ACTIVATIONS
 from jaxpg.types import Hyperparams
 
-TRAINABLE = [name for name, row in ALGORITHMS.items() if not row.imitates]
+TRAINABLE = [
+    name for name, row in ALGORITHMS.items() if not (row.imitates or row.guided)
+]  # which need demonstrations
 
 
 def test_a_grid_has_every_combination_once():
@@ -122,5 +124,6 @@ def test_every_field_is_a_flag(capsys):
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     names = [f.name for f in fields(Config) if f.name != "environment"] + list(Grid._fields)
-    missing = [n for n in names if f"--{n.strip('_').replace('_', '-')}" not in text]
+    flags = [n.strip("_").replace("_", "-") for n in names]
+    missing = [n for n in flags if f"--{n}" not in text and f"--no-{n}" not in text]
     assert missing == []
