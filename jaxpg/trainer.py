@@ -129,7 +129,7 @@ def make_trainer(
         hyperparams = scheduled(hyperparams, algorithm.schedule, state.num_updates)
         if adapts:
             hyperparams = adaptation.scaled(hyperparams, state.scales)
-        (rollout, memory), data, ended, metrics = gather(
+        (rollout, memory), new, data, ended, metrics = gather(
             state, hyperparams, k_rollout, demonstrations
         )
         policy, estimator = state.params.policy, algorithm.estimator
@@ -156,7 +156,7 @@ def make_trainer(
         if adapts:
             scales = algorithm.adaptation(scales, metrics["kl"], hyperparams)
             metrics |= {f"{name}_scale": x for name, x in scales._asdict().items()}
-        params = observed(agent, params, data.trajectory)
+        params = observed(agent, params, new)  # not what is remembered, which has been seen
         count = state.num_updates + 1
         return TrainState(params, opt_state, rollout, state.key, count, scales, memory), metrics
 
@@ -169,6 +169,7 @@ def make_trainer(
         return after, trajectory, rollout.carry, ended
 
     def gather(state, hyperparams, key, demonstrations):
+        """(rollout, memory), what was not seen before, what to learn from, metrics of both."""
         if algorithm.imitates or algorithm.guided:
             demonstrations = _given(demonstrations)
         if algorithm.imitates:
@@ -176,15 +177,16 @@ def make_trainer(
             ended = _episode_metrics(EpisodeSums(none, none, none))
             ended["env_steps"] = demonstrations.mask.sum()
             data = sources.imitated(agent, state.params.policy, demonstrations)
-            return ((), ()), data, ended, {}
+            return ((), ()), demonstrations, data, ended, {}
         rollout, trajectory, carry, ended = roll(state.params, state.rollout, key)
         ended = _episode_metrics(ended) | {"env_steps": trajectory.mask.sum()}
         policy, memory = state.params.policy, state.memory
         if algorithm.guided:
             data = sources.joined(agent, policy, memory, trajectory, demonstrations)
-            return (rollout, memory), data, ended, sources.share_of_demonstrations(data, num_envs)
+            share = sources.share_of_demonstrations(data, num_envs)
+            return (rollout, memory), trajectory, data, ended, share
         if not remembers:
-            return (rollout, memory), sources.on_policy(trajectory, carry), ended, {}
+            return (rollout, memory), trajectory, sources.on_policy(trajectory, carry), ended, {}
         memory = sources.remember(memory, trajectory, carry, state.num_updates)
         data, metrics = sources.recalled(
             memory,
@@ -195,7 +197,7 @@ def make_trainer(
             hyperparams,
             state.num_updates,
         )
-        return (rollout, memory), data, ended, metrics
+        return (rollout, memory), trajectory, data, ended, metrics
 
     return Trainer(init, update_in_pieces if pieces > 1 else update)
 

@@ -110,6 +110,19 @@ def test_training_keeps_the_statistics_of_everything_seen(network):
         assert squares[2] / count < 1e-12
 
 
+@pytest.mark.parametrize("name", ["off_policy", "trpo"])
+def test_every_observation_counts_once(name):
+    """Also where old batches are learnt from again, and where the step is the natural gradient's."""
+    env = offset(horizon=10)
+    row = algorithm(name)
+    agent = actor_critic(env, hidden=(4,), normalise=True)
+    num_steps = None if row.episodic else 10
+    trainer = make_trainer(env, agent, row, num_envs=4, num_steps=num_steps)
+    learn = jax.jit(lambda s: train(trainer, s, Hyperparams(), num_updates=3))
+    after, metrics = learn(trainer.init(jax.random.key(0)))
+    assert after.params.policy["statistics"].seen == metrics["env_steps"].sum() == 120
+
+
 def test_the_network_sees_standardised_and_clipped_observations():
     space = Box(np.full(2, -np.inf, np.float32), np.full(2, np.inf, np.float32))
     inner = linear(space, None)
