@@ -1,0 +1,261 @@
+"""Speed of training: cases against a floor measured in the same run, and against peers.
+
+The floor of a step is what nobody can leave out, each part alone at its best: the environment's bare
+transition, the policy's forward pass and one draw, and one gradient pass in blocks of the best size.
+"""
+
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpg import Hyperparams, evaluate, make_trainer, train
+from jaxpg.algorithms import Algorithm, algorithm
+from jaxpg.envs import Env, from_gymnax
+from jaxpg.estimators import assess
+from jaxpg.gradients import gradient_of
+from jaxpg.policies import Agent, actor_critic, init_params
+from jaxpg.rollout import episodes, init_stream, unroll
+
+Row = dict[str, Any]
+STEPS = 128
+PEERS = {"rejax": ("rejax==0.1.3", "gymnax<1"), "sb3": ("stable-baselines3",)}
+
+
+def measured(run: Callable, *arguments, repeats: int) -> Row:
+    """Compile seconds, steady seconds of several runs, and the memory that the program needs."""
+    started = time.perf_counter()
+    compiled = jax.jit(run).lower(*arguments).compile()
+    compile_seconds, seconds = time.perf_counter() - started, []
+    out = jax.block_until_ready(compiled(*arguments))
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(compiled(*arguments))
+        seconds.append(time.perf_counter() - started)
+    memory: Any = compiled.memory_analysis()
+    size = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return {
+        "compile_seconds": compile_seconds,
+        "seconds": statistics.median(seconds),
+        "spread": max(seconds) - min(seconds),
+        "gigabytes": size / 2**30,
+        "out": out,
+    }
+
+
+def floor(env: Env, agent: Agent, params: Any, lanes: int, passes: int, repeats: int) -> Row:
+    """Seconds per environment step of each part alone; passes: gradient passes over each step."""
+    length = 128
+    state, obs = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), lanes))
+    first = jnp.zeros((1, lanes), bool)
+    policy = agent.policy
+
+    def act(obs, key):
+        _, distribution = policy.apply(params.policy, policy.initial_carry(lanes), obs[None], first)
+        return jax.tree.map(lambda x: x[0], distribution).sample(key)
+
+    def step(state, action):
+        # The keys of one step for all lanes, which an environment without chance never reads.
+        keys = jax.random.split(jax.random.key(0), lanes)
+        return jax.vmap(env.step)(keys, state, action)[0], None
+
+    def transitions(state, action):
+        return jax.lax.scan(lambda s, _: step(s, action), state, length=length)[0]
+
+    def forwards(obs, key):
+        # The observation depends on the action, or nothing would have to be computed.
+        def once(obs, t):
+            action = act(obs, jax.random.fold_in(key, t))
+            return obs + 1e-3 * action.reshape(lanes, *[1] * (obs.ndim - 1)), None
+
+        return jax.lax.scan(once, obs, jnp.arange(length))[0]
+
+    action = act(obs, jax.random.key(1))
+    stepping = measured(transitions, state, action, repeats=repeats)["seconds"]
+    acting = measured(forwards, obs, jax.random.key(2), repeats=repeats)["seconds"]
+    bare = agent._replace(critic=None)
+    batch, _ = episodes(
+        env, bare, params._replace(critic=()), jax.random.key(3), lanes, min(length, env.horizon)
+    )
+    batch = batch._replace(mask=jnp.ones_like(batch.mask))
+    estimator = algorithm("reinforce").estimator
+    assessed = assess(estimator, batch, batch.log_prob, Hyperparams())
+    carry = policy.initial_carry(lanes)
+
+    def gradient(block, params):
+        return gradient_of(estimator, policy, params, carry, assessed, Hyperparams(), block)[0]
+
+    improving = min(
+        measured(partial(gradient, block), params.policy, repeats=repeats)["seconds"]
+        for block in (128, 512, 2048, 10**9)
+    )
+    steps = lanes * length
+    return {
+        "stepping": stepping / steps,
+        "acting": acting / steps,
+        "improving": passes * improving / (lanes * batch.mask.shape[0]),
+    }
+
+
+def trained(
+    row: Algorithm, env: Env, agent: Agent, num_envs: int, num_steps: int | None, updates: int
+) -> tuple[Callable, Any]:
+    """(state, numbers) -> (state, metrics) of so many updates, and a fresh state."""
+    trainer = make_trainer(env, agent, row, num_envs=num_envs, num_steps=num_steps)
+    return partial(train, trainer, num_updates=updates), trainer.init(jax.random.key(0))
+
+
+def numbers(rate: float, **others: float) -> Hyperparams:
+    found = Hyperparams(learning_rate=rate, critic_learning_rate=rate, **others)
+    return jax.tree.map(jnp.float32, found)
+
+
+def report(name: str, found: Row, steps: float, base: Row | None = None) -> Row:
+    row = {"case": name, "steps_per_second": steps / found["seconds"]}
+    row["spread_percent"] = 100 * found["spread"] / found["seconds"]
+    row |= {key: found[key] for key in ("compile_seconds", "gigabytes")}
+    if base is not None:
+        row["of_floor"] = steps * sum(base.values()) / found["seconds"]
+    return row
+
+
+def training(repeats: int, quick: bool) -> list[Row]:
+    """Rollout, REINFORCE in large batches, PPO in the peers' setting, many agents, MinAtar."""
+    rows: list[Row] = []
+    env = from_gymnax("CartPole-v1")
+    agent = actor_critic(env, hidden=(64, 64))
+    params = init_params(agent, jax.random.key(0))
+    for lanes in (64,) if quick else (64, 1024, 16384):
+        state = init_stream(env, agent, jax.random.key(0), lanes)
+        run = partial(unroll, env, agent, num_steps=STEPS)
+        found = measured(run, params, state, jax.random.key(1), repeats=repeats)
+        base = floor(env, agent, params, lanes, 0, repeats)
+        rows.append(report(f"rollout with critic, {lanes} lanes", found, lanes * STEPS, base))
+    rows += _reinforce(env, agent, repeats, (100,) if quick else (10**3, 10**4, 10**5))
+    for lanes in (4, 64) if quick else (4, 64, 1024, 4096):
+        updates = max(2, min(100, 2**17 // (lanes * STEPS)))
+        row = algorithm("ppo")._replace(num_minibatches=4)
+        run, state = trained(row, env, agent, lanes, STEPS, updates)
+        found = measured(run, state, numbers(1e-3, entropy_coef=0.01), repeats=repeats)
+        # Four epochs of policy and critic: eight passes over every step.
+        base = floor(env, agent, params, lanes, 8, repeats)
+        rows.append(report(f"PPO 4x4, {lanes} environments", found, lanes * STEPS * updates, base))
+    rows.append(_agents(env, agent, 8 if quick else 64, repeats))
+    if not quick:
+        rows.append(_breakout(repeats))
+    return rows
+
+
+def _reinforce(env, agent, repeats, counts) -> list[Row]:
+    """One gradient per rollout, at the length of episodes that a half-trained policy has."""
+    bare = agent._replace(critic=None)
+    row = algorithm("reinforce_baseline")
+    warm, state = trained(row, env, bare, 64, None, 40)
+    state, metrics = jax.jit(warm)(state, numbers(1e-2))
+    length = float(metrics["episode_length"][-1])
+    base, rows = floor(env, bare, state.params, 1024, 1, repeats), []
+    for count in counts:
+        run, fresh = trained(row, env, bare, count, None, 1)
+        start = fresh._replace(params=state.params)
+        found = measured(run, start, numbers(0.0), repeats=repeats)
+        steps = int(found["out"][1]["env_steps"].sum())
+        name = f"REINFORCE, {count:,} episodes of {length:.0f} steps per update"
+        rows.append(report(name, found, steps, base))
+    return rows
+
+
+def _agents(env, agent, count, repeats) -> Row:
+    run, _ = trained(algorithm("ppo"), env, agent, 16, 64, 20)
+    trainer = make_trainer(env, agent, algorithm("ppo"), num_envs=16, num_steps=64)
+    states = jax.vmap(trainer.init)(jax.random.split(jax.random.key(0), count))
+    together = jax.vmap(run, in_axes=(0, None))
+    found = measured(together, states, numbers(1e-3), repeats=repeats)
+    return report(f"{count} PPO agents side by side", found, count * 16 * 64 * 20)
+
+
+def _breakout(repeats) -> Row:
+    env = from_gymnax("Breakout-MinAtar")
+    agent = actor_critic(env, hidden=(64, 64))
+    run, state = trained(algorithm("ppo"), env, agent, 64, STEPS, 5)
+    found = measured(run, state, numbers(1e-3), repeats=repeats)
+    return report("PPO 4x4 on MinAtar Breakout, 64 environments", found, 64 * STEPS * 5)
+
+
+def peers(repeats: int, quick: bool) -> list[Row]:
+    """PPO in one setting against peers, each run in a process of its own, in alternation."""
+    rows = []
+    for lanes in (64,) if quick else (4, 64, 1024):
+        updates = max(4, (2**15 if quick else 10**6) // (lanes * STEPS))
+        for name in PEERS:
+            python = peer_environment(name)
+            if python is None:
+                rows.append({"case": f"{name} could not be installed"})
+                continue
+            rows.append(_against(name, python, lanes, updates, repeats))
+    return rows
+
+
+def _against(name, python, lanes, updates, repeats) -> Row:
+    steps, theirs, ours, found, mine = lanes * STEPS * updates, [], [], {}, {}
+    if (
+        name == "sb3"
+    ):  # a hundred times slower: a part of the budget, and its return is not comparable
+        updates = max(1, updates // 20)
+    script = Path(__file__).with_name("peers.py")
+    for _ in range(repeats):
+        command = [python, str(script), name, str(lanes), str(updates), "1"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        theirs.append(lanes * STEPS * updates / found["seconds"][0])
+        mine = _own(lanes, steps // (lanes * STEPS))
+        ours.append(steps / mine["seconds"])
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return {
+        "case": f"PPO 4x4, {lanes} environments, against {name}",
+        "ratio": statistics.median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
+        "steps_per_second": statistics.median(ours),
+        "theirs": statistics.median(theirs),
+        "compile_seconds": mine["compile_seconds"],
+        "their_compile_seconds": found["compile_seconds"],
+        "return": mine["return"],
+        "their_return": found["return"],
+    }
+
+
+def _own(lanes, updates) -> Row:
+    env = from_gymnax("CartPole-v1")
+    agent = actor_critic(env, hidden=(64, 64))
+    row = algorithm("ppo")._replace(num_minibatches=4)
+    run, state = trained(row, env, agent, lanes, STEPS, updates)
+    found = measured(run, state, numbers(1e-3, entropy_coef=0.01), repeats=1)
+    after = found["out"][0].params
+    score = jax.jit(partial(evaluate, env, agent, num_episodes=128))(after, jax.random.key(1))
+    return found | {"return": float(score.mean)}
+
+
+def peer_environment(name: str) -> str | None:
+    """The interpreter of the peer's own environment, made at first use; None where it cannot be."""
+    import sys
+    import venv
+
+    folder = Path(__file__).resolve().parent.parent / f".venv-{name}"
+    python = folder / "bin" / "python"
+    if not python.exists():
+        print(f"installing {' '.join(PEERS[name])} into {folder.name}", file=sys.stderr)
+        venv.create(folder, with_pip=True)
+    wanted = [*PEERS[name], f"jax=={jax.__version__}"] if name == "rejax" else PEERS[name]
+    if name == "sb3":
+        wanted = (*wanted, "gymnasium")
+    done = subprocess.run(
+        [python, "-m", "pip", "install", "-q", *wanted], capture_output=True, text=True
+    )
+    return str(python) if done.returncode == 0 else None
