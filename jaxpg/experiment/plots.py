@@ -101,8 +101,10 @@ def final_scores(series: list[Series]) -> tuple[dict[str, np.ndarray], str]:
     """Final returns [R, K] by label, over K environments, and what they are.
 
     Of several environments each is rescaled: 0 and 1 are its worst and its best run. Raises ValueError for
-    runs without an evaluation, and for series that were not all run on the same environments.
+    one series alone, runs without an evaluation, and series not all run on the same environments.
     """
+    if len({s.label for s in series}) < 2:
+        raise ValueError("there is one series; name several runs, or a run with a grid")
     by_label: dict[str, dict[str, np.ndarray]] = {}
     for s in series:
         if s.final is None:
@@ -257,6 +259,7 @@ def _spans_decades(values) -> bool:
 
 def _seeds(series) -> str:
     least, most = (f(len(s.env_steps) for s in series) for f in (min, max))
+    each = " each" if len(series) > 1 else ""
     if most == 1:
-        return "one seed each"
-    return f"{most} seeds each" if least == most else f"{least} to {most} seeds each"
+        return f"one seed{each}"
+    return f"{most} seeds{each}" if least == most else f"{least} to {most} seeds{each}"

@@ -223,6 +223,13 @@ def test_the_command_writes_pictures(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "one" / "figures" / "curves.png").is_file()
 
 
+def test_one_series_is_compared_with_nothing(tmp_path, capsys):
+    folder = write_run(tmp_path / "r", rates=(0.1,))
+    main(["plot", str(folder)])
+    assert "no comparison: there is one series; name several runs" in capsys.readouterr().out
+    assert {f.stem for f in (folder / "figures").iterdir()} == {"curves", "diagnostics"}
+
+
 def test_an_unfinished_run_has_curves_and_no_comparison(tmp_path, capsys):
     folder = write_run(tmp_path / "r")
     (folder / EVALUATION).unlink()
