@@ -31,6 +31,7 @@ from jaxpg.experiment.loop import (
     workers,
 )
 from jaxpg.experiment.metrics import Sink
+from jaxpg.experiment.presets import preset
 from jaxpg.experiment.progress import display
 from jaxpg.experiment.replicas import Replicas, compile_programs, make_replicas, use_cpu_cores
 from jaxpg.experiment.report import headline, summary
@@ -130,7 +131,8 @@ def _begin(experiment, replicas, say) -> tuple[Any, Progress]:
     """Writes config.json. Of a resumed run, the state; of a new one, None."""
     config, grid, parts, folder, start = experiment
     if start is None:
-        if warning := health.starving(config.updates, _steps_per_update(config, parts)):
+        warning = health.starving(config.updates, _steps_per_update(config, parts))
+        if warning and not _as_preset(config):
             say(warning)
         files.write_json(
             folder / files.CONFIG, files.description(config, grid, replicas.labels), exact=True
@@ -162,6 +164,13 @@ def _steps_per_update(config, parts) -> int:
     """Of one agent; of whole episodes, the most."""
     usual = parts.env.horizon if build_algorithm(config).episodic else 128
     return config.num_envs * (config.num_steps or usual)
+
+
+def _as_preset(config) -> bool:
+    """Whether batches and updates are the defaults, which have been tried."""
+    usual = preset(config.environment, config.algorithm)[0]
+    sizes = ("updates", "num_envs", "num_steps")
+    return all(getattr(config, name) == getattr(usual, name) for name in sizes)
 
 
 def _compiled(job: Job, fresh: bool, done: int, say):
