@@ -177,7 +177,7 @@ def make_trainer(
             ended = _episode_metrics(EpisodeSums(none, none, none))
             ended["env_steps"] = demonstrations.mask.sum()
             data = sources.imitated(agent, state.params.policy, demonstrations)
-            return ((), ()), demonstrations, data, ended, {}
+            return ((), ()), data.trajectory, data, ended, {}
         rollout, trajectory, carry, ended = roll(state.params, state.rollout, key)
         ended = _episode_metrics(ended) | {"env_steps": trajectory.mask.sum()}
         policy, memory = state.params.policy, state.memory
