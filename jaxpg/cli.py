@@ -119,18 +119,23 @@ def _sweep(argv):
 
 @contextmanager
 def _only_own_exceptions():
-    """Tracebacks of the main thread alone: after one failed write, tensorstore's threads print theirs."""
-    hook = sys.excepthook
+    """Tracebacks of the main thread alone: after a failed write, tensorstore's threads print theirs."""
+    hooks = {name: getattr(sys, name) for name in ("excepthook", "unraisablehook")}
 
-    def show(*exception):
-        if threading.current_thread() is threading.main_thread():
-            hook(*exception)
+    def only_main(hook):
+        def show(*exception):
+            if threading.current_thread() is threading.main_thread():
+                hook(*exception)
 
-    sys.excepthook = show
+        return show
+
+    for name, hook in hooks.items():
+        setattr(sys, name, only_main(hook))
     try:
         yield
     finally:
-        sys.excepthook = hook
+        for name, hook in hooks.items():
+            setattr(sys, name, hook)
 
 
 def _play(command, argv):
@@ -139,7 +144,8 @@ def _play(command, argv):
 
     try:
         use_compilation_cache()
-        getattr(playback, command)(argv)
+        with _only_own_exceptions():
+            getattr(playback, command)(argv)
     except ValueError as error:
         _fail(str(error))
     except BrokenPipeError:
