@@ -43,7 +43,9 @@ def curves(figure, series: list[Series], x: str = "env_steps", metric: str = RET
             _curve(axis, s, x, metric, places[s.label])
         label(axis, world, AXES[x], words(metric), legend=False)
         if len(mine) > 1:
-            axis.legend(fontsize=8, frameon=False, handlelength=HANDLE)
+            # Many names would hide the curves.
+            beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if len(mine) > 4 else {}
+            axis.legend(fontsize=8, frameon=False, handlelength=HANDLE, **beside)
     caption(figure, f"{BAND}; {_seeds(series)}")
 
 
