@@ -57,7 +57,8 @@ def command(repeats: int, quick: bool) -> list[Row]:
                 run = Path(parent, "run")
                 arguments = f"train CartPole-v1 --algorithm {algorithm} --seed {seed} --quiet"
                 seconds = process(
-                    sys.executable, "-m", "jaxpg", *arguments.split(), "--run", str(run)
+                    *(sys.executable, "-m", "jaxpg", *arguments.split(), "--run", str(run)),
+                    JAX_COMPILATION_CACHE_DIR=f"{parent}/cache",  # cold
                 )
                 rows.append(_row(algorithm, seed, seconds, run))
     return rows

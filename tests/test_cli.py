@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,7 +16,11 @@ from jaxpg.cli import main
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--num-envs 4 --num-steps 4 --num-minibatches 2 --hidden 8 --evaluation-episodes 4"
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(ROOT),
+    "COLUMNS": "80",
+    "XDG_CACHE_HOME": str(Path(tempfile.gettempdir()) / "jaxpg-tests"),  # not the user's
+}
 
 
 def command(arguments, cwd):
