@@ -42,13 +42,13 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     # Large batches, because a step of fixed KL is only as good as its direction.
     ("*", "trpo"): _TRUST_REGION,
     ("*", "npg"): _TRUST_REGION,
-    # Small ones, many steps; the critic must keep up with the policy.
+    # Small ones, many steps; the critic must keep up with the policy: at 1e-2, two seeds in ten fall back.
     ("*", "a2c"): {
-        "updates": 800,
+        "updates": 900,
         "num_envs": 16,
         "num_steps": 32,
         "learning_rate": 4e-3,
-        "critic_learning_rate": 1e-2,
+        "critic_learning_rate": 2e-2,
     },
     # A pole falls within some ten steps of a mistake, so credit need not reach far.
     ("CartPole-v1", "ppo"): {"gamma": 0.98, "lambda_": 0.8},
