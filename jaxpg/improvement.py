@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxpg.algorithms import Algorithm
 from jaxpg.estimators import coefficients, lane_gradients, objective, surrogates
 from jaxpg.estimators.estimator import Batch
-from jaxpg.gradients import gradient_of
+from jaxpg.gradients import critic_gradient, gradient_of
 from jaxpg.policies import Agent, AgentCarry, AgentParams
 from jaxpg.types import Array, Hyperparams, Key, Metrics, Params
 
@@ -137,17 +137,7 @@ def _policy_step(
 
 
 def _critic_step(critic, optimizer, hyperparams, params, opt_state, batch, carry):
-    def loss(params):
-        trajectory = batch.trajectory
-        _, value = critic.apply(params, carry.critic, trajectory.obs, trajectory.first)
-        # As far as value_clip_eps allows, the larger error counts (Schulman et al., 2017's code).
-        near = trajectory.value + jnp.clip(
-            value - trajectory.value, -hyperparams.value_clip_eps, hyperparams.value_clip_eps
-        )
-        error = jnp.maximum((value - batch.target) ** 2, (near - batch.target) ** 2)
-        return 0.5 * surrogates.per_step(error, trajectory.mask)
-
-    value, gradient = jax.value_and_grad(loss)(params)
+    gradient, value = critic_gradient(critic, params, carry.critic, batch, hyperparams)
     updates, opt_state = optimizer.update(gradient, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, {"critic_loss": value}
 

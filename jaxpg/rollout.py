@@ -9,11 +9,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxpg.envs import Env
-from jaxpg.policies import Agent, AgentCarry, AgentParams, initial_carry
+from jaxpg.policies import Agent, AgentCarry, AgentParams, Network, initial_carry
 from jaxpg.types import Array, Key, Params, Trajectory
 
 # Steps between two looks at whether all episodes have ended. A look costs a device round trip on a GPU.
 BLOCK = 32
+
+
+# A pool of fresh starts holds one for so many lanes of a stream.
+POOL = 16
+# Steps that a feed-forward critic judges at once after a rollout: on a CPU more would leave the cache.
+JUDGED = {"cpu": 2048}
 
 
 class RolloutState(NamedTuple):
@@ -143,6 +149,8 @@ def unroll(
     """
     num_envs = state.first.shape[0]
     critic = agent.critic
+    # Without memory it can wait: one pass over all steps is cheaper than a small one in each.
+    waits = critic is not None and not jax.tree.leaves(state.carry.critic)
 
     def value_of(carry, obs, first):
         if critic is None:
@@ -155,7 +163,10 @@ def unroll(
         action, log_prob, policy_carry = _act(
             agent, params.policy, carry.policy, obs, first, key, t
         )
-        critic_carry, value = value_of(carry.critic, obs, first)
+        value = jnp.zeros_like(episode_return)
+        critic_carry = carry.critic
+        if not waits:
+            critic_carry, value = value_of(carry.critic, obs, first)
         env_state, result = _step(env, key, t, env_state, action)
         last = result.terminated | result.truncated
         episode_return = episode_return + result.reward
@@ -174,7 +185,7 @@ def unroll(
         )
         env_state, next_obs = jax.lax.cond(
             any_replica(last),
-            lambda: _reset_where(env, last, _key(key, t, 2), env_state, result.obs),
+            lambda: _reset_ended(env, last, _key(key, t, 2), env_state, result.obs),
             lambda: (env_state, result.obs),
         )
         row = Trajectory(
@@ -200,6 +211,8 @@ def unroll(
         return after, (row, ended)
 
     state, (trajectory, ended) = jax.lax.scan(step, state, jnp.arange(num_steps))
+    if critic is not None and waits:
+        trajectory = trajectory._replace(value=_judged(critic, params.critic, trajectory))
     # Unless the episode ended, the successor's value is the next row's.
     _, beyond = value_of(state.carry.critic, state.obs, state.first)
     later = jnp.concatenate([trajectory.value[1:], beyond[None]])
@@ -245,6 +258,21 @@ def evaluate(
     return Evaluation(mean, jnp.sqrt(squares / (count - 1) / count), count)
 
 
+def _judged(critic: Network, params: Params, trajectory: Trajectory) -> Array:
+    """The values [T, B] of a critic without memory, a few rows at a time."""
+    num_steps, num_envs = trajectory.mask.shape
+    wanted = max(JUDGED.get(jax.default_backend(), num_steps * num_envs) // num_envs, 1)
+    rows = next(n for n in range(min(wanted, num_steps), 0, -1) if num_steps % n == 0)
+
+    def judge(block):
+        return critic.apply(params, (), *block)[1]
+
+    blocks = jax.tree.map(
+        lambda x: x.reshape(-1, rows, *x.shape[1:]), (trajectory.obs, trajectory.first)
+    )
+    return jax.lax.map(judge, blocks).reshape(num_steps, num_envs)
+
+
 def _act(agent: Agent, params: Params, carry, obs, first, key, t, greedy=False):
     first = jnp.broadcast_to(first, obs.shape[:1])
     carry, distribution = agent.policy.apply(params, carry, obs[None], first[None])
@@ -268,8 +296,24 @@ def _reset(env: Env, key, num_lanes):
     return jax.vmap(env.reset)(jax.random.split(key, num_lanes))
 
 
-def _reset_where(env: Env, ended, key, env_state, obs):
-    fresh = _reset(env, key, ended.shape[0])
+def _reset_ended(env: Env, ended, key, env_state, obs):
+    """Fresh starts where an episode ended: the k-th lane that ended takes the k-th of a pool.
+
+    A start costs more random bits than a step and few lanes end at once, so the pool is a part of the
+    lanes. It is drawn anew at every step, so starts are independent; when more lanes have ended than it
+    holds, every lane draws its own.
+    """
+    num_lanes = ended.shape[0]
+    size = max(num_lanes // POOL, 1)
+    place = jnp.minimum(jnp.cumsum(ended) - 1, size - 1)
+
+    def pooled():
+        pool = _reset(env, key, size)
+        return jax.tree.map(lambda x: x[jnp.maximum(place, 0)], pool)
+
+    fresh = jax.lax.cond(
+        any_replica(ended.sum()[None] > size), lambda: _reset(env, key, num_lanes), pooled
+    )
     return jax.tree.map(lambda new, old: _select(ended, new, old), fresh, (env_state, obs))
 
 
