@@ -14,6 +14,13 @@ _PPO = {
     "learning_rate": 2.5e-3,
     "critic_learning_rate": 2.5e-3,
 }
+_A2C = {
+    "updates": 900,
+    "num_envs": 16,
+    "num_steps": 32,
+    "learning_rate": 4e-3,
+    "critic_learning_rate": 2e-2,
+}
 _TRUST_REGION = {
     "updates": 60,
     "num_envs": 16,
@@ -41,10 +48,9 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("*", "ppo"): _PPO,
     ("*", "ppo_kl"): _PPO,
-    ("*", "impala"): _PPO | {"num_epochs": 1, "num_minibatches": 1, "updates": 400},
     ("*", "gpomdp"): {"num_envs": 64, "learning_rate": 1e-2},
     ("*", "gpomdp_continuing"): {"num_envs": 64, "num_steps": 128, "learning_rate": 1e-2},
-    ("*", "enac"): {"num_envs": 256, "updates": 100},
+    ("*", "enac"): {"num_envs": 32, "updates": 100},
     ("*", "off_policy"): {"num_envs": 16, "updates": 100, "learning_rate": 1e-2},
     ("*", "guided"): {"imitate": 100, "learning_rate": 1e-2},
     ("*", "behaviour_cloning"): {"learning_rate": 5e-3},
@@ -52,13 +58,8 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("*", "trpo"): _TRUST_REGION,
     ("*", "npg"): _TRUST_REGION,
     # Small ones, many steps; the critic must keep up with the policy: at 1e-2, two seeds in ten fall back.
-    ("*", "a2c"): {
-        "updates": 900,
-        "num_envs": 16,
-        "num_steps": 32,
-        "learning_rate": 4e-3,
-        "critic_learning_rate": 2e-2,
-    },
+    ("*", "a2c"): _A2C,
+    ("*", "impala"): _A2C,
     # A pole falls within some ten steps of a mistake, so credit need not reach far.
     ("CartPole-v1", "ppo"): {"gamma": 0.98, "lambda_": 0.8},
     # At 1e-2, one seed in twenty falls back just before the schedule ends, and stays there.

@@ -33,7 +33,7 @@ def test_a_grid_has_every_combination_once():
 def test_a_preset_names_what_exists(key):
     environment, algorithm = key
     assert environment in {"*", *gymnax_names()}
-    assert algorithm in {"*", *TRAINABLE}
+    assert algorithm in {"*", *ALGORITHMS}
     assert PRESETS[key].keys() <= {f.name for f in fields(Config)} | set(Hyperparams._fields)
 
 
