@@ -28,8 +28,12 @@ class Case(NamedTuple):
     arguments: str  # of jaxpg train, beyond seeds and episodes
     target: float | None  # that the mean should reach; None: a control, which should not
     digits: int = 1
+    record: str | None = None  # arguments of jaxpg record, which makes demonstrations.npz first
 
 
+DEEP = "DeepSea-bsuite --settings size=12,max_steps_in_episode=12"
+TEACH = f"{DEEP} --expert --episodes 20"
+LEARN = f"{DEEP} --updates 200 --num-envs 32 --learning-rate 1e-2"
 NO_VELOCITIES = "CartPole-v1 --keep 0,2 --normalise"
 CASES = {
     "cartpole-reinforce_baseline": Case("CartPole-v1 --algorithm reinforce_baseline", 475),
@@ -57,6 +61,13 @@ CASES = {
         475,
     ),
     "hidden-memoryless": Case(f"{NO_VELOCITIES} --hidden 64,64 --updates 300", None),
+    "deepsea-guided": Case(
+        f"{LEARN} --algorithm guided --demonstrations demonstrations.npz", 0.95, 2, TEACH
+    ),
+    "deepsea-cloning": Case(
+        f"{LEARN} --algorithm behaviour_cloning --demonstrations demonstrations.npz", None, 2, TEACH
+    ),
+    "deepsea-reinforce": Case(f"{LEARN} --algorithm reinforce_baseline", None, 2),
 }
 
 
@@ -68,10 +79,9 @@ def run(name: str, quick: bool) -> Row:
     given = shlex.split(case.arguments) + (small if quick else full)
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent, "run")
-        command = [sys.executable, "-m", "jaxpg", "train", *given, "--quiet", "--run", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        if done.returncode:
-            sys.exit(f"{shlex.join(command)} failed:\n{done.stdout}{done.stderr}")
+        if case.record:
+            _jaxpg(parent, "record", *shlex.split(case.record), "--out", "demonstrations.npz")
+        _jaxpg(parent, "train", *given, "--quiet", "--run", str(folder))
         evaluation = json.loads(folder.joinpath("evaluation.json").read_text())
         last = json.loads(folder.joinpath("metrics.jsonl").read_text().splitlines()[-1])
         config = json.loads(folder.joinpath("config.json").read_text())["config"]
@@ -86,6 +96,14 @@ def run(name: str, quick: bool) -> Row:
         "seconds": last["seconds"],
         "machine": f"{os.cpu_count()} CPU cores; {', '.join(versions)}",
     }
+
+
+def _jaxpg(folder: str, *arguments: str) -> None:
+    command = [sys.executable, "-m", "jaxpg", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    if done.returncode:
+        sys.exit(f"{shlex.join(command)} failed:\n{done.stdout}{done.stderr}")
 
 
 def cells(name: str, row: Row) -> list[str]:
@@ -127,6 +145,10 @@ Every command takes what it does not say from the presets, which `jaxpg train EN
 - **MemoryChain** shows a bit at the start and asks for it five steps later. A GRU (the preset) and a
   history of six observations know it; without memory, a guess is worth 0.
 - **CartPole without velocities** (`--keep 0,2`) needs several observations; the control sees the last one.
+- **DeepSea** of 12 rows pays 1 for one path of 2^12 and fines every step of it. `demonstrations.npz` is made
+  by `jaxpg record {teach} --out demonstrations.npz`:
+  an expert who slips once in four episodes. Alone, REINFORCE never sees the reward in the same steps;
+  imitation slips as the expert does; guided does better than its teacher.
 """
 
 
@@ -137,6 +159,7 @@ def page(rows: dict[str, Row]) -> str:
         table="\n".join("| " + " | ".join(line) + " |" for line in lines),
         episodes=EPISODES,
         seeds=SEEDS,
+        teach=TEACH,
         machines=". ".join(sorted({row["machine"] for row in rows.values()})),
     )
 
