@@ -34,7 +34,7 @@ def rejax(num_envs: int, updates: int, repeats: int) -> dict:
     state = jax.jit(algo.init_state)(jax.random.key(0))
     started = time.perf_counter()
     compiled = jax.jit(learn).lower(state).compile()
-    compile_seconds, seconds = time.perf_counter() - started, []
+    compile_seconds, seconds, after = time.perf_counter() - started, [], state
     for _ in range(repeats):
         started = time.perf_counter()
         after = jax.block_until_ready(compiled(state))

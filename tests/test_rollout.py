@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from worlds import clock, random_mdp
 
-from jaxpg.envs import Discrete, Env, from_gymnax, from_mdp
+from jaxpg.envs import Box, Discrete, Env, from_gymnax, from_mdp
 from jaxpg.policies import Agent, Categorical, Network, actor_critic, gru, init_params, mlp
 from jaxpg.rollout import BLOCK, episodes, evaluate, init_stream, unroll
 from jaxpg.types import TimeStep
@@ -235,3 +235,39 @@ def test_greedy_evaluation_takes_the_mode():
             for e in (env, forced)
         ]
         assert (same[0] == same[1]) == greedy
+
+
+def lottery(chance):
+    """Ends with this chance in every step; shows what its reset drew."""
+
+    def reset(key):
+        start = jax.random.uniform(key, (2,))
+        return start, start
+
+    def step(key, start, action):
+        del action
+        over = jax.random.uniform(key) < chance
+        return start, TimeStep(start, jnp.float32(1), over, ~over & False)
+
+    bound = np.full(2, np.inf, np.float32)
+    return Env(reset, step, Box(-bound, bound), Discrete(2), 10**6)
+
+
+@pytest.mark.parametrize("chance", [0.02, 0.06, 0.9])  # fewer than the pool, about as many, more
+def test_every_episode_of_a_stream_starts_afresh(chance):
+    env = lottery(chance)
+    agent = Agent(mlp(env.observation, env.action, (4,)))
+    params = init_params(agent, jax.random.key(0))
+
+    def run(key):
+        state = init_stream(env, agent, key, 64)
+        return unroll(env, agent, params, state, key, 60)[1][0]
+
+    found = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(1), 2))
+    starts = np.asarray(found.obs)[np.asarray(found.first)]
+    assert len(starts) > 2 * 64 * 60 * chance * 0.7
+    assert len(np.unique(starts, axis=0)) == len(starts)
+    # What a lane shows stays its own until its episode ends.
+    same = np.asarray(found.obs)[:, 1:] == np.asarray(found.obs)[:, :-1]
+    assert np.array_equal(same.all(axis=-1), ~np.asarray(found.last)[:, :-1])
+    assert abs(starts.mean() - 0.5) < 5 * 0.29 / starts.size**0.5
