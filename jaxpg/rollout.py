@@ -300,19 +300,22 @@ def _reset_ended(env: Env, ended, key, env_state, obs):
     """Fresh starts where an episode ended: the k-th lane that ended takes the k-th of a pool.
 
     A start costs more random bits than a step and few lanes end at once, so the pool is a part of the
-    lanes. It is drawn anew at every step, so starts are independent; when more lanes have ended than it
-    holds, every lane draws its own.
+    lanes, or as large as they are when more have ended. It is drawn anew at every step, so starts are
+    independent.
     """
     num_lanes = ended.shape[0]
     size = max(num_lanes // POOL, 1)
-    place = jnp.minimum(jnp.cumsum(ended) - 1, size - 1)
+    place = jnp.maximum(jnp.cumsum(ended) - 1, 0)
 
-    def pooled():
-        pool = _reset(env, key, size)
-        return jax.tree.map(lambda x: x[jnp.maximum(place, 0)], pool)
+    def drawn(count):
+        # A start's key is its place's, so that a larger pool, which another replica may have needed, begins
+        # with the same ones.
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+        pool = jax.vmap(env.reset)(keys)
+        return jax.tree.map(lambda x: x[jnp.minimum(place, count - 1)], pool)
 
     fresh = jax.lax.cond(
-        any_replica(ended.sum()[None] > size), lambda: _reset(env, key, num_lanes), pooled
+        any_replica(ended.sum()[None] > size), lambda: drawn(num_lanes), lambda: drawn(size)
     )
     return jax.tree.map(lambda new, old: _select(ended, new, old), fresh, (env_state, obs))
 

@@ -1,5 +1,7 @@
 """Every trajectory through the slots that training uses, against the recursions that never call them."""
 
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -226,7 +228,8 @@ def test_weights_that_are_no_weights_are_refused():
 def test_weights_of_a_long_episode_stay_in_range():
     """Each step's ratio e^0.5 over 1000 steps overflows as a product; as a share of the batch it does not."""
     log_ratio = jnp.full((1000, 4), 0.5) * jnp.array([1.0, 0.5, -1.0, 1.0])[None, :]
-    weights = importance.self_normalised(importance.prefix)(log_ratio, None, HP)
+    trajectory = SimpleNamespace(mask=jnp.ones_like(log_ratio, bool))
+    weights = importance.self_normalised(importance.prefix)(log_ratio, trajectory, HP)
     np.testing.assert_allclose(weights.step.sum(axis=1), 4.0, rtol=1e-12)
     np.testing.assert_allclose(weights.step[-1], (2.0, 0.0, 0.0, 2.0), atol=1e-12)
     with np.errstate(over="ignore"):
