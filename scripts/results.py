@@ -108,7 +108,7 @@ def _jaxpg(folder: str, *arguments: str) -> None:
 
 def cells(name: str, row: Row) -> list[str]:
     """Of the table's line."""
-    _, target, digits = CASES[name]
+    _, target, digits, _ = CASES[name]
     returns = np.array(row["returns"])
     mean, middle = summarise(returns), robust(returns)
     return [
