@@ -204,7 +204,7 @@ def test_regression_on_scores_is_the_natural_gradient(x64):
     )
     expected = exact.natural_gradient(mdp, logits, 1.0)
     assert np.allclose(np.ravel(found), expected, atol=1e-8)
-    assert enac in (algorithm("enac").policy_optimizer,)
+    assert algorithm("enac").policy_optimizer is enac
 
 
 @pytest.mark.parametrize(
