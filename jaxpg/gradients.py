@@ -14,7 +14,7 @@ from jaxpg.rollout import any_replica
 from jaxpg.types import Array, Carry, Hyperparams, Metrics, Params
 
 # Steps in a block. On a CPU a block's activations should stay in the cache: one pass of a 2x64 network over
-# 2.6e5 steps ran 1.7 times slower in one piece, 1.6 times in blocks of 512. Elsewhere a block only bounds the memory.
+# 2.6e5 steps ran 1.7 times slower in one piece, 1.6 times in blocks of 512. Elsewhere it bounds the memory.
 BLOCK = {"cpu": 128}
 OTHER_BLOCK = 2**18
 
