@@ -7,17 +7,24 @@ import sys
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 LARGEST = 2**30  # bytes
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs in a folder of the user's, unless JAX_COMPILATION_CACHE_DIR names another.
+    """Keeps compiled programs in a folder of the user's, or in that which JAX_COMPILATION_CACHE_DIR names.
 
-    Processes may share it, each waiting for its turn; the entries not used for longest go when it exceeds
-    a gigabyte. Without a folder that can be written nothing is kept.
+    Processes may share it, each waiting for its turn. In its own folder the entries not used for longest go
+    when it exceeds a gigabyte; a named one may hold other programs' entries, so nothing is deleted there.
+    Without a folder that can be written nothing is kept.
     """
-    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or _folder())
+    # By default, only what takes more than a second is kept; a run has many programs that take less.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # jax reads it
+        return
+    folder = _folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _drop_unfinished(folder)
@@ -25,9 +32,8 @@ def use_compilation_cache() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", LARGEST)
-    # By default, only what takes more than a second is kept; a run has many programs that take less.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # Whatever was compiled before has fixed jax's opinion of whether there is a cache.
+    compilation_cache.reset_cache()
 
 
 def _drop_unfinished(folder: Path) -> None:
