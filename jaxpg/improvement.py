@@ -1,5 +1,6 @@
 """Improvement: from an assessed batch to new parameters, in epochs of minibatch steps."""
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from jaxpg.estimators.estimator import Batch
 from jaxpg.gradients import critic_gradient, gradient_of
 from jaxpg.policies import Agent, AgentCarry, AgentParams
 from jaxpg.types import Array, Hyperparams, Key, Metrics, Params
+
+# Lanes of one step that stay together in a minibatch.
+GROUP = 64
 
 
 class Fitted(NamedTuple):
@@ -53,11 +57,12 @@ def improve(
     layout: what a minibatch is made of, "steps" or "lanes".
     """
     if layout == "steps":
-        # Without memory and with a mean over steps, the layout means nothing: one row of T x B lanes.
-        batch = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
-        carry = AgentCarry((), ())
+        # Without memory and with a mean over steps, the layout means nothing.
+        batch, carry = _in_groups(batch, algorithm), AgentCarry((), ())
     policy_optimizer, critic_optimizer = optimizers(algorithm, hyperparams)
-    policy_step = partial(_policy_step, agent.policy, algorithm, policy_optimizer, hyperparams)
+    policy_step = partial(
+        _policy_step, agent.policy, algorithm, layout, policy_optimizer, hyperparams
+    )
     critic_step = partial(_critic_step, agent.critic, critic_optimizer, hyperparams)
 
     def minibatch_step(with_policy, state, minibatch):
@@ -76,13 +81,13 @@ def improve(
         parts = algorithm.num_minibatches if with_policy else algorithm.critic_minibatches
         if parts == 1:
             return minibatch_step(with_policy, state, (batch, carry))
-        num_lanes = batch.advantage.shape[1]
-        order = jax.random.permutation(key, num_lanes).reshape(parts, -1)
+        axis = 0 if layout == "steps" else 1
+        order = jax.random.permutation(key, batch.advantage.shape[axis]).reshape(parts, -1)
 
-        def step(state, lanes):
+        def step(state, places):
             minibatch = (
-                jax.tree.map(lambda x: x[:, lanes], batch),
-                jax.tree.map(lambda x: x[lanes], carry),
+                jax.tree.map(lambda x: jnp.take(x, places, axis), batch),
+                jax.tree.map(lambda x: x[places], carry),
             )
             return minibatch_step(with_policy, state, minibatch)
 
@@ -110,8 +115,24 @@ def improve(
     return state.params, state.opt_state, metrics
 
 
+def _in_groups(batch: Batch, algorithm: Algorithm) -> Batch:
+    """The steps as rows of a few lanes each, [T B / n, n]; an epoch shuffles rows.
+
+    Lanes are independent of each other, so it matters little that those of a row stay together, and on a
+    CPU to sort every step by itself took as long as its gradients.
+    """
+    num_steps, num_lanes = batch.advantage.shape
+    parts = math.lcm(algorithm.num_minibatches, algorithm.critic_minibatches)
+    size = next(
+        n
+        for n in range(min(GROUP, num_lanes), 0, -1)
+        if num_lanes % n == 0 and (num_steps * num_lanes // n) % parts == 0
+    )
+    return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[2:]), batch)
+
+
 def _policy_step(
-    policy, algorithm, optimizer, hyperparams, params, opt_state, moving, batch, carry
+    policy, algorithm, layout, optimizer, hyperparams, params, opt_state, moving, batch, carry
 ):
     ascent, metrics = gradient_of(
         algorithm.estimator, policy, params, carry.policy, batch, hyperparams
@@ -124,7 +145,7 @@ def _policy_step(
         gradient,
         opt_state,
         params,
-        **_landscape(policy, algorithm, params, batch, carry, hyperparams),
+        **_landscape(policy, algorithm, layout, params, batch, carry, hyperparams),
     )
     new_params = optax.apply_updates(params, updates)
     if algorithm.num_epochs * algorithm.num_minibatches == 1:
@@ -142,15 +163,16 @@ def _critic_step(critic, optimizer, hyperparams, params, opt_state, batch, carry
     return optax.apply_updates(params, updates), opt_state, {"critic_loss": value}
 
 
-def _landscape(policy, algorithm, params, batch, carry, hyperparams):
+def _landscape(policy, algorithm, layout, params, batch, carry, hyperparams):
     """What the natural gradient's transformations ask for; costs nothing where they do not ask."""
     part = batch, carry
     if algorithm.fisher_samples:
-        num_lanes = batch.advantage.shape[1]
+        if layout == "steps":
+            part = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch), carry
+        num_lanes, count = part[0].advantage.shape[1], algorithm.fisher_samples
         # Spread over the batch: neighbouring lanes may be steps of one episode.
-        lanes = [i * num_lanes // algorithm.fisher_samples for i in range(algorithm.fisher_samples)]
-        lanes = jnp.array(lanes)
-        part = jax.tree.map(lambda x: x[:, lanes], batch), jax.tree.map(lambda x: x[lanes], carry)
+        lanes = jnp.array([i * num_lanes // count for i in range(count)])
+        part = jax.tree.map(lambda x: x[:, lanes], part[0]), jax.tree.map(lambda x: x[lanes], carry)
     trajectory = batch.trajectory
 
     def episode_log_probs(params):

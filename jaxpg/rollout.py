@@ -3,6 +3,7 @@
 Every reset of every environment suite happens in this file.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ BLOCK = 32
 
 
 # A pool of fresh starts holds one for so many lanes of a stream.
-POOL = 16
+POOL = 8
 # Steps that a feed-forward critic judges at once after a rollout: on a CPU more would leave the cache.
 JUDGED = {"cpu": 2048}
 
@@ -69,13 +70,15 @@ def episodes(
     env_state, obs = _reset(env, k_reset, num_episodes)
     carry = initial_carry(agent, num_episodes)
     alive = jnp.ones(num_episodes, bool)
+    keys, noise_of = _keys(k_steps, num_blocks * block), _noise_of(agent, params.policy, obs)
 
-    def step(state, t):
+    def step(state, inputs):
+        t, key, noise = inputs
         env_state, obs, policy_carry, alive, open_ = state
         action, log_prob, policy_carry = _act(
-            agent, params.policy, policy_carry, obs, t == 0, k_steps, t
+            agent, params.policy, policy_carry, obs, t == 0, noise
         )
-        env_state, result = _step(env, k_steps, t, env_state, action)
+        env_state, result = _step(env, key, env_state, action)
         last = alive & (result.terminated | result.truncated | (t == num_steps - 1))
         row = (
             # Also the successor of an episode's last step, whose value a critic may be asked for.
@@ -89,9 +92,15 @@ def episodes(
         )
         return (env_state, result.obs, policy_carry, alive & ~last, alive), row
 
+    def inputs(index):
+        part = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, index * block, block, 0), keys
+        )
+        return index * block + jnp.arange(block), part.step, noise_of(part.action)
+
     def run_block(state):
         loop, index, rows = state
-        loop, new = jax.lax.scan(step, loop, index * block + jnp.arange(block))
+        loop, new = jax.lax.scan(step, loop, inputs(index))
         rows = jax.tree.map(
             lambda all_, x: jax.lax.dynamic_update_slice_in_dim(all_, x, index * block, 0),
             rows,
@@ -100,7 +109,7 @@ def episodes(
         return loop, index + 1, rows
 
     loop = (env_state, obs, carry.policy, alive, alive)
-    shapes = jax.eval_shape(lambda loop: jax.lax.scan(step, loop, jnp.arange(block))[1], loop)
+    shapes = jax.eval_shape(lambda loop: jax.lax.scan(step, loop, inputs(0))[1], loop)
     total = num_blocks * block
     rows = jax.tree.map(lambda x: jnp.zeros((total, *x.shape[1:]), x.dtype), shapes)
     loop, index, rows = jax.lax.while_loop(
@@ -151,6 +160,9 @@ def unroll(
     critic = agent.critic
     # Without memory it can wait: one pass over all steps is cheaper than a small one in each.
     waits = critic is not None and not jax.tree.leaves(state.carry.critic)
+    keys = _keys(key, num_steps)
+    noise = _noise_of(agent, params.policy, state.obs)(keys.action)
+    pools = jax.vmap(partial(_pool, env, size=max(num_envs // POOL, 1)))(keys.reset)
 
     def value_of(carry, obs, first):
         if critic is None:
@@ -158,16 +170,15 @@ def unroll(
         carry, value = critic.apply(params.critic, carry, obs[None], first[None])
         return carry, value[0]
 
-    def step(state, t):
+    def step(state, inputs):
+        key, noise, pool = inputs
         env_state, obs, first, carry, episode_return, episode_length = state
-        action, log_prob, policy_carry = _act(
-            agent, params.policy, carry.policy, obs, first, key, t
-        )
+        action, log_prob, policy_carry = _act(agent, params.policy, carry.policy, obs, first, noise)
         value = jnp.zeros_like(episode_return)
         critic_carry = carry.critic
         if not waits:
             critic_carry, value = value_of(carry.critic, obs, first)
-        env_state, result = _step(env, key, t, env_state, action)
+        env_state, result = _step(env, key.step, env_state, action)
         last = result.terminated | result.truncated
         episode_return = episode_return + result.reward
         episode_length = episode_length + 1
@@ -185,7 +196,7 @@ def unroll(
         )
         env_state, next_obs = jax.lax.cond(
             any_replica(last),
-            lambda: _reset_ended(env, last, _key(key, t, 2), env_state, result.obs),
+            lambda: _reset_ended(env, last, pool, key.reset, env_state, result.obs),
             lambda: (env_state, result.obs),
         )
         row = Trajectory(
@@ -210,7 +221,7 @@ def unroll(
         )
         return after, (row, ended)
 
-    state, (trajectory, ended) = jax.lax.scan(step, state, jnp.arange(num_steps))
+    state, (trajectory, ended) = jax.lax.scan(step, state, (keys, noise, pools))
     if critic is not None and waits:
         trajectory = trajectory._replace(value=_judged(critic, params.critic, trajectory))
     # Unless the episode ended, the successor's value is the next row's.
@@ -239,11 +250,14 @@ def evaluate(
     carry = initial_carry(agent, num_episodes).policy
     returns = jnp.zeros(num_episodes, jnp.result_type(float))
     alive = jnp.ones(num_episodes, bool)
+    noise_of = _noise_of(agent, params.policy, obs)
 
     def step(state):
         t, env_state, obs, carry, alive, returns = state
-        action, _, carry = _act(agent, params.policy, carry, obs, t == 0, k_steps, t, greedy)
-        env_state, result = _step(env, k_steps, t, env_state, action)
+        key = StepKeys(*(jax.random.fold_in(k_steps, 3 * t + use) for use in range(3)))
+        noise = jax.tree.map(lambda x: x[0], noise_of(key.action[None]))
+        action, _, carry = _act(agent, params.policy, carry, obs, t == 0, noise, greedy)
+        env_state, result = _step(env, key.step, env_state, action)
         returns = returns + _where(alive, result.reward)
         alive = alive & ~(result.terminated | result.truncated)
         return t + 1, env_state, result.obs, carry, alive, returns
@@ -273,49 +287,73 @@ def _judged(critic: Network, params: Params, trajectory: Trajectory) -> Array:
     return jax.lax.map(judge, blocks).reshape(num_steps, num_envs)
 
 
-def _act(agent: Agent, params: Params, carry, obs, first, key, t, greedy=False):
+class StepKeys(NamedTuple):
+    action: Key
+    step: Key
+    reset: Key
+
+
+def _keys(key: Key, num_steps: int) -> StepKeys:
+    """[T] each."""
+    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(3 * num_steps))
+    return StepKeys(*keys.reshape(num_steps, 3).T)
+
+
+def _noise_of(agent: Agent, params: Params, obs):
+    """keys [T] -> the noise of actions [T, B, ...]; a distribution that has only `sample` gets the keys."""
+
+    def distribution(carry, obs):
+        first = jnp.zeros((1, obs.shape[0]), bool)
+        _, found = agent.policy.apply(params, carry, obs[None], first)
+        return jax.tree.map(lambda x: x[0], found)
+
+    carry = jax.eval_shape(lambda: initial_carry(agent, obs.shape[0]).policy)
+    noise = getattr(jax.eval_shape(distribution, carry, obs), "noise", None)
+    return jax.vmap(noise) if noise else lambda keys: keys
+
+
+def _act(agent: Agent, params: Params, carry, obs, first, noise, greedy=False):
     first = jnp.broadcast_to(first, obs.shape[:1])
     carry, distribution = agent.policy.apply(params, carry, obs[None], first[None])
     distribution = jax.tree.map(lambda x: x[0], distribution)
-    action = distribution.mode() if greedy else distribution.sample(_key(key, t, 0))
+    draw = getattr(distribution, "draw", distribution.sample)
+    action = distribution.mode() if greedy else draw(noise)
     return action, distribution.log_prob(action), carry
 
 
-def _step(env: Env, key, t, env_state, action):
+def _step(env: Env, key, env_state, action):
     # XLA drops the split where the environment does not read its key.
-    keys = jax.random.split(_key(key, t, 1), action.shape[0])
+    keys = jax.random.split(key, action.shape[0])
     return jax.vmap(env.step)(keys, env_state, action)
-
-
-def _key(key, t, use):
-    """The key of one use at one step: 0 for the action, 1 for the transition, 2 for the reset."""
-    return jax.random.fold_in(key, 3 * t + use)
 
 
 def _reset(env: Env, key, num_lanes):
     return jax.vmap(env.reset)(jax.random.split(key, num_lanes))
 
 
-def _reset_ended(env: Env, ended, key, env_state, obs):
+def _pool(env: Env, key, size):
+    """So many starts; each has the key of its place, so a larger pool begins with the same ones."""
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(size))
+    return jax.vmap(env.reset)(keys)
+
+
+def _reset_ended(env: Env, ended, pool, key, env_state, obs):
     """Fresh starts where an episode ended: the k-th lane that ended takes the k-th of a pool.
 
-    A start costs more random bits than a step and few lanes end at once, so the pool is a part of the
-    lanes, or as large as they are when more have ended. It is drawn anew at every step, so starts are
-    independent.
+    A start costs more random bits than a step and few lanes end at once, so a step's pool is a part of the
+    lanes; where more have ended, the key draws as many as there are lanes. Every step has a pool of its own,
+    so starts are independent.
     """
-    num_lanes = ended.shape[0]
-    size = max(num_lanes // POOL, 1)
+    num_lanes, size = ended.shape[0], jax.tree.leaves(pool)[0].shape[0]
     place = jnp.maximum(jnp.cumsum(ended) - 1, 0)
 
-    def drawn(count):
-        # A start's key is its place's, so that a larger pool, which another replica may have needed, begins
-        # with the same ones.
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
-        pool = jax.vmap(env.reset)(keys)
-        return jax.tree.map(lambda x: x[jnp.minimum(place, count - 1)], pool)
+    def placed(pool, size):
+        return jax.tree.map(lambda x: x[jnp.minimum(place, size - 1)], pool)
 
     fresh = jax.lax.cond(
-        any_replica(ended.sum()[None] > size), lambda: drawn(num_lanes), lambda: drawn(size)
+        any_replica(ended.sum()[None] > size),
+        lambda: placed(_pool(env, key, num_lanes), num_lanes),
+        lambda: placed(pool, size),
     )
     return jax.tree.map(lambda new, old: _select(ended, new, old), fresh, (env_state, obs))
 

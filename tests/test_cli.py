@@ -87,7 +87,7 @@ def test_a_grid_of_seeds_is_trained_and_every_file_written(tmp_path):
     assert sorted(kernels.values()) == [(4, 4, 8), (4, 4, 8), (4, 8, 1), (4, 8, 2)]
     # A seed starts alike at every point of the grid, and its six updates then differ.
     apart = np.abs(body[0] - body[2]).max()
-    assert 0 < apart < 0.1 < np.abs(body[0] - body[1]).max()
+    assert 0 < 5 * apart < np.abs(body[0] - body[1]).max()
 
     assert "learning_rate" in done.stdout
     assert "compiled in" in done.stdout

@@ -2,6 +2,9 @@
 
 They travel through scan, vmap and jit as arrays, and the code that uses them does not ask which one
 it has: so, unlike everything else here, they are NamedTuples with methods.
+
+noise(key) depends on shapes alone, so a rollout draws that of many steps at once: random bits for one
+step at a time cost a CPU more than the network.
 """
 
 from typing import NamedTuple, Union
@@ -20,14 +23,21 @@ class Categorical(NamedTuple):
 
     logits: Array  # [..., A]
 
-    def sample(self, key: Key) -> Array:
+    def noise(self, key: Key) -> Array:
+        """Uniform in [0, 1), shape [...]."""
+        return jax.random.uniform(key, self.logits.shape[:-1], self.logits.dtype)
+
+    def draw(self, noise: Array) -> Array:
         """By inversion of the distribution function: one uniform per draw, not one per action."""
         cdf = jnp.cumsum(jax.nn.softmax(self.logits), axis=-1)
-        uniform = jax.random.uniform(key, cdf.shape[:-1], cdf.dtype)
         # Scaled by the last entry, which rounding may leave beside 1: an action of probability 0 is
         # then never drawn.
-        threshold = (uniform * cdf[..., -1])[..., None]
+        threshold = (noise * cdf[..., -1])[..., None]
         return jnp.sum(threshold >= cdf[..., :-1], axis=-1, dtype=jnp.int32)
+
+    def sample(self, key: Key) -> Array:
+        """An action."""
+        return self.draw(self.noise(key))
 
     def log_prob(self, action: Array) -> Array:
         """log softmax(logits)_a, shape [...]."""
@@ -55,9 +65,17 @@ class MultiCategorical(NamedTuple):
 
     logits: Array  # [..., D, max A]
 
-    def sample(self, key: Key) -> Array:
+    def noise(self, key: Key) -> Array:
+        """Uniform in [0, 1), shape [..., D]."""
+        return Categorical(self.logits).noise(key)
+
+    def draw(self, noise: Array) -> Array:
         """Shape [..., D]."""
-        return Categorical(self.logits).sample(key)
+        return Categorical(self.logits).draw(noise)
+
+    def sample(self, key: Key) -> Array:
+        """An action."""
+        return self.draw(self.noise(key))
 
     def log_prob(self, action: Array) -> Array:
         """sum_d log p_d(a_d), shape [...]."""
@@ -82,10 +100,17 @@ class Gaussian(NamedTuple):
     mean: Array  # [..., D]
     log_std: Array  # [..., D]
 
-    def sample(self, key: Key) -> Array:
-        """mean + std * standard normal."""
-        noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
+    def noise(self, key: Key) -> Array:
+        """Standard normal, shape [..., D]."""
+        return jax.random.normal(key, self.mean.shape, self.mean.dtype)
+
+    def draw(self, noise: Array) -> Array:
+        """mean + std * noise."""
         return self.mean + jnp.exp(self.log_std) * noise
+
+    def sample(self, key: Key) -> Array:
+        """An action."""
+        return self.draw(self.noise(key))
 
     def log_prob(self, action: Array) -> Array:
         """-sum_d [ (a-mean)^2/(2 std^2) + log std + log(2 pi)/2 ]; d/dlog std is ((a-mean)/std)^2 - 1."""
