@@ -86,7 +86,7 @@ def improve(
 
         def step(state, places):
             minibatch = (
-                jax.tree.map(lambda x: jnp.take(x, places, axis), batch),
+                jax.tree.map(lambda x: jnp.take(x, places, axis, mode="clip"), batch),
                 jax.tree.map(lambda x: x[places], carry),
             )
             return minibatch_step(with_policy, state, minibatch)
