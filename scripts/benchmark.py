@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -274,14 +275,14 @@ def _recording(parent: Path, repeats: int, updates: int) -> list[Row]:
     ]
 
 
-def training(repeats: int, quick: bool) -> list[Row]:
+def training(repeats: int, quick: bool) -> Iterator[Row]:
     """See benchmark_training.py."""
     from benchmark_training import training
 
     return training(repeats, quick)
 
 
-def peers(repeats: int, quick: bool) -> list[Row]:
+def peers(repeats: int, quick: bool) -> Iterator[Row]:
     """See benchmark_training.py. Makes the peers' environments, so only when asked for."""
     from benchmark_training import peers
 

@@ -8,7 +8,7 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,9 +126,8 @@ def report(name: str, found: Row, steps: float, base: Row | None = None) -> Row:
     return row
 
 
-def training(repeats: int, quick: bool) -> list[Row]:
+def training(repeats: int, quick: bool) -> Iterator[Row]:
     """Rollout, REINFORCE in large batches, PPO in the peers' setting, many agents, MinAtar."""
-    rows: list[Row] = []
     env = from_gymnax("CartPole-v1")
     agent = actor_critic(env, hidden=(64, 64))
     params = init_params(agent, jax.random.key(0))
@@ -137,8 +136,8 @@ def training(repeats: int, quick: bool) -> list[Row]:
         run = partial(unroll, env, agent, num_steps=STEPS)
         found = measured(run, params, state, jax.random.key(1), repeats=repeats)
         base = floor(env, agent, params, lanes, 0, repeats)
-        rows.append(report(f"rollout with critic, {lanes} lanes", found, lanes * STEPS, base))
-    rows += _reinforce(env, agent, repeats, (100,) if quick else (10**3, 10**4, 10**5))
+        yield report(f"rollout with critic, {lanes} lanes", found, lanes * STEPS, base)
+    yield from _reinforce(env, agent, repeats, (100,) if quick else (10**3, 10**4, 10**5))
     for lanes in (4, 64) if quick else (4, 64, 1024, 4096):
         updates = max(2, min(100, 2**17 // (lanes * STEPS)))
         row = algorithm("ppo")._replace(num_minibatches=4)
@@ -146,29 +145,27 @@ def training(repeats: int, quick: bool) -> list[Row]:
         found = measured(run, state, numbers(1e-3, entropy_coef=0.01), repeats=repeats)
         # Four epochs of policy and critic: eight passes over every step.
         base = floor(env, agent, params, lanes, 8, repeats)
-        rows.append(report(f"PPO 4x4, {lanes} environments", found, lanes * STEPS * updates, base))
-    rows.append(_agents(env, agent, 8 if quick else 64, repeats))
+        yield report(f"PPO 4x4, {lanes} environments", found, lanes * STEPS * updates, base)
+    yield _agents(env, agent, 8 if quick else 64, repeats)
     if not quick:
-        rows.append(_breakout(repeats))
-    return rows
+        yield _breakout(repeats)
 
 
-def _reinforce(env, agent, repeats, counts) -> list[Row]:
+def _reinforce(env, agent, repeats, counts) -> Iterator[Row]:
     """One gradient per rollout, at the length of episodes that a half-trained policy has."""
     bare = agent._replace(critic=None)
     row = algorithm("reinforce_baseline")
     warm, state = trained(row, env, bare, 64, None, 40)
     state, metrics = jax.jit(warm)(state, numbers(1e-2))
     length = float(metrics["episode_length"][-1])
-    base, rows = floor(env, bare, state.params, 1024, 1, repeats), []
+    base = floor(env, bare, state.params, 1024, 1, repeats)
     for count in counts:
         run, fresh = trained(row, env, bare, count, None, 1)
         start = fresh._replace(params=state.params)
         found = measured(run, start, numbers(0.0), repeats=repeats)
         steps = int(found["out"][1]["env_steps"].sum())
         name = f"REINFORCE, {count:,} episodes of {length:.0f} steps per update"
-        rows.append(report(name, found, steps, base))
-    return rows
+        yield report(name, found, steps, base)
 
 
 def _agents(env, agent, count, repeats) -> Row:
@@ -188,18 +185,16 @@ def _breakout(repeats) -> Row:
     return report("PPO 4x4 on MinAtar Breakout, 64 environments", found, 64 * STEPS * 5)
 
 
-def peers(repeats: int, quick: bool) -> list[Row]:
+def peers(repeats: int, quick: bool) -> Iterator[Row]:
     """PPO in one setting against peers, each run in a process of its own, in alternation."""
-    rows = []
     for lanes in (64,) if quick else (4, 64, 1024):
         updates = max(4, (2**15 if quick else 10**6) // (lanes * STEPS))
         for name in PEERS:
             python = peer_environment(name)
             if python is None:
-                rows.append({"case": f"{name} could not be installed"})
+                yield {"case": f"{name} could not be installed"}
                 continue
-            rows.append(_against(name, python, lanes, updates, repeats))
-    return rows
+            yield _against(name, python, lanes, updates, repeats)
 
 
 def _against(name, python, lanes, updates, repeats) -> Row:
