@@ -31,6 +31,7 @@ from jaxpg.lab.experiments.frame import (
 )
 from jaxpg.lab.experiments.pairs import intervals
 from jaxpg.lab.experiments.training import Curves, best_objective, learner, objective_of
+from jaxpg.lab.samples import gradient_samples
 from jaxpg.lab.streaming import Estimate
 from jaxpg.lab.worlds import REGULATOR, World, has_exact, regulator_world
 from jaxpg.optimizers import sgd
@@ -60,7 +61,10 @@ class Fit(NamedTuple):
 def large_batch(settings: Settings, progress: Progress) -> Result:
     """SGD to a target J over batch size x learning rate: updates against trajectories, and the best rate."""
     world = curved_world(settings.gamma) if _curved(settings) else world_of(settings)
-    rows, target = train_to_target(world, grid_of(settings), settings, progress)
+    grid = grid_of(settings)
+    if not has_exact(world):
+        grid = grid._replace(rates=grid.rates * _smallest_step(world, key_of(settings)))
+    rows, target = train_to_target(world, grid, settings, progress)
     fronts = [r for r in rows if r["quantity"] == "updates_at_best_rate"]
     found = fitted(fronts)
     summary = {
@@ -187,12 +191,27 @@ def _knee(size, values, sign, bounds, knees) -> tuple[float, float]:
     return float(np.exp(found[0])), float(np.exp(found[1]))
 
 
+def _smallest_step(world: World, key) -> float:
+    """A learning rate with which one trajectory moves the parameters by 1/32, whatever the rewards' size."""
+    estimator = form("rtg", world).estimator
+    assert estimator is not None
+    rows = gradient_samples(
+        world.env, world.policy, estimator, world.params, key, 64, Hyperparams(gamma=world.gamma)
+    )
+    return 1 / 32 / float(np.sqrt((np.asarray(rows) ** 2).sum(axis=1).mean()))
+
+
 def _target(world: World, scores, fraction) -> float:
     if has_exact(world):
         start = float(scores[0, 0, 0])
         return start + fraction * (best_objective(world) - start)
     start = np.nanmean(scores[..., 0])
     best = np.nanmax(np.nanmean(scores[..., -5:], axis=(1, 2)))
+    if not best > start:
+        raise ValueError(
+            f"no learning rate tried on {world.name} improves on the start, a return of {start:.4g}; "
+            "begin with an earlier checkpoint"
+        )
     return float(start + fraction * (best - start))
 
 
