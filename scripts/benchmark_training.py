@@ -5,8 +5,11 @@ transition, the policy's forward pass and one draw, and one gradient pass in blo
 """
 
 import json
+import os
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -195,6 +198,81 @@ def peers(repeats: int, quick: bool) -> Iterator[Row]:
                 yield {"case": f"{name} could not be installed"}
                 continue
             yield _against(name, python, lanes, updates, repeats)
+    yield from _from_cold(1 if quick else repeats)
+
+
+SEEDS, ENOUGH = 8, 475  # agents and the return that each is to reach
+BUDGETS = (100_000, 150_000, 200_000, 300_000, 400_000, 600_000)  # steps per agent, for a peer
+
+
+def _from_cold(repeats: int) -> Iterator[Row]:
+    """Whole processes from start to the returns of 8 seeds, all at 475, in alternation.
+
+    jaxpg: the default command, which also fills a run's folder. A peer: its own setting for CartPole, the
+    smallest of BUDGETS at which all its seeds arrive, which a user would have to know; training and one
+    evaluation only.
+    """
+    with tempfile.TemporaryDirectory() as parent:
+        folder, found = Path(parent), {}
+        for seed in range(repeats):
+            for cache in ("empty", "full"):
+                arguments = f"train CartPole-v1 --seed {seed} --quiet --run {folder}/{cache}{seed}"
+                command = [sys.executable, "-m", "jaxpg", *arguments.split()]
+                seconds = _process(command, folder / f"jaxpg{seed}")[0]
+                run = folder / f"{cache}{seed}"
+                returns = json.loads((run / "evaluation.json").read_text())["mean_return"]
+                arrived = sum(value >= ENOUGH for value in returns)
+                last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+                row = (seconds, arrived, last["env_steps"][0])
+                found.setdefault(("jaxpg", cache), []).append(row)
+            for name in PEERS:
+                python = peer_environment(name)
+                # stable-baselines3 takes minutes, and is too far off for its ratio to need more runs.
+                if python is not None and not (name == "sb3" and seed):
+                    for cache, row in _peer_from_cold(name, python, folder, seed):
+                        found.setdefault((name, cache), []).append(row)
+    own = {
+        cache: statistics.median(r[0] for r in found["jaxpg", cache]) for cache in ("empty", "full")
+    }
+    for (name, cache), rows in found.items():
+        seconds, arrived, steps = (list(column) for column in zip(*rows, strict=True))
+        yield {
+            "case": f"{SEEDS} seeds at {ENOUGH} from a cold process: {name}, {cache} cache",
+            "seconds": statistics.median(seconds),
+            "lowest": min(seconds),
+            "highest": max(seconds),
+            "seeds_arrived": statistics.mean(arrived),
+            "steps_per_seed": statistics.mean(steps),
+            "of_jaxpg_empty": statistics.median(seconds) / own["empty"],
+            "of_jaxpg_full": statistics.median(seconds) / own["full"],
+        }
+
+
+def _peer_from_cold(name: str, python: str, folder: Path, seed: int) -> Iterator[tuple[str, tuple]]:
+    script = str(Path(__file__).with_name("peers.py"))
+    for steps in BUDGETS:
+        command = [python, script, f"{name}-seeds", str(SEEDS), str(steps), str(seed)]
+        cache = folder / f"{name}{seed}-{steps}"
+        seconds, out = _process(command, cache)
+        arrived = sum(value >= ENOUGH for value in json.loads(out.splitlines()[-1])["returns"])
+        if arrived == SEEDS or steps == BUDGETS[-1]:
+            yield "empty", (seconds, arrived, steps)
+            if name == "rejax":
+                yield "full", (_process(command, cache)[0], arrived, steps)
+            return
+
+
+def _process(command: list[str], cache: Path) -> tuple[float, str]:
+    """Seconds and output of a whole process with its own compilation cache."""
+    variables = {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    started = time.perf_counter()
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | variables
+    )
+    return time.perf_counter() - started, done.stdout
 
 
 def _against(name, python, lanes, updates, repeats) -> Row:
@@ -239,7 +317,6 @@ def _own(lanes, updates) -> Row:
 
 def peer_environment(name: str) -> str | None:
     """The interpreter of the peer's own environment, made at first use; None where it cannot be."""
-    import sys
     import venv
 
     folder = Path(__file__).resolve().parent.parent / f".venv-{name}"

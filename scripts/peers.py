@@ -1,6 +1,8 @@
 """PPO of a peer, measured like jaxpg's own: run by scripts/benchmark --peers in an environment of its own.
 
-python peers.py rejax|sb3 NUM_ENVS UPDATES REPEATS prints one line of JSON.
+Each prints one line of JSON:
+python peers.py rejax|sb3 NUM_ENVS UPDATES REPEATS          speed in one setting
+python peers.py rejax-seeds|sb3-seeds SEEDS STEPS SEED      returns in its own setting
 """
 
 import json
@@ -70,6 +72,80 @@ def sb3(num_envs: int, updates: int, repeats: int) -> dict:
     return {"compile_seconds": 0.0, "seconds": seconds, "return": float(mean)}
 
 
+def rejax_seeds(seeds: int, steps: int, seed: int) -> dict:
+    """The setting of rejax's configs/gymnax/cartpole.yaml, all seeds in one program, one evaluation."""
+    import jax
+    from rejax import get_algo
+    from rejax.evaluate import evaluate
+
+    algo = get_algo("ppo").create(
+        env="CartPole-v1",
+        agent_kwargs={"activation": "tanh"},
+        num_envs=5,
+        num_steps=100,
+        num_epochs=5,
+        num_minibatches=5,
+        learning_rate=0.00075,
+        max_grad_norm=0.5,
+        total_timesteps=steps,
+        eval_freq=steps,
+        gamma=0.99,
+        gae_lambda=0.95,
+        clip_eps=0.2,
+        ent_coef=0.01,
+        vf_coef=0.5,
+    )
+
+    def learn(key):
+        step = lambda state, _: (algo.train_iteration(state), None)  # noqa: E731
+        state = jax.lax.scan(step, algo.init_state(key), length=steps // 500)[0]
+        act = algo.make_act(state)
+        return evaluate(act, jax.random.fold_in(key, 1), algo.env, algo.env_params, EVALUATION)[1]
+
+    returns = jax.jit(jax.vmap(learn))(jax.random.split(jax.random.key(seed), seeds))
+    return {"returns": returns.mean(1).tolist()}
+
+
+def sb3_seed(seed: int, steps: int) -> float:
+    """The setting of the peer's own tuned hyperparameters for CartPole-v1."""
+    import torch
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.evaluation import evaluate_policy
+
+    torch.set_num_threads(1)
+    model = PPO(
+        "MlpPolicy",
+        make_vec_env("CartPole-v1", 8, seed=seed),
+        n_steps=32,
+        batch_size=256,
+        gae_lambda=0.8,
+        gamma=0.98,
+        n_epochs=20,
+        ent_coef=0.0,
+        learning_rate=lambda left: 1e-3 * left,
+        clip_range=lambda left: 0.2 * left,
+        seed=seed,
+        device="cpu",
+    )
+    model.learn(steps)
+    envs = make_vec_env("CartPole-v1", 8, seed=seed + 10**6)
+    return float(evaluate_policy(model, envs, n_eval_episodes=EVALUATION)[0])
+
+
+def sb3_seeds(seeds: int, steps: int, seed: int) -> dict:
+    """One process on each core, each with one thread."""
+    import multiprocessing
+    import os
+
+    first = 1000 * seed
+    jobs = [(first + i, steps) for i in range(seeds)]
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        return {"returns": pool.starmap(sb3_seed, jobs, chunksize=1)}
+
+
+MODES = {"rejax": rejax, "sb3": sb3, "rejax-seeds": rejax_seeds, "sb3-seeds": sb3_seeds}
+
 if __name__ == "__main__":
     name, *numbers = sys.argv[1:]
-    print(json.dumps({"rejax": rejax, "sb3": sb3}[name](*map(int, numbers))))
+    print(json.dumps(MODES[name](*map(int, numbers))))

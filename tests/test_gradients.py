@@ -1,4 +1,4 @@
-"""The gradient in blocks is the gradient of the whole."""
+"""The gradient in blocks is the gradient of the whole, and so are those of an epoch's minibatches."""
 
 from functools import partial
 
@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 from jaxpg import Hyperparams, episodes
+from jaxpg.algorithms import Algorithm
 from jaxpg.envs import from_gymnax
 from jaxpg.estimators import Estimator, assess, baselines, credit, surrogates
 from jaxpg.estimators.estimator import Batch
 from jaxpg.gradients import divisor, gradient_of
-from jaxpg.policies import Agent, AgentParams, mlp
+from jaxpg.improvement import improve, optimizers
+from jaxpg.optimizers import sgd
+from jaxpg.policies import Agent, AgentCarry, AgentParams, mlp
 
 SURROGATES = {
     "score": surrogates.score,
@@ -94,3 +97,25 @@ def test_reductions_that_are_no_sums_stay_whole(x64):
 )
 def test_blocks_aredivisors_of_a_fair_size(total, wanted, size):
     assert divisor(total, wanted) == size
+
+
+@pytest.mark.parametrize(("layout", "parts"), [("steps", 16), ("lanes", 5)])
+def test_an_epoch_uses_every_step_once(layout, parts, x64):
+    """With a vanishing rate, SGD's minibatch steps add up to the gradient of the whole batch."""
+    policy, params, trajectory = data(30)
+    # Minibatches of equal weight.
+    trajectory = trajectory._replace(mask=jnp.ones_like(trajectory.mask))
+    estimator = Estimator(surrogate=surrogates.ratio, reduce=surrogates.per_step)
+    row = Algorithm(estimator, policy_optimizer=sgd, num_minibatches=parts, episodic=False)
+    numbers = Hyperparams(learning_rate=1e-8, max_grad_norm=1e9)
+    batch = assess(estimator, trajectory, trajectory.log_prob, numbers)
+    start, carry = AgentParams(params, ()), AgentCarry((), ())
+    optimizer, _ = optimizers(row, numbers)
+    after, *_ = improve(
+        Agent(policy), row, layout, start, (optimizer.init(params), ()), batch, carry, numbers,
+        jax.random.key(3),
+    )  # fmt: skip
+    whole, _ = gradient_of(estimator, policy, params, (), batch, numbers)
+    moved = jax.tree.map(lambda a, b: (a - b) / (parts * 1e-8), after.policy, params)
+    for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(whole), strict=True):
+        assert np.allclose(a, b, rtol=1e-5, atol=1e-6)

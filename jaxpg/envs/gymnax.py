@@ -2,7 +2,13 @@
 
 import difflib
 import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
+from importlib import import_module
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +17,9 @@ import numpy as np
 from jaxpg.envs.env import Env
 from jaxpg.envs.spaces import Box, Discrete, Space
 from jaxpg.types import TimeStep
+
+# Importing these takes gymnax nearly two seconds.
+_DRAWING = ("matplotlib", "matplotlib.pyplot", "matplotlib.colors", "seaborn")
 
 
 def from_gymnax(environment, params=None, **settings) -> Env:
@@ -56,8 +65,7 @@ def from_gymnax(environment, params=None, **settings) -> Env:
 
 
 def _make(name, settings):
-    import gymnax  # takes seconds, so only when an environment of its is made
-
+    gymnax = _gymnax()  # takes a second, so only when an environment of its is made
     if name not in gymnax.registered_envs:
         near = difflib.get_close_matches(name, gymnax.registered_envs, n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(near)}?" if near else "see jaxpg.envs.gymnax_names()"
@@ -76,9 +84,7 @@ def _make(name, settings):
 
 def gymnax_names() -> list[str]:
     """The names of all registered gymnax environments."""
-    import gymnax
-
-    return list(gymnax.registered_envs)
+    return list(_gymnax().registered_envs)
 
 
 def _space(space, name) -> Space:
@@ -108,3 +114,41 @@ def _clipped(action, space):
 
 def _strong(x):
     return jnp.asarray(x, jnp.asarray(x).dtype)
+
+
+class _Later(ModuleType):
+    """Stands for a module, which is imported when something of it is first asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what the import system asks
+            raise AttributeError(name)
+        return getattr(import_module(self.__name__), name)
+
+
+def _gymnax() -> Any:
+    """The package, imported at the first call, without what its environments draw pictures with."""
+    if "gymnax" not in sys.modules:
+        # A version that needs more of them at once is imported as it is.
+        with _drawing_later(), suppress(ImportError):
+            import_module("gymnax")
+    return import_module("gymnax")
+
+
+@contextmanager
+def _drawing_later() -> Iterator[None]:
+    """Only what is imported inside gets the stand-ins; sys.modules is then as it was."""
+    if "matplotlib" in sys.modules:
+        yield
+        return
+    later = {name: _Later(name) for name in _DRAWING if name not in sys.modules}
+    for name, module in later.items():
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(later[parent], child, module)
+    sys.modules.update(later)
+    try:
+        yield
+    finally:
+        for name, module in later.items():
+            if sys.modules.get(name) is module:
+                del sys.modules[name]

@@ -61,7 +61,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("*", "a2c"): _A2C,
     ("*", "impala"): _A2C,
     # A pole falls within some ten steps of a mistake, so credit need not reach far.
-    ("CartPole-v1", "ppo"): {"gamma": 0.98, "lambda_": 0.8},
+    ("CartPole-v1", "ppo"): {"updates": 100, "gamma": 0.98, "lambda_": 0.8},
     # At 1e-2, one seed in twenty falls back just before the schedule ends, and stays there.
     ("CartPole-v1", "vpg"): {
         "updates": 480,

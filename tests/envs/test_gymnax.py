@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import gymnax
 import jax
 import jax.numpy as jnp
@@ -106,3 +109,26 @@ def test_a_data_set_that_cannot_be_fetched_is_said(monkeypatch):
     monkeypatch.setattr(gymnax, "make", offline)
     with pytest.raises(ValueError, match="MNISTBandit-bsuite needs a data set"):
         from_gymnax(OFFLINE)
+
+
+DRAWS = """
+import sys
+from jaxpg.envs import from_gymnax
+from_gymnax("CartPole-v1")
+drawing = {"matplotlib", "matplotlib.pyplot", "matplotlib.colors", "seaborn", "pandas"}
+assert not drawing & set(sys.modules), drawing & set(sys.modules)
+import gymnax, jax, matplotlib
+matplotlib.use("agg")
+for name in ("Catch-bsuite", "Pong-misc"):
+    env, params = gymnax.make(name)
+    _, state = env.reset(jax.random.key(0), params)
+    env.render(state, params)
+assert drawing <= set(sys.modules)
+from matplotlib import pyplot
+assert len(pyplot.get_fignums()) == 2
+"""
+
+
+def test_libraries_of_pictures_are_imported_when_one_is_drawn():
+    done = subprocess.run([sys.executable, "-c", DRAWS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -4,15 +4,16 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpg.envs import Lqr
+from jaxpg.envs import Lqr, from_gymnax
 from jaxpg.estimators import Estimator, baselines, credit, importance
 from jaxpg.lab import gradient_samples, gradient_statistics
 from jaxpg.lab.exact import lqr
 from jaxpg.lab.experiments import critical, regulated
 from jaxpg.lab.experiments.estimators import form, true_gradient
 from jaxpg.lab.experiments.frame import Settings
-from jaxpg.lab.experiments.training import best_objective
-from jaxpg.lab.worlds import regulator_world, world
+from jaxpg.lab.experiments.training import best_objective, scaled
+from jaxpg.lab.worlds import World, regulator_world, world
+from jaxpg.policies import mlp
 from jaxpg.types import Hyperparams
 
 GAMMA = 0.95
@@ -139,6 +140,41 @@ def test_the_noise_scale_of_one_parameter_is_simple():
         assert simple == pytest.approx(curved)
     assert found["noise_scale_at_start"] == pytest.approx(139, rel=5e-3)
     assert found["noise_scale_at_target"] > found["noise_scale_at_start"]
+
+
+@pytest.fixture(scope="module")
+def short_cartpole():
+    env = from_gymnax("CartPole-v1", max_steps_in_episode=32)
+    policy = mlp(env.observation, env.action, (8,))
+    return World("CartPole-v1", env, policy, policy.init(jax.random.key(0)), 0.99)
+
+
+def test_rates_of_measured_worlds_are_in_units_of_a_trajectory(short_cartpole):
+    """Ten times the reward, a tenth of the rate; and the target lies above the start."""
+    rate = critical._smallest_step(short_cartpole, jax.random.key(0))
+    large = short_cartpole._replace(env=scaled(short_cartpole.env, 10.0))
+    assert critical._smallest_step(large, jax.random.key(0)) == pytest.approx(rate / 10, rel=1e-4)
+    rows = gradient_samples(
+        short_cartpole.env, short_cartpole.policy, Estimator(), short_cartpole.params,
+        jax.random.key(9), 256, Hyperparams(gamma=short_cartpole.gamma),
+    )  # fmt: skip
+    lengths = rate * np.sqrt((np.asarray(rows) ** 2).sum(axis=1))
+    assert np.sqrt((lengths**2).mean()) == pytest.approx(1 / 32, rel=0.3)
+    grid = critical.Grid((4, 16), rate * 2.0 ** np.arange(0, 6, 2), 20, 0.8)
+    settings = Settings(env="CartPole-v1", repeats=4, quick=True)
+    found, target = critical.train_to_target(short_cartpole, grid, settings, silent)
+    fronts = [r for r in found if r["quantity"] == "updates_at_best_rate"]
+    assert 20 < target <= 32 and [r["batch"] for r in fronts] == [4, 16]
+    assert np.isfinite(fronts[-1]["measured"])
+    assert set(np.asarray([r["rate"] for r in found])) <= set(grid.rates)
+
+
+def test_where_no_rate_improves_it_says_so(short_cartpole):
+    falling = np.linspace(20, 10, 12) * np.ones((3, 4, 1))
+    with pytest.raises(
+        ValueError, match="no learning rate tried on CartPole-v1 improves on the start"
+    ):
+        critical._target(short_cartpole, falling, 0.8)
 
 
 @pytest.mark.slow
