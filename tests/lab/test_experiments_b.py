@@ -111,6 +111,20 @@ def test_the_trace_grows_with_the_horizon():
     np.testing.assert_allclose(slopes, [2.87, 2.82, 1.99, 1.03], atol=0.011)
 
 
+def test_every_kind_of_world_has_its_horizons():
+    """A regulator goes on, its critic too; what has only an environment ends where that does."""
+    long = decomposition.at_horizon(world("LQR"), 12)
+    each = form("rtg_value", long)
+    found = measure(long, [each], jax.random.key(0), 2**13)["rtg_value"].trace()
+    half = (found.high - found.low) / 2
+    assert abs(found.value - each.exact().trace) < 2.5 * half < 0.5 * each.exact().trace
+    assert each.exact().trace > 1.5 * form("rtg_value", world("LQR")).exact().trace
+    settings = Settings(env="LQR", policy="mlp", trajectories=64, quick=True, estimators=("rtg",))
+    table = decomposition.horizon(settings, silent).table
+    assert table["horizon"] == [5] and table["exact"] == [None]
+    assert np.isfinite(table["measured"]).all()
+
+
 # Coupled batches.
 
 

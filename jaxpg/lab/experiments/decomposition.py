@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpg.envs import from_lqr
 from jaxpg.estimators import credit
 from jaxpg.lab import exact
 from jaxpg.lab.experiments import drawing
@@ -22,6 +23,7 @@ from jaxpg.lab.experiments.frame import (
 )
 from jaxpg.lab.experiments.pairs import grouped, intervals
 from jaxpg.lab.experiments.sampling import measure, options_for, source_of
+from jaxpg.lab.regulators import coefficients, value_critic
 from jaxpg.lab.samples import roll, rows_of, weigh
 from jaxpg.lab.streaming import Estimate, Moments, jackknife
 from jaxpg.lab.worlds import World, num_params, tabular_world
@@ -127,6 +129,9 @@ def horizon(settings: Settings, progress: Progress) -> Result:
     base = world_of(settings)
     rows = []
     grid = QUICK_HORIZONS if settings.quick else HORIZONS
+    if base.regulator is None and (base.mdp is None or base.factor is not None):
+        # Such a world can be cut, and not go on beyond its own end.
+        grid = sorted({min(steps, base.env.horizon) for steps in grid})
     for index, steps in enumerate(grid):
         world = at_horizon(base, steps)
         growing = QUICK_GROWING if settings.quick else GROWING
@@ -135,7 +140,8 @@ def horizon(settings: Settings, progress: Progress) -> Result:
         sampled = [f for f in forms if f.estimator is not None]
         key = jax.random.fold_in(key_of(settings), index)
         found = {}
-        if steps <= MEASURED_UP_TO:
+        # Long episodes are slow to sample, and exact answers show how it goes on.
+        if steps <= MEASURED_UP_TO or not any(f.exact for f in forms):
             progress(f"horizon {steps}")
             found = measure(world, sampled, key, settings.trajectories)
         for each in forms:
@@ -156,7 +162,14 @@ def horizon(settings: Settings, progress: Progress) -> Result:
 
 
 def at_horizon(world: World, steps: int) -> World:
-    """The same world with episodes cut at another length."""
+    """The same world with episodes of another length."""
+    if world.regulator is not None:
+        regulator = world.regulator._replace(horizon=steps)
+        numbers = coefficients(world.policy, world.params)
+        critic, table = value_critic(regulator, numbers, world.gamma)
+        return world._replace(
+            env=from_lqr(regulator), regulator=regulator, critic=critic, critic_params=table
+        )
     if world.mdp is None or world.factor is not None:
         env = world.env._replace(horizon=steps)
         return world._replace(env=env, mdp=None, logits=None, factor=None, basis=None)
@@ -242,7 +255,8 @@ def _draw_horizon(figure, rows, slopes):
         steps = [r["horizon"] for r in found]
         drawing.points(axis, steps, *columns, i, None if known else label)
     axis.set_xscale("log")
-    axis.set_yscale("log")
+    if any(r["exact"] or r.get("measured") for r in rows):  # not when nothing was ever paid
+        axis.set_yscale("log")
     steps = sorted({r["horizon"] for r in rows})
     axis.set_xticks(steps, [str(n) for n in steps])
     axis.minorticks_off()
