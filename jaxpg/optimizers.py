@@ -19,7 +19,7 @@ Schedule = Callable[[Array], Array]
 
 def sgd(hyperparams: Hyperparams) -> optax.GradientTransformation:
     """Plain ascent or descent, after clipping by global norm."""
-    return optax.flatten(_clipped(hyperparams, optax.sgd(hyperparams.learning_rate)))
+    return _clipped(hyperparams, optax.sgd(hyperparams.learning_rate))
 
 
 def momentum(hyperparams: Hyperparams) -> optax.GradientTransformation:
@@ -34,7 +34,7 @@ def rmsprop(hyperparams: Hyperparams) -> optax.GradientTransformation:
 
 def adam(hyperparams: Hyperparams) -> optax.GradientTransformation:
     """Adam (Kingma and Ba, 2015) with eps 1e-5, after clipping by global norm."""
-    return optax.flatten(_clipped(hyperparams, optax.adam(hyperparams.learning_rate, eps=1e-5)))
+    return _clipped(hyperparams, optax.adam(hyperparams.learning_rate, eps=1e-5))
 
 
 def adamw(hyperparams: Hyperparams) -> optax.GradientTransformation:

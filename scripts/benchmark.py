@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -20,12 +21,18 @@ from typing import Any
 Row = dict[str, Any]
 
 
-def process(*command: str, **environment: str) -> float:
-    """Seconds of a whole process; its output goes nowhere unless it fails."""
-    started = time.perf_counter()
+def output(*command: str, **environment: str) -> str:
+    """What a process says; where it fails, so does this."""
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def process(*command: str, **environment: str) -> float:
+    """Seconds of a whole process."""
+    started = time.perf_counter()
+    output(*command, **environment)
     return time.perf_counter() - started
 
 
@@ -49,28 +56,35 @@ def startup(repeats: int, quick: bool) -> list[Row]:
     ]
 
 
-def command(repeats: int, quick: bool) -> list[Row]:
-    """The default command and two others, from a cold process to the evaluation of 8 seeds."""
-    rows = []
+def command(repeats: int, quick: bool) -> Iterator[Row]:
+    """The default command and two others, from the start of the process to the evaluation of 8 seeds."""
     for algorithm in ("ppo", "reinforce_baseline", "vpg"):
         for seed in range(1 if quick else repeats):
             with tempfile.TemporaryDirectory() as parent:
-                run = Path(parent, "run")
-                arguments = f"train CartPole-v1 --algorithm {algorithm} --seed {seed} --quiet"
-                seconds = process(
-                    *(sys.executable, "-m", "jaxpg", *arguments.split(), "--run", str(run)),
-                    JAX_COMPILATION_CACHE_DIR=f"{parent}/cache",  # cold
-                )
-                rows.append(_row(algorithm, seed, seconds, run))
-    return rows
+                for cache in ("empty", "full"):
+                    run = Path(parent, cache)
+                    arguments = f"train CartPole-v1 --algorithm {algorithm} --seed {seed}"
+                    command = [sys.executable, "-m", "jaxpg", *arguments.split()]
+                    started = time.perf_counter()
+                    said = output(
+                        *(*command, "--run", str(run)),
+                        JAX_COMPILATION_CACHE_DIR=f"{parent}/compiled",
+                    )
+                    seconds = time.perf_counter() - started
+                    compiling = re.search(r"after ([\d.]+) s of compilation", said)
+                    assert compiling
+                    yield {
+                        "case": f"train CartPole-v1 {algorithm} seed {seed}, {cache} cache",
+                        "seconds": seconds,
+                        "compile_seconds": float(compiling[1]),
+                        **_found(run),
+                    }
 
 
-def _row(algorithm: str, seed: int, seconds: float, run: Path) -> Row:
+def _found(run: Path) -> Row:
     last = json.loads(run.joinpath("metrics.jsonl").read_text().splitlines()[-1])
     returns = json.loads(run.joinpath("evaluation.json").read_text())["mean_return"]
     return {
-        "case": f"train CartPole-v1 {algorithm} seed {seed}",
-        "seconds": seconds,
         "train_seconds": last["seconds"],
         "steps_per_second": sum(last["env_steps"]) / last["seconds"],
         "seeds_at_475": sum(value >= 475 for value in returns),
