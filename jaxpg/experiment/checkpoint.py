@@ -8,6 +8,7 @@ import errno
 import logging
 import math
 import os
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -213,10 +214,13 @@ def _written(folder, action):
         return action()
     except OSError:
         raise
-    # tensorstore raises ValueError, and jax's own errors, when a disk is full.
+    # tensorstore raises ValueError, and jax its own errors; the system's number is in their words.
     except Exception as error:
         text = str(error) or repr(error)
-        code = errno.ENOSPC if text.startswith("RESOURCE_EXHAUSTED") else None
+        system = re.search(r"os_error_code='(\d+)'|OS error (\d+)", text)
+        code = int(system[1] or system[2]) if system else None
+        if code is None and text.startswith("RESOURCE_EXHAUSTED"):
+            code = errno.ENOSPC
         why = os.strerror(code) if code else text.splitlines()[0][:200]
         raise OSError(code, why, str(folder)) from error
 

@@ -1,5 +1,6 @@
 """The run's folder: every file is written whole or not at all."""
 
+import hashlib
 import json
 import math
 import os
@@ -126,6 +127,7 @@ def description(config: Config, grid: Grid, replicas: list[dict]) -> dict[str, A
         "config": asdict(config),
         "hyperparameters": grid._asdict(),
         "replicas": replicas,
+        "demonstrations_sha256": _digest(config),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()}
         | {name: _version(name) for name in PACKAGES},
@@ -142,6 +144,24 @@ def description(config: Config, grid: Grid, replicas: list[dict]) -> dict[str, A
             "x64": jax.config.read("jax_enable_x64"),
         },
     }
+
+
+def check_demonstrations(folder: Path, config: Config) -> None:
+    """Raises ValueError when the file that the folder's run learnt from has become another."""
+    # A run of before they were kept has none to compare.
+    began = json.loads((folder / CONFIG).read_text()).get("demonstrations_sha256")
+    if began is not None and began != _digest(config):
+        raise ValueError(
+            f"{config.demonstrations} has changed since {folder} began with it, so a resumed run would "
+            f"not be the same; put the first one back, or start again with --config {folder}"
+        )
+
+
+def _digest(config):
+    if not config.demonstrations:
+        return None
+    with open(config.demonstrations, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def revision() -> dict[str, Any] | None:

@@ -82,7 +82,9 @@ def prepare_resume(config: Config, grid: Grid) -> Experiment:
             f"{folder} has finished its {start} updates; --updates {2 * start} goes on to "
             f"{2 * start} in all"
         )
-    return Experiment(config, grid, instructed(build(config), config), folder, start)
+    parts = instructed(build(config), config)
+    files.check_demonstrations(folder, config)
+    return Experiment(config, grid, parts, folder, start)
 
 
 def execute(experiment: Experiment, sinks: Sequence[Sink] = ()) -> None:

@@ -20,6 +20,7 @@ from jaxpg.experiment import checkpoint, run
 from jaxpg.experiment.build import build
 from jaxpg.experiment.config import load_config, points
 from jaxpg.experiment.flags import request
+from jaxpg.experiment.playback import record
 from jaxpg.experiment.presets import preset
 from jaxpg.experiment.replicas import make_replicas
 from jaxpg.experiment.run import prepare_resume
@@ -240,3 +241,30 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
     finish(*flags.split(), "--run", "whole")
     assert leaves(tmp_path / "r") == leaves(tmp_path / "whole")
     assert curves(tmp_path / "r") == curves(tmp_path / "whole")
+
+
+def test_a_run_with_demonstrations_goes_on_with_the_same_ones(tmp_path):
+    file, small = tmp_path / "shown.npz", "size=4,max_steps_in_episode=4"
+    one = ["DeepSea-bsuite", "--expert", "--settings", small, "--episodes"]
+    record([*one, "6", "--out", str(file)])
+    flags = (
+        f"DeepSea-bsuite --settings {small} --algorithm guided --imitate 5 --demonstrations {file} "
+        "--seeds 2 --num-envs 4 --hidden 4 --evaluation-episodes 2 --schedule constant --quiet"
+    )
+
+    def begin(name, updates):
+        argv = [*flags.split(), "--updates", updates, "--run", str(tmp_path / name)]
+        run.execute(run.prepare(*request(argv, "jaxpg train")[:2]))
+
+    begin("whole", "6")
+    begin("half", "3")
+    shutil.copytree(tmp_path / "half", tmp_path / "other")
+    resume(tmp_path / "half", "--updates", "6")
+    assert leaves(tmp_path / "half") == leaves(tmp_path / "whole")
+    assert leaves(tmp_path / "half") != leaves(tmp_path / "other")
+    record([*one, "7", "--out", str(file)])
+    with pytest.raises(ValueError, match="shown.npz has changed since .* began with it"):
+        resume(tmp_path / "other", "--updates", "6")
+    file.unlink()
+    with pytest.raises(ValueError, match="shown.npz"):
+        resume(tmp_path / "other", "--updates", "6")
