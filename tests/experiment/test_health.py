@@ -96,7 +96,7 @@ def test_debug_nans_names_the_operation(tmp_path):
     with pytest.raises(
         health.Diverged, match=r"no checkpoint yet; .*(nan|inf).* at .*jaxpg.*\.py:\d+"
     ):
-        start(tmp_path / "r", "--updates", "20", "--debug-nans", *TOO_FAST)
+        start(tmp_path / "r", "--updates", "4", "--debug-nans", *TOO_FAST)
 
 
 def test_a_table_counts_what_diverged():
