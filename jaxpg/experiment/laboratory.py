@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 from jaxpg.experiment import artifacts
 
 FLAGS = ("env", "policy", "estimators", "trajectories", "repeats", "seed", "gamma", "checkpoint")
+LONGER = 8  # times as long are the episodes of a trained policy, about
 QUIET_SECONDS = 5.0  # between two lines of progress, where they cannot be overwritten
 
 
@@ -55,6 +56,9 @@ def prepare(argv: Sequence[str]) -> Plan:
     for name in names:
         experiment = EXPERIMENTS[name]
         base = experiment.quick if arguments.quick else experiment.defaults
+        if arguments.quick and "checkpoint" in given:
+            # A trained policy's episodes are long, and its network's gradients are not small.
+            base = base._replace(trajectories=base.trajectories // LONGER)
         # For all, a setting is for those that know it; for one, it is a mistake if it does not.
         meant = {k: v for k, v in given.items() if not (together and k in experiment.ignores)}
         refusal = _refusal(name, experiment, meant)

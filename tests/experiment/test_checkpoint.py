@@ -166,7 +166,7 @@ def test_a_full_disk_is_an_oserror_and_leaves_the_last_checkpoint(tmp_path):
     # A write beyond the limit fails as on a full disk: Python ignores the signal.
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(OSError, match="^\\[Errno 27\\] File too large: "):  # noqa: PT012
+        with pytest.raises(OSError, match=r"^\[Errno 27\] File too large: "):  # noqa: PT012
             checkpoints.save(2, {"noise": noise}, {}, 0.0)
             checkpoints.wait()
     finally:

@@ -11,7 +11,7 @@ from jaxpg.lab.exact import lqr
 from jaxpg.lab.experiments import critical, regulated
 from jaxpg.lab.experiments.estimators import form, true_gradient
 from jaxpg.lab.experiments.frame import Settings
-from jaxpg.lab.experiments.training import best_objective, scaled
+from jaxpg.lab.experiments.training import best_objective, scaled, small_rate
 from jaxpg.lab.worlds import World, regulator_world, world
 from jaxpg.policies import mlp
 from jaxpg.types import Hyperparams
@@ -151,9 +151,9 @@ def short_cartpole():
 
 def test_rates_of_measured_worlds_are_in_units_of_a_trajectory(short_cartpole):
     """Ten times the reward, a tenth of the rate; and the target lies above the start."""
-    rate = critical._smallest_step(short_cartpole, jax.random.key(0))
+    rate = small_rate(short_cartpole, jax.random.key(0))
     large = short_cartpole._replace(env=scaled(short_cartpole.env, 10.0))
-    assert critical._smallest_step(large, jax.random.key(0)) == pytest.approx(rate / 10, rel=1e-4)
+    assert small_rate(large, jax.random.key(0)) == pytest.approx(rate / 10, rel=1e-4)
     rows = gradient_samples(
         short_cartpole.env, short_cartpole.policy, Estimator(), short_cartpole.params,
         jax.random.key(9), 256, Hyperparams(gamma=short_cartpole.gamma),

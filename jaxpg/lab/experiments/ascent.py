@@ -22,13 +22,19 @@ from jaxpg.lab.experiments.frame import (
     world_of,
 )
 from jaxpg.lab.experiments.pairs import intervals
-from jaxpg.lab.experiments.training import Curves, learner, mean_interval
+from jaxpg.lab.experiments.training import (
+    Curves,
+    adam_rate,
+    learner,
+    mean_interval,
+    small_rate,
+)
 from jaxpg.lab.streaming import Estimate
-from jaxpg.lab.worlds import World
+from jaxpg.lab.worlds import World, has_exact
 from jaxpg.optimizers import OPTIMIZERS
 from jaxpg.types import Hyperparams
 
-RATES = {"sgd": 0.1, "adam": 0.05, "natural": 0.1}  # of the optimizers compared
+RATES = {"sgd": 0.1, "adam": 0.05, "natural": 0.1}  # of the optimizers compared, on tables
 MAX_KL, SCALE, BATCH = 0.01, 1000.0, 16
 NO_CLIP = 1e9  # max_grad_norm
 BANDIT = "bandit"
@@ -74,7 +80,8 @@ def ascend(
     """
     shape, theta = world.logits.shape, np.asarray(world.logits, np.float64).reshape(-1)
     m = np.eye(len(theta)) if matrix is None else matrix
-    transform = OPTIMIZERS[name](_numbers(name)) if name in OPTIMIZERS else None
+    numbers = _numbers(RATES.get(name, 0.0))
+    transform = OPTIMIZERS[name](numbers) if name in OPTIMIZERS else None
     state: Any = transform.init(jnp.zeros(len(theta))) if transform else None
     path = [theta]
     for _ in range(num_updates):
@@ -115,8 +122,8 @@ def probabilities(logits):
     return weight / weight.sum(axis=-1, keepdims=True)
 
 
-def _numbers(name, gamma=1.0) -> Hyperparams:
-    return Hyperparams(learning_rate=RATES[name], gamma=gamma, max_grad_norm=NO_CLIP)
+def _numbers(rate, gamma=1.0) -> Hyperparams:
+    return Hyperparams(learning_rate=rate, gamma=gamma, max_grad_norm=NO_CLIP)
 
 
 def _sampled(world, name, scales, settings, num_updates) -> list[Curves]:
@@ -124,7 +131,10 @@ def _sampled(world, name, scales, settings, num_updates) -> list[Curves]:
     slots = Algorithm(Estimator(), policy_optimizer=OPTIMIZERS[name])
     run = learner(world, slots, num_envs=BATCH, num_updates=num_updates)
     keys = jnp.tile(jax.random.split(key_of(settings), settings.repeats), len(scales))
-    curves = run(keys, _numbers(name, world.gamma), np.repeat(scales, settings.repeats))
+    rate = RATES[name]
+    if not has_exact(world):
+        rate = adam_rate(world) if name == "adam" else small_rate(world, key_of(settings))
+    curves = run(keys, _numbers(rate, world.gamma), np.repeat(scales, settings.repeats))
     parts = [np.split(x, len(scales)) for x in curves]
     return [Curves(*each) for each in zip(*parts, strict=True)]
 

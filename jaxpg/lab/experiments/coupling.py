@@ -138,11 +138,17 @@ REWARDS, LOGITS = (1.0, 0.7, 0.0), (0.3, -0.2, 0.5)
 
 
 def _draw_coupled(figure, rows, names):
-    axes = drawing.panels(figure, columns=3, width=4.8)
     texts = {
         "batch_trace": ("N x variance of the batch mean", r"$N$ tr Cov [return$^2$]"),
         "share": ("Shrinkage", r"$\langle E\hat g, \nabla J\rangle\,/\,|\nabla J|^2$"),
     }
+    # Without a true gradient there is no share of it.
+    texts = {
+        k: text
+        for k, text in texts.items()
+        if any(r["quantity"] == k for r in rows if r["estimator"] in names)
+    }
+    axes = drawing.panels(figure, columns=len(texts) + 1, width=4.8)
     for axis, (quantity, (title, y)) in zip(axes, texts.items(), strict=False):
         for i, name in enumerate(names):
             found = [r for r in rows if (r["estimator"], r["quantity"]) == (name, quantity)]
@@ -151,17 +157,19 @@ def _draw_coupled(figure, rows, names):
                 drawing.line(axis, sizes, [r["exact"] for r in found], i)
             columns = intervals(found)
             drawing.points(axis, sizes, *columns, i, name)
-        drawing.label(axis, title, "trajectories per batch $N$", y, legend=quantity == "share")
+        drawing.label(
+            axis, title, "trajectories per batch $N$", y, legend=quantity == list(texts)[-1]
+        )
     axes[0].set_yscale("log", base=2)
     bandit = [r for r in rows if r["estimator"].endswith("_bandit")]
     for i, (quantity, text) in enumerate(
         {"scale": r"$|E\hat g|\,/\,|\nabla J|$", "cosine": "cosine"}.items()
     ):
         found = [r for r in bandit if r["quantity"] == quantity]
-        drawing.line(axes[2], [r["batch"] for r in found], [r["exact"] for r in found], i, text)
-        axes[2].lines[-1].set_marker(drawing.MARKERS[i])
+        drawing.line(axes[-1], [r["batch"] for r in found], [r["exact"] for r in found], i, text)
+        axes[-1].lines[-1].set_marker(drawing.MARKERS[i])
     drawing.label(
-        axes[2], "Standardised advantages, 3 arms, exact", "trajectories per batch $N$", "ratio"
+        axes[-1], "Standardised advantages, 3 arms, exact", "trajectories per batch $N$", "ratio"
     )
     for axis in axes:
         axis.set_xscale("log", base=2)

@@ -30,8 +30,13 @@ from jaxpg.lab.experiments.frame import (
     world_of,
 )
 from jaxpg.lab.experiments.pairs import intervals
-from jaxpg.lab.experiments.training import Curves, best_objective, learner, objective_of
-from jaxpg.lab.samples import gradient_samples
+from jaxpg.lab.experiments.training import (
+    Curves,
+    best_objective,
+    learner,
+    objective_of,
+    small_rate,
+)
 from jaxpg.lab.streaming import Estimate
 from jaxpg.lab.worlds import REGULATOR, World, has_exact, regulator_world
 from jaxpg.optimizers import sgd
@@ -63,7 +68,7 @@ def large_batch(settings: Settings, progress: Progress) -> Result:
     world = curved_world(settings.gamma) if _curved(settings) else world_of(settings)
     grid = grid_of(settings)
     if not has_exact(world):
-        grid = grid._replace(rates=grid.rates * _smallest_step(world, key_of(settings)))
+        grid = grid._replace(rates=grid.rates * small_rate(world, key_of(settings)))
     rows, target = train_to_target(world, grid, settings, progress)
     fronts = [r for r in rows if r["quantity"] == "updates_at_best_rate"]
     found = fitted(fronts)
@@ -189,16 +194,6 @@ def _knee(size, values, sign, bounds, knees) -> tuple[float, float]:
     limits = ([bounds[0], knees[0]], [bounds[1], knees[1]])
     found, _ = optimize.curve_fit(model, np.log(size), np.log(values), start, bounds=limits)
     return float(np.exp(found[0])), float(np.exp(found[1]))
-
-
-def _smallest_step(world: World, key) -> float:
-    """A learning rate with which one trajectory moves the parameters by 1/32, whatever the rewards' size."""
-    estimator = form("rtg", world).estimator
-    assert estimator is not None
-    rows = gradient_samples(
-        world.env, world.policy, estimator, world.params, key, 64, Hyperparams(gamma=world.gamma)
-    )
-    return 1 / 32 / float(np.sqrt((np.asarray(rows) ** 2).sum(axis=1).mean()))
 
 
 def _target(world: World, scores, fraction) -> float:

@@ -155,7 +155,9 @@ def _bars(axis, names, rows):
         axis.set_xscale("log")
     for row, value in zip(rows, shown, strict=True):
         reach = max(value, row.get("high") or value)
-        text = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+        text = (
+            f"{value:.2e}" if value >= 1e6 else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+        )
         where = reach, place[row["estimator"]]
         axis.annotate(
             text, where, xytext=(6, 0), textcoords="offset points", fontsize=8, va="center"

@@ -64,7 +64,8 @@ def measured_world(settings: Settings) -> World:
     world = world_of(settings)
     if world.mdp is not None and world.factor is None:
         return world
-    if settings.quick:
+    # Not of a trained policy, whose episodes are alike until long after that.
+    if settings.quick and settings.checkpoint is None:
         world = world._replace(env=world.env._replace(horizon=min(world.env.horizon, QUICK_STEPS)))
     return world._replace(mdp=None, logits=None, factor=None, basis=None)
 

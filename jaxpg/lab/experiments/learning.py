@@ -15,7 +15,7 @@ from jaxpg.lab.experiments.frame import (
     tidy,
     world_of,
 )
-from jaxpg.lab.experiments.training import best_objective, learner
+from jaxpg.lab.experiments.training import adam_rate, best_objective, learner
 from jaxpg.lab.reliability import (
     bootstrap,
     interquartile_mean,
@@ -33,16 +33,22 @@ def seeds(settings: Settings, progress: Progress) -> Result:
     names = settings.estimators or (QUICK_NAMES if settings.quick else NAMES)
     worlds = [world_of(settings._replace(env=env)) for env in settings.env.split(",")]
     num_updates, num_envs = (50, 8) if settings.quick else (200, 16)
-    numbers = Hyperparams(learning_rate=0.05, critic_learning_rate=0.05, max_grad_norm=NO_CLIP)
     curves, steps_taken = {}, {}
     for world in worlds:
+        rate = adam_rate(world)
+        numbers = Hyperparams(
+            learning_rate=rate,
+            critic_learning_rate=rate,
+            max_grad_norm=NO_CLIP,
+            gamma=world.gamma,
+        )
         for index, name in enumerate(names):
             progress(f"{settings.repeats} runs of {name} on {world.name}")
             row = algorithm(name)
             steps = None if row.episodic else max(8, world.env.horizon)
             run = learner(world, row, num_envs=num_envs, num_updates=num_updates, num_steps=steps)
             keys = jax.random.split(jax.random.fold_in(key_of(settings), index), settings.repeats)
-            curves[name, world.name], steps = run(keys, numbers._replace(gamma=world.gamma))
+            curves[name, world.name], steps = run(keys, numbers)
             steps_taken[name] = steps_taken.get(name, 0.0) + steps.sum(axis=0)
     curves = _normalised(worlds, names, curves)
     rows = _curve_rows(curves, names, num_envs, steps_taken)

@@ -42,7 +42,7 @@ def offset(settings: Settings, progress: Progress) -> Result:
     points the wrong way, and what is left of its variance in float32.
     """
     world = world_of(settings)
-    if settings.quick and world.mdp is None:
+    if settings.quick and world.mdp is None and settings.checkpoint is None:
         world = world._replace(env=world.env._replace(horizon=min(world.env.horizon, QUICK_STEPS)))
     traces = _exact_traces if world.mdp is not None else _measured_traces
     rows, summary = traces(world, settings, progress)

@@ -13,11 +13,13 @@ from scipy import optimize, stats
 from jaxpg.algorithms import Algorithm
 from jaxpg.envs import Env, check_mdp
 from jaxpg.lab import regulators
+from jaxpg.lab.experiments.estimators import form
 from jaxpg.lab.experiments.sampling import options_for
+from jaxpg.lab.samples import gradient_samples
 from jaxpg.lab.worlds import World, has_exact
 from jaxpg.policies import NETWORKS, Agent, AgentParams
 from jaxpg.trainer import make_trainer, train
-from jaxpg.types import Array, Hyperparams, Params
+from jaxpg.types import Array, Hyperparams, Key, Params
 
 
 class Curves(NamedTuple):
@@ -136,6 +138,21 @@ def scaled(env: Env, factor) -> Env:
         return state, result._replace(reward=factor * result.reward)
 
     return env._replace(step=step)
+
+
+def small_rate(world: World, key: Key) -> float:
+    """A learning rate with which one trajectory moves the parameters by 1/32, whatever the rewards' size."""
+    estimator = form("rtg", world).estimator
+    assert estimator is not None
+    rows = gradient_samples(
+        world.env, world.policy, estimator, world.params, key, 64, Hyperparams(gamma=world.gamma)
+    )
+    return 1 / 32 / float(np.sqrt((np.asarray(rows) ** 2).sum(axis=1).mean()))
+
+
+def adam_rate(world: World) -> float:
+    """A learning rate of Adam's: logits of a table may move faster than the weights of a network."""
+    return 0.05 if has_exact(world) else 3e-3
 
 
 def mean_interval(values, axis: int = 0, confidence: float = 0.95):
