@@ -1,8 +1,14 @@
 """Devices: what is asked of their compilers."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+
+# Replicas whose improvement is computed side by side, on a CPU. Of 32 agents together every array is beyond
+# the caches: in groups of 4 the default ppo ran 1.6 times as fast, of 2 about the same, of 8 as little as
+# 1.1 times (scripts/speed.md). A rollout's arrays are small, and its steps cost the fewer the wider they are.
+SIDE_BY_SIDE = {"cpu": 4}
 
 
 def compiler_options(effort: int | None) -> dict[str, Any] | None:
@@ -15,10 +21,49 @@ def compiler_options(effort: int | None) -> dict[str, Any] | None:
     return {"xla_backend_optimization_level": effort}
 
 
-def replicas_at_once() -> int | None:
-    """How many agents to train side by side on one device; None is all of them.
+def in_groups(function: Callable, most: int | None = None) -> Callable:
+    """The function; under vmap, for groups of replicas one after another, with the same results.
 
-    On a CPU the data of 32 agents are beyond the caches: groups of 8 of CartPole's ppo ran 1.5 times as
-    fast, of 4 and of 16 less so (scripts/speed.md). Other devices are made for all at once.
+    most: replicas in a group (by default by backend), of which the largest number that divides them all is
+    taken. A function of arrays that gives arrays.
     """
-    return 8 if jax.default_backend() == "cpu" else None
+    most = most or SIDE_BY_SIDE.get(jax.default_backend())
+    if most is None:
+        return function
+    limit = most
+
+    @jax.custom_batching.custom_vmap
+    def run(*arguments):
+        return function(*arguments)
+
+    @run.def_vmap
+    def _groups(axis_size, in_batched, *arguments):
+        leaves, tree = jax.tree.flatten(arguments)
+        batched = jax.tree.leaves(in_batched)
+        size = max(n for n in range(1, limit + 1) if axis_size % n == 0)
+
+        def together(leaves):
+            def of_leaves(*leaves):
+                return function(*jax.tree.unflatten(tree, leaves))
+
+            return jax.vmap(of_leaves, in_axes=[0 if each else None for each in batched])(*leaves)
+
+        def group(own):
+            rest = iter(own)
+            return together(
+                [next(rest) if each else x for x, each in zip(leaves, batched, strict=True)]
+            )
+
+        if size == axis_size:
+            out = together(leaves)
+        else:
+            own = [
+                x.reshape(axis_size // size, size, *x.shape[1:])
+                for x, each in zip(leaves, batched, strict=True)
+                if each
+            ]
+            out = jax.lax.map(group, own)
+            out = jax.tree.map(lambda x: x.reshape(axis_size, *x.shape[2:]), out)
+        return out, jax.tree.map(lambda x: True, out)
+
+    return run

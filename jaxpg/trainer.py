@@ -1,6 +1,7 @@
 """The one loop: gather, assess, improve. It runs every row of the algorithm table."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxpg import adaptation, sources
 from jaxpg.algorithms import Algorithm, check_algorithm
+from jaxpg.devices import in_groups
 from jaxpg.envs import Env
 from jaxpg.estimators import assess, baselines, surrogates, uses
 from jaxpg.improvement import improve, noise, optimizers
@@ -85,6 +87,7 @@ def make_trainer(
     adapts = algorithm.adaptation is not adaptation.fixed
     remembers = algorithm.num_batches > 1
     pieces = num_pieces(agent, algorithm, num_envs)
+    improved = in_groups(partial(improve, agent, algorithm, layout))
 
     def init(key):
         k_params, k_rollout, k_train = jax.random.split(key, 3)
@@ -138,16 +141,8 @@ def make_trainer(
             batch = sources.corrected(
                 batch, data, whole=uses(estimator.reduce, surrogates.per_episode)
             )
-        params, opt_state, more = improve(
-            agent,
-            algorithm,
-            layout,
-            state.params,
-            state.opt_state,
-            batch,
-            data.carry,
-            hyperparams,
-            k_fit,
+        params, opt_state, more = improved(
+            state.params, state.opt_state, batch, data.carry, hyperparams, k_fit
         )
         metrics |= more | ended
         if algorithm.measure_noise:

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "jaxpg"
 RANKS = {
     "types": 0,
+    "devices": 0,
     "envs": 1,
     "policies": 2,
     "rollout": 3,
@@ -22,7 +23,6 @@ RANKS = {
     "pieces": 4.8,
     "trainer": 5,
     "imitation": 5.5,
-    "devices": 5,
     "lab": 6,
     "experiment": 7,
     "cli": 8,

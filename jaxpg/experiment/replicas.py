@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxpg.devices import compiler_options, replicas_at_once
+from jaxpg.devices import compiler_options
 from jaxpg.experiment.build import Parts
 from jaxpg.experiment.config import Config
 from jaxpg.rollout import evaluate
@@ -131,7 +131,7 @@ def compile_programs(
 
 
 def replicated(function: Callable, axes, sharding: NamedSharding | None, donate) -> Any:
-    mapped = in_groups(function, axes, replicas_at_once())
+    mapped = jax.vmap(function, in_axes=axes)
     if sharding is None:
         return jax.jit(mapped, donate_argnums=donate)
     # shard_map, so that each device looks only at its own replicas: under jit alone, "has any replica's
@@ -142,31 +142,3 @@ def replicated(function: Callable, axes, sharding: NamedSharding | None, donate)
     )
     placed = tuple(NamedSharding(sharding.mesh, spec) for spec in specs)
     return jax.jit(mapped, in_shardings=placed, out_shardings=sharding, donate_argnums=donate)
-
-
-def in_groups(function: Callable, axes: Sequence[int | None], most: int | None) -> Callable:
-    """jax.vmap(function, axes) over groups of replicas, one group after another.
-
-    axes: 0 or None each. most: replicas in a group, of which the largest number that divides them all is
-    taken; None: all.
-    """
-    mapped = jax.vmap(function, in_axes=axes)
-
-    def run(*arguments):
-        own = [x for x, axis in zip(arguments, axes, strict=True) if axis == 0]
-        total = jax.tree.leaves(own)[0].shape[0]
-        size = max(n for n in range(1, (most or total) + 1) if total % n == 0)
-        if size == total:
-            return mapped(*arguments)
-
-        def group(some):
-            rest = iter(some)
-            return mapped(
-                *(next(rest) if axis == 0 else x for x, axis in zip(arguments, axes, strict=True))
-            )
-
-        split = jax.tree.map(lambda x: x.reshape(total // size, size, *x.shape[1:]), own)
-        out = jax.lax.map(group, split)
-        return jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), out)
-
-    return run

@@ -137,7 +137,7 @@ def _draw_seeds(figure, rows, names):
     texts = [f"{r['estimator']}\nover {r['other']}" for r in pairs]
     axes[2].set_yticks(range(len(pairs)), texts, fontsize=8)
     axes[2].set_ylim(-0.6, len(pairs) - 0.4)
-    axes[2].set_xlim(0, 1)
+    axes[2].set_xlim(-0.02, 1.02)
     axes[2].axvline(0.5, color="0.3", linewidth=0.8)
     drawing.label(axes[2], "Probability of improvement", "P(better)", "", legend=False)
 
