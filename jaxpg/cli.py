@@ -172,18 +172,33 @@ def _plot(argv):
 
 
 def _lab(argv):
+    import signal
+
     from jaxpg.experiment.laboratory import execute, prepare
 
+    def terminate(number, frame):
+        del number, frame
+        # Again in a second: what is raised inside a callback, such as the garbage collector's, is lost.
+        signal.signal(signal.SIGALRM, terminate)
+        signal.alarm(1)
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, terminate)  # which would leave a folder with nothing in it
     try:
         execute(prepare(argv))
     except ValueError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        _leave("stopped; the running experiment was not saved", 130)
+    except KeyboardInterrupt as stop:
+        status = 143 if isinstance(stop, _Terminated) else 130
+        _leave("stopped; the running experiment was not saved", status)
     except BrokenPipeError:
         raise
     except OSError as error:
         _fail(f"cannot write: {error.strerror or error}", status=1)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which is heeded like Ctrl-C."""
 
 
 def _fail(message: str, status: int = 2) -> NoReturn:

@@ -234,3 +234,25 @@ def test_importing_jaxpg_leaves_gymnax_alone(tmp_path):
         [sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, timeout=60
     )
     assert done.stdout == "False\n", done.stderr
+
+
+def test_a_terminated_experiment_leaves_no_folder(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxpg", "lab", "ladder", "--out", "found", "--trajectories", "1e7"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while not (tmp_path / "found").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert error.endswith("jaxpg: stopped; the running experiment was not saved\n")
+    assert list(tmp_path.iterdir()) == []

@@ -290,6 +290,14 @@ def test_worlds_without_tables_are_measured_only(name):
         assert np.log10(traces[1e6] / traces[1e5]) == pytest.approx(2, abs=1e-3)
 
 
+def test_networks_are_not_destroyed_by_the_steps_of_tables():
+    """With the rates of tables, every episode of CartPole ends within ten steps after a few updates."""
+    rows, _ = run("optimizers", env="CartPole-v1", policy="mlp", repeats=4)
+    for name in ("sgd", "adam"):
+        score = [r["measured"] for r in rows if (r["estimator"], r["reward_scale"]) == (name, 1)]
+        assert min(score) > 0.8 * score[0] > 15, name
+
+
 def test_aliased_worlds_take_the_value_of_what_is_seen():
     mdp, logits, behaviour = INSTANCES["A"](observation=(0, 1, 0))
     place = tabular_world("aliased", mdp, logits, behaviour)

@@ -185,3 +185,13 @@ def test_unknown_routes_and_coupled_traces_are_refused():
     coupled = Estimator(baseline=baselines.leave_one_out)
     with pytest.raises(ValueError, match="couples the trajectories"):
         gradient_trace(*arguments[:2], coupled, *arguments[3:])
+
+
+@pytest.mark.parametrize(("lag", "heavy"), [(0.5, False), (2.0, True)])
+def test_a_heavy_tail_is_said(lag, heavy):
+    """Where few weights make up the fourth moment, intervals of variances hold the truth too seldom."""
+    ahead = A._replace(logits=A.behaviour_logits + lag * (A.logits - A.behaviour_logits))
+    weighed = Estimator(credit.total_return, importance=importance.trajectory)
+    result = measure(weighed, 2**14, A.behaviour_logits, ahead)
+    assert result.effective_sample_size > 50
+    assert any("interval too narrow" in each for each in result.warnings) == heavy

@@ -129,7 +129,8 @@ def horizon(settings: Settings, progress: Progress) -> Result:
     base = world_of(settings)
     rows = []
     grid = QUICK_HORIZONS if settings.quick else HORIZONS
-    if base.regulator is None and (base.mdp is None or base.factor is not None):
+    cuts = base.regulator is None and (base.mdp is None or base.factor is not None)
+    if cuts:
         # Such a world can be cut, and not go on beyond its own end.
         grid = sorted({min(steps, base.env.horizon) for steps in grid})
     for index, steps in enumerate(grid):
@@ -154,6 +155,9 @@ def horizon(settings: Settings, progress: Progress) -> Result:
                     one.trace(), trajectories=one.trajectories, env_steps=one.env_steps
                 )
                 row["warning"] = "; ".join(x for x in (each.warning, one.warning) if x)
+            if cuts and steps < base.env.horizon and each.name == "rtg_value":
+                # Where an episode is cut, the critic goes on as if it were not.
+                row["warning"] = "; ".join(x for x in (row["warning"], CRITIC_OF_WHOLE) if x)
             rows.append(row)
     slopes = growth(rows)
     return Result(
@@ -276,6 +280,7 @@ _BASELINES = {
         ).per_state_time
     ),
 }
+CRITIC_OF_WHOLE = "its critic values whole episodes, not those cut here"
 GROWING = ("total", "rtg", "rtg_value", "exact_advantage", "is_total", "is_pdis", "is_step")
 QUICK_GROWING = ("total", "rtg", "rtg_value", "exact_advantage", "is_pdis")
 HORIZONS, QUICK_HORIZONS, MEASURED_UP_TO = (5, 10, 20, 50, 100), (5, 20, 50), 20
