@@ -31,6 +31,8 @@ def in_groups(function: Callable, most: int | None = None) -> Callable:
     taken. A function of arrays that gives arrays.
     """
 
+    function = jax.jit(function)  # which is traced once, here and for the groups
+
     @jax.custom_batching.custom_vmap
     def run(*arguments):
         return function(*arguments)

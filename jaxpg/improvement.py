@@ -102,9 +102,9 @@ def improve(
         return state, jax.tree.map(lambda x: x.mean(axis=0), metrics)
 
     k_both, k_critic = jax.random.split(key)
-    state, metrics = run(
-        True, Fitted(params, opt_state, jnp.bool_(True)), k_both, algorithm.num_epochs
-    )
+    # Not a constant True: a carry that is one for each replica from the start is batched once, not twice.
+    moving = hyperparams.stop_kl >= 0
+    state, metrics = run(True, Fitted(params, opt_state, moving), k_both, algorithm.num_epochs)
     if agent.critic is not None and algorithm.critic_epochs:
         state, more = run(False, state, k_critic, algorithm.critic_epochs)
         metrics |= more

@@ -17,8 +17,11 @@ from jaxpg.types import Array, Key, Params, Trajectory
 BLOCK = 32
 
 
-# A pool of fresh starts holds one for so many lanes of a stream.
-POOL = 8
+# Lanes of a stream of which each has a start of its own ready in every step; with more, so many share one.
+# A start costs a CPU more than to find the lanes that ended, but for few lanes that is more to compile. On an
+# accelerator it costs next to nothing, and to ask whether any lane ended is a round trip to the host.
+FEW = {"cpu": 32}
+SHARING = 8
 # Steps that a feed-forward critic judges at once after a rollout: on a CPU more would leave the cache.
 JUDGED = {"cpu": 2048}
 
@@ -162,7 +165,9 @@ def unroll(
     waits = critic is not None and not jax.tree.leaves(state.carry.critic)
     keys = _keys(key, num_steps)
     noise = _noise_of(agent, params.policy, state.obs)(keys.action)
-    pools = jax.vmap(partial(_pool, env, size=max(num_envs // POOL, 1)))(keys.reset)
+    few = num_envs <= FEW.get(jax.default_backend(), num_envs)
+    pool_size = num_envs if few else num_envs // SHARING
+    pools = jax.vmap(partial(_pool, env, size=pool_size))(keys.reset)
 
     def value_of(carry, obs, first):
         if critic is None:
@@ -194,11 +199,7 @@ def unroll(
             ),
             lambda: jnp.zeros_like(value),
         )
-        env_state, next_obs = jax.lax.cond(
-            any_replica(last),
-            lambda: _reset_ended(env, last, pool, key.reset, env_state, result.obs),
-            lambda: (env_state, result.obs),
-        )
+        env_state, next_obs = _reset_ended(env, last, pool, key.reset, env_state, result.obs)
         row = Trajectory(
             obs,
             action,
@@ -338,24 +339,31 @@ def _pool(env: Env, key, size):
 
 
 def _reset_ended(env: Env, ended, pool, key, env_state, obs):
-    """Fresh starts where an episode ended: the k-th lane that ended takes the k-th of a pool.
+    """Fresh starts where an episode ended: from the lane's own place in the pool if there is one for each.
 
-    A start costs more random bits than a step and few lanes end at once, so a step's pool is a part of the
-    lanes; where more have ended, the key draws as many as there are lanes. Every step has a pool of its own,
-    so starts are independent.
+    Otherwise the k-th lane that ended takes the k-th; where more have ended than the pool holds, the key
+    draws as many as there are lanes. Every step has a pool of its own, so starts are independent.
     """
     num_lanes, size = ended.shape[0], jax.tree.leaves(pool)[0].shape[0]
-    place = jnp.maximum(jnp.cumsum(ended) - 1, 0)
+    before = env_state, obs
+
+    def put(fresh):
+        return jax.tree.map(partial(_select, ended), fresh, before)
 
     def placed(pool, size):
-        return jax.tree.map(lambda x: x[jnp.minimum(place, size - 1)], pool)
+        place = jnp.clip(jnp.cumsum(ended) - 1, 0, size - 1)
+        return jax.tree.map(lambda x: x[place], pool)
 
-    fresh = jax.lax.cond(
-        any_replica(ended.sum()[None] > size),
-        lambda: placed(_pool(env, key, num_lanes), num_lanes),
-        lambda: placed(pool, size),
-    )
-    return jax.tree.map(lambda new, old: _select(ended, new, old), fresh, (env_state, obs))
+    def fresh():
+        return jax.lax.cond(
+            any_replica(ended.sum()[None] > size),
+            lambda: placed(_pool(env, key, num_lanes), num_lanes),
+            lambda: placed(pool, size),
+        )
+
+    if size == num_lanes:
+        return put(pool)
+    return jax.lax.cond(any_replica(ended), lambda: put(fresh()), lambda: before)
 
 
 def _where(keep, x):

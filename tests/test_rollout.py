@@ -6,7 +6,7 @@ from worlds import clock, random_mdp
 
 from jaxpg.envs import Box, Discrete, Env, from_gymnax, from_mdp
 from jaxpg.policies import Agent, Categorical, Network, actor_critic, gru, init_params, mlp
-from jaxpg.rollout import BLOCK, episodes, evaluate, init_stream, unroll
+from jaxpg.rollout import BLOCK, FEW, episodes, evaluate, init_stream, unroll
 from jaxpg.types import TimeStep
 
 
@@ -253,19 +253,22 @@ def lottery(chance):
     return Env(reset, step, Box(-bound, bound), Discrete(2), 10**6)
 
 
-@pytest.mark.parametrize("chance", [0.02, 0.06, 0.9])  # fewer than the pool, about as many, more
-def test_every_episode_of_a_stream_starts_afresh(chance):
+# Lanes that share starts: fewer end than there are, about as many, more; and few lanes, with their own.
+@pytest.mark.parametrize(
+    ("num_envs", "chance"), [(64, 0.02), (64, 0.06), (64, 0.9), (FEW["cpu"], 0.06)]
+)
+def test_every_episode_of_a_stream_starts_afresh(num_envs, chance):
     env = lottery(chance)
     agent = Agent(mlp(env.observation, env.action, (4,)))
     params = init_params(agent, jax.random.key(0))
 
     def run(key):
-        state = init_stream(env, agent, key, 64)
+        state = init_stream(env, agent, key, num_envs)
         return unroll(env, agent, params, state, key, 60)[1][0]
 
     found = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(1), 2))
     starts = np.asarray(found.obs)[np.asarray(found.first)]
-    assert len(starts) > 2 * 64 * 60 * chance * 0.7
+    assert len(starts) > 2 * num_envs * 60 * chance * 0.7
     assert len(np.unique(starts, axis=0)) == len(starts)
     # What a lane shows stays its own until its episode ends.
     same = np.asarray(found.obs)[:, 1:] == np.asarray(found.obs)[:, :-1]

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -59,12 +58,7 @@ def replicas_of(config: Config, pairs: Sequence[tuple[Hyperparams, int]]) -> Rep
     """A point and a seed each, laid over as many devices as divide them."""
     # Named, because the rbg implementation draws all lanes of a vmap from the first key.
     root = jax.random.key(config.seed, impl="threefry2x32")
-    k_train, k_evaluate = jax.random.split(root)
-    # fold_in, not split: seed i is the same however many there are.
-    index = jnp.array([seed for _, seed in pairs])
-    keys, evaluation_keys = (
-        jax.vmap(partial(jax.random.fold_in, key))(index) for key in (k_train, k_evaluate)
-    )
+    keys, evaluation_keys = _keys(root, np.array([seed for _, seed in pairs]))
     columns = zip(*(point for point, _ in pairs), strict=True)
     hyperparams = Hyperparams(*(np.asarray(column, np.float32) for column in columns))
     total = len(pairs)
@@ -79,6 +73,14 @@ def replicas_of(config: Config, pairs: Sequence[tuple[Hyperparams, int]]) -> Rep
     )
     labels = [{"seed": seed, **point._asdict()} for point, seed in pairs]
     return Replicas(keys, evaluation_keys, hyperparams, labels, sharding)
+
+
+@jax.jit
+def _keys(root, index):
+    # fold_in, not split: seed i is the same however many there are.
+    return tuple(
+        jax.vmap(partial(jax.random.fold_in, key))(index) for key in jax.random.split(root)
+    )
 
 
 def compile_programs(

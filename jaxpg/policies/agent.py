@@ -70,15 +70,13 @@ def actor_critic(env: Env, network: str = "mlp", *, normalise: bool = False, **s
 
 def check_agent(env: Env, agent: Agent) -> None:
     """Raises ValueError when the policy's distribution cannot act in the environment."""
-    example = _example(env.observation)
-    num_lanes, first = 1, jax.numpy.zeros((1, 1), bool)
 
-    def outputs(key):
-        params = init_params(agent, key)
-        carry = agent.policy.initial_carry(num_lanes)
-        return agent.policy.apply(params.policy, carry, example, first)[1]
+    def outputs():
+        params = agent.policy.init(jax.random.key(0))
+        carry, first = agent.policy.initial_carry(1), jax.numpy.zeros((1, 1), bool)
+        return agent.policy.apply(params, carry, _example(env.observation), first)[1]
 
-    distribution = jax.eval_shape(outputs, jax.random.key(0))
+    distribution = jax.eval_shape(outputs)
     action = env.action
     if isinstance(action, Box):
         needed, fits = Gaussian, distribution[0].shape[2:] == action.shape
