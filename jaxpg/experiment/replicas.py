@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -126,10 +126,17 @@ def compile_programs(
         donate=() if config.debug_nans else (0,),
     )
     evaluating = partial(lower, evaluated, state.params, replicas.evaluation_keys)
-    # Tracings of two threads take turns: that of training goes first, because everybody waits for it.
+    # In a thread of its own, so that a signal is heeded while it is traced.
     traced = executor.submit(training)
     # Effort 2 runs as fast as the highest, and compiles in three quarters of the time.
-    return Programs(start(traced.result, 2), init, start(evaluating, 1))
+    trained = start(traced.result, 2)
+
+    def once_trained():
+        # Everybody waits for training's program; evaluation's is not needed before training ends.
+        wait([trained])
+        return evaluating()
+
+    return Programs(trained, init, start(once_trained, 1))
 
 
 def replicated(function: Callable, axes, sharding: NamedSharding | None, donate) -> Any:

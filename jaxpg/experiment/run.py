@@ -120,7 +120,6 @@ def execute(experiment: Experiment, sinks: Sequence[Sink] = ()) -> None:
         stop = stopper(stopped, done)
         stop()
         show("evaluating")
-        assert programs.evaluate is not None  # only a sweep leaves it out
         evaluate = wait_for(programs.evaluate, stop)
         evaluation = on_workers(job, stop, evaluate, state.params, replicas.evaluation_keys)
         returns = _without(evaluation.mean, progress.diverged)
