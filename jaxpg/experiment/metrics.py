@@ -104,17 +104,29 @@ def parquet(folder: Path, labels: list[dict], columns: list[str]) -> Table:
         rows["update"] = np.tile(records.update, len(labels))
         rows["env_steps"] = records.env_steps.reshape(-1)
         rows["seconds"] = np.tile(records.seconds, len(labels))
-        for name, values in records.metrics.items():
-            flat = values.reshape(-1)
-            # No value is null, because readers skip that in a mean and keep NaN.
-            none = np.isnan(flat) if flat.dtype.kind == "f" else None
-            rows[name] = pyarrow.array(flat, mask=none)
+        rows |= {name: values.reshape(-1) for name, values in records.metrics.items()}
+        table = pyarrow.table({name: _column(values) for name, values in rows.items()})
         folder.mkdir(exist_ok=True)
         path = folder / f"part-{records.update[-1]:012d}.parquet"
-        write_atomically(path, lambda file: parquet.write_table(pyarrow.table(rows), file))
+        write_atomically(path, lambda file: parquet.write_table(table, file))
         kept.clear()
 
     return Table(kept.append, flush)
+
+
+def _column(values: np.ndarray) -> Any:
+    """Numbers as a pyarrow array; no value is null, because readers skip that in a mean and keep NaN."""
+    import pyarrow
+
+    if values.dtype.kind not in "iuf":
+        return pyarrow.array(values)
+    # pyarrow.array would import pandas, half a second, to see that this is none of its series.
+    valid = None
+    if values.dtype.kind == "f":
+        valid = pyarrow.py_buffer(np.packbits(~np.isnan(values), bitorder="little"))
+    buffer = pyarrow.py_buffer(np.ascontiguousarray(values))
+    kind = pyarrow.from_numpy_dtype(values.dtype)
+    return pyarrow.Array.from_buffers(kind, len(values), [valid, buffer])
 
 
 def tensorboard(folder: Path, labels: list[dict], columns: list[str], num_envs: int, after: int):
