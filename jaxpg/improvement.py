@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,22 +10,15 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from jaxpg.algorithms import Algorithm
+from jaxpg.devices import beside
 from jaxpg.estimators import coefficients, lane_gradients, objective, surrogates
 from jaxpg.estimators.estimator import Batch
 from jaxpg.gradients import critic_gradient, gradient_of
 from jaxpg.policies import Agent, AgentCarry, AgentParams
-from jaxpg.types import Array, Hyperparams, Key, Metrics, Params
+from jaxpg.types import Hyperparams, Key, Metrics, Params
 
 # Lanes of one step that stay together in a minibatch.
 GROUP = 64
-
-
-class Fitted(NamedTuple):
-    """What the steps of an update carry on."""
-
-    params: AgentParams
-    opt_state: Any  # of the policy's and the critic's optimizer
-    moving: Array  # [] bool: no minibatch of this update has exceeded stop_kl
 
 
 def optimizers(
@@ -52,8 +45,9 @@ def improve(
     hyperparams: Hyperparams,
     key: Key,
 ) -> tuple[AgentParams, Any, Metrics]:
-    """Epochs of minibatch steps: first of policy and critic together, then of the critic alone.
+    """Epochs of minibatch steps of the policy, and of the critic on the same minibatches; then of it alone.
 
+    Neither reads what the other becomes, so the two may run side by side.
     layout: what a minibatch is made of, "steps" or "lanes".
     """
     if layout == "steps":
@@ -64,55 +58,57 @@ def improve(
         _policy_step, agent.policy, algorithm, layout, policy_optimizer, hyperparams
     )
     critic_step = partial(_critic_step, agent.critic, critic_optimizer, hyperparams)
+    axis = 0 if layout == "steps" else 1
+    parts = algorithm.num_minibatches
 
-    def minibatch_step(with_policy, state, minibatch):
-        (policy, critic), (policy_opt, critic_opt), moving = state
-        metrics: Metrics = {}
-        if with_policy:
-            policy, policy_opt, moving, metrics = policy_step(
-                policy, policy_opt, moving, *minibatch
-            )
-        if agent.critic is not None:
-            critic, critic_opt, more = critic_step(critic, critic_opt, *minibatch)
-            metrics |= more
-        return Fitted(AgentParams(policy, critic), (policy_opt, critic_opt), moving), metrics
+    def epochs(step, state, data, key, num_epochs, parts):
+        """A step on every minibatch of every epoch; metrics are means over all."""
 
-    def epoch(with_policy, state, key):
-        parts = algorithm.num_minibatches if with_policy else algorithm.critic_minibatches
-        if parts == 1:
-            return minibatch_step(with_policy, state, (batch, carry))
-        axis = 0 if layout == "steps" else 1
-        order = jax.random.permutation(key, batch.advantage.shape[axis]).reshape(parts, -1)
+        def epoch(state, key):
+            if parts == 1:
+                return step(state, data)
+            order = jax.random.permutation(key, batch.advantage.shape[axis]).reshape(parts, -1)
 
-        def step(state, places):
-            minibatch = (
-                jax.tree.map(lambda x: jnp.take(x, places, axis, mode="clip"), batch),
-                jax.tree.map(lambda x: x[places], carry),
-            )
-            return minibatch_step(with_policy, state, minibatch)
+            def on(state, places):
+                batch, carry = data
+                minibatch = (
+                    jax.tree.map(lambda x: jnp.take(x, places, axis, mode="clip"), batch),
+                    jax.tree.map(lambda x: x[places], carry),
+                )
+                return step(state, minibatch)
 
-        state, metrics = jax.lax.scan(step, state, order)
+            state, metrics = jax.lax.scan(on, state, order)
+            return state, jax.tree.map(lambda x: x.mean(axis=0), metrics)
+
+        state, metrics = jax.lax.scan(epoch, state, jax.random.split(key, num_epochs))
         return state, jax.tree.map(lambda x: x.mean(axis=0), metrics)
 
-    def run(with_policy, state, key, num_epochs):
-        def step(state, key):
-            return epoch(with_policy, state, key)
+    def of_policy(params, opt_state, data, keys):
+        # Not a constant True: a carry that is one for each replica from the start is batched once, not twice.
+        moving = hyperparams.stop_kl >= 0
+        state = params.policy, opt_state[0], moving
+        state, metrics = epochs(policy_step, state, data, keys[0], algorithm.num_epochs, parts)
+        return *state[:2], metrics
 
-        state, metrics = jax.lax.scan(step, state, jax.random.split(key, num_epochs))
-        return state, jax.tree.map(lambda x: x.mean(axis=0), metrics)
+    def of_critic(params, opt_state, data, keys):
+        if agent.critic is None:
+            return params.critic, opt_state[1], {}
+        state = params.critic, opt_state[1]
+        state, metrics = epochs(critic_step, state, data, keys[0], algorithm.num_epochs, parts)
+        if algorithm.critic_epochs:
+            more, parts_of_more = algorithm.critic_epochs, algorithm.critic_minibatches
+            state, metrics = epochs(critic_step, state, data, keys[1], more, parts_of_more)
+        return *state, metrics
 
-    k_both, k_critic = jax.random.split(key)
-    # Not a constant True: a carry that is one for each replica from the start is batched once, not twice.
-    moving = hyperparams.stop_kl >= 0
-    state, metrics = run(True, Fitted(params, opt_state, moving), k_both, algorithm.num_epochs)
-    if agent.critic is not None and algorithm.critic_epochs:
-        state, more = run(False, state, k_critic, algorithm.critic_epochs)
-        metrics |= more
+    data, keys = (batch, carry), jax.random.split(key)
+    fitted = beside(of_policy, of_critic, params, opt_state, data, keys)
+    (policy, policy_opt, metrics), (critic, critic_opt, more) = fitted
+    metrics |= more
     if algorithm.measure_kl:
         # The divergence of the whole update, which a KL measured before the last step is not.
         moved = _kl_from(agent.policy, params.policy, batch, carry)
-        metrics["kl"] = moved(state.params.policy)
-    return state.params, state.opt_state, metrics
+        metrics["kl"] = moved(policy)
+    return AgentParams(policy, critic), (policy_opt, critic_opt), metrics
 
 
 def _in_groups(batch: Batch, algorithm: Algorithm) -> Batch:
@@ -131,9 +127,9 @@ def _in_groups(batch: Batch, algorithm: Algorithm) -> Batch:
     return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[2:]), batch)
 
 
-def _policy_step(
-    policy, algorithm, layout, optimizer, hyperparams, params, opt_state, moving, batch, carry
-):
+def _policy_step(policy, algorithm, layout, optimizer, hyperparams, state, minibatch):
+    # moving: [] bool, no minibatch of this update has exceeded stop_kl.
+    (params, opt_state, moving), (batch, carry) = state, minibatch
     ascent, metrics = gradient_of(
         algorithm.estimator, policy, params, carry.policy, batch, hyperparams
     )
@@ -149,18 +145,19 @@ def _policy_step(
     )
     new_params = optax.apply_updates(params, updates)
     if algorithm.num_epochs * algorithm.num_minibatches == 1:
-        return new_params, new_state, moving, metrics
+        return (new_params, new_state, moving), metrics
     moving &= metrics["kl"] <= hyperparams.stop_kl
     new_params, new_state = jax.tree.map(
         lambda new, old: jnp.where(moving, new, old), (new_params, new_state), (params, opt_state)
     )
-    return new_params, new_state, moving, metrics
+    return (new_params, new_state, moving), metrics
 
 
-def _critic_step(critic, optimizer, hyperparams, params, opt_state, batch, carry):
+def _critic_step(critic, optimizer, hyperparams, state, minibatch):
+    (params, opt_state), (batch, carry) = state, minibatch
     gradient, value = critic_gradient(critic, params, carry.critic, batch, hyperparams)
     updates, opt_state = optimizer.update(gradient, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, {"critic_loss": value}
+    return (optax.apply_updates(params, updates), opt_state), {"critic_loss": value}
 
 
 def _landscape(policy, algorithm, layout, params, batch, carry, hyperparams):

@@ -13,13 +13,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxpg import Hyperparams, evaluate, make_trainer, train
+from jaxpg import Hyperparams, make_trainer, train
 from jaxpg.algorithms import Algorithm, algorithm
 from jaxpg.envs import Env, from_gymnax
 from jaxpg.estimators import assess
@@ -27,21 +28,29 @@ from jaxpg.gradients import gradient_of
 from jaxpg.policies import Agent, actor_critic, init_params
 from jaxpg.rollout import episodes, init_stream, unroll
 
+# Otherwise this process would take most of a GPU's memory before a peer's starts.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 Row = dict[str, Any]
 STEPS = 128
+LARGE = (10**3, 10**4, 10**5, 10**6)  # episodes per update
 PEERS = {"rejax": ("rejax==0.1.3", "gymnax<1"), "sb3": ("stable-baselines3",)}
 
 
 def measured(run: Callable, *arguments, repeats: int) -> Row:
-    """Compile seconds, steady seconds of several runs, and the memory that the program needs."""
+    """Compile seconds, steady seconds of several runs after a first, and the memory that the program needs.
+
+    repeats: 0 counts the first run itself, for what takes minutes.
+    """
     started = time.perf_counter()
     compiled = jax.jit(run).lower(*arguments).compile()
     compile_seconds, seconds = time.perf_counter() - started, []
-    out = jax.block_until_ready(compiled(*arguments))
-    for _ in range(repeats):
+    out = None
+    for _ in range(repeats + 1):
         started = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
+        out = jax.block_until_ready(compiled(*arguments))
         seconds.append(time.perf_counter() - started)
+    seconds = seconds[1:] or seconds
     memory: Any = compiled.memory_analysis()
     size = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
     return {
@@ -130,7 +139,10 @@ def report(name: str, found: Row, steps: float, base: Row | None = None) -> Row:
 
 
 def training(repeats: int, quick: bool) -> Iterator[Row]:
-    """Rollout, REINFORCE in large batches, PPO in the peers' setting, many agents, MinAtar."""
+    """Rollout, REINFORCE in large batches, PPO in the peers' setting, many agents, MinAtar.
+
+    On an accelerator also what only that is for; with --quick those cases run everywhere, in small.
+    """
     env = from_gymnax("CartPole-v1")
     agent = actor_critic(env, hidden=(64, 64))
     params = init_params(agent, jax.random.key(0))
@@ -140,18 +152,34 @@ def training(repeats: int, quick: bool) -> Iterator[Row]:
         found = measured(run, params, state, jax.random.key(1), repeats=repeats)
         base = floor(env, agent, params, lanes, 0, repeats)
         yield report(f"rollout with critic, {lanes} lanes", found, lanes * STEPS, base)
-    yield from _reinforce(env, agent, repeats, (100,) if quick else (10**3, 10**4, 10**5))
+    yield from _reinforce(env, agent, repeats, (100,) if quick else LARGE)
     for lanes in (4, 64) if quick else (4, 64, 1024, 4096):
         updates = max(2, min(100, 2**17 // (lanes * STEPS)))
-        row = algorithm("ppo")._replace(num_minibatches=4)
+        row = algorithm("ppo")
         run, state = trained(row, env, agent, lanes, STEPS, updates)
         found = measured(run, state, numbers(1e-3, entropy_coef=0.01), repeats=repeats)
         # Four epochs of policy and critic: eight passes over every step.
         base = floor(env, agent, params, lanes, 8, repeats)
         yield report(f"PPO 4x4, {lanes} environments", found, lanes * STEPS * updates, base)
-    yield _agents(env, agent, 8 if quick else 64, repeats)
+    yield _agents(env, agent, 8 if quick else 64, (16, 64, 20), repeats)
     if not quick:
-        yield _breakout(repeats)
+        yield _breakout(1, 5, repeats)
+    if quick or jax.default_backend() != "cpu":
+        yield from _wide(env, agent, repeats, quick)
+
+
+def _wide(env: Env, agent: Agent, repeats: int, quick: bool) -> Iterator[Row]:
+    """Batches, agents and agents on MinAtar in numbers that fill an accelerator."""
+    for lanes in (128,) if quick else (2**14, 2**16, 2**18):
+        run, state = trained(algorithm("a2c"), env, agent, lanes, STEPS, 3)
+        found = measured(run, state, numbers(1e-3), repeats=repeats)
+        name = f"actor-critic, one step per rollout, {lanes} environments"
+        yield report(name, found, lanes * STEPS * 3)
+    # 5e5 steps of each agent, as published for another trainer.
+    count, updates = (4, 2) if quick else (2048, 977)
+    yield _agents(env, agent, count, (4, STEPS, updates), 0)
+    count, updates = (2, 1) if quick else (300, 5)
+    yield _breakout(count, updates, repeats)
 
 
 def _reinforce(env, agent, repeats, counts) -> Iterator[Row]:
@@ -165,32 +193,35 @@ def _reinforce(env, agent, repeats, counts) -> Iterator[Row]:
     for count in counts:
         run, fresh = trained(row, env, bare, count, None, 1)
         start = fresh._replace(params=state.params)
-        found = measured(run, start, numbers(0.0), repeats=repeats)
+        often = 0 if count == LARGE[-1] and jax.default_backend() == "cpu" else repeats
+        found = measured(run, start, numbers(0.0), repeats=often)
         steps = int(found["out"][1]["env_steps"].sum())
         name = f"REINFORCE, {count:,} episodes of {length:.0f} steps per update"
         yield report(name, found, steps, base)
 
 
-def _agents(env, agent, count, repeats) -> Row:
-    run, _ = trained(algorithm("ppo"), env, agent, 16, 64, 20)
-    trainer = make_trainer(env, agent, algorithm("ppo"), num_envs=16, num_steps=64)
-    states = jax.vmap(trainer.init)(jax.random.split(jax.random.key(0), count))
-    together = jax.vmap(run, in_axes=(0, None))
+def _agents(env, agent, count, sizes, repeats) -> Row:
+    num_envs, num_steps, updates = sizes
+    row = algorithm("ppo")
+    trainer = make_trainer(env, agent, row, num_envs=num_envs, num_steps=num_steps)
+    states = jax.jit(jax.vmap(trainer.init))(jax.random.split(jax.random.key(0), count))
+    together = jax.vmap(partial(train, trainer, num_updates=updates), in_axes=(0, None))
     found = measured(together, states, numbers(1e-3), repeats=repeats)
-    return report(f"{count} PPO agents side by side", found, count * 16 * 64 * 20)
+    steps = num_envs * num_steps * updates
+    return report(f"{count} PPO agents side by side, {steps:.1e} steps each", found, count * steps)
 
 
-def _breakout(repeats) -> Row:
+def _breakout(count, updates, repeats) -> Row:
     env = from_gymnax("Breakout-MinAtar")
     agent = actor_critic(env, hidden=(64, 64))
-    run, state = trained(algorithm("ppo"), env, agent, 64, STEPS, 5)
-    found = measured(run, state, numbers(1e-3), repeats=repeats)
-    return report("PPO 4x4 on MinAtar Breakout, 64 environments", found, 64 * STEPS * 5)
+    row = _agents(env, agent, count, (64, STEPS, updates), repeats)
+    return row | {"case": f"PPO 4x4 on MinAtar Breakout, 64 environments, {count} agents"}
 
 
 def peers(repeats: int, quick: bool) -> Iterator[Row]:
     """PPO in one setting against peers, each run in a process of its own, in alternation."""
-    for lanes in (64,) if quick else (4, 64, 1024):
+    accelerated = () if jax.default_backend() == "cpu" else (4096,)
+    for lanes in (64,) if quick else (4, 64, 1024, *accelerated):
         updates = max(4, (2**15 if quick else 10**6) // (lanes * STEPS))
         for name in PEERS:
             python = peer_environment(name)
@@ -276,19 +307,14 @@ def _process(command: list[str], cache: Path) -> tuple[float, str]:
 
 
 def _against(name, python, lanes, updates, repeats) -> Row:
-    steps, theirs, ours, found, mine = lanes * STEPS * updates, [], [], {}, {}
-    if (
-        name == "sb3"
-    ):  # a hundred times slower: a part of the budget, and its return is not comparable
-        updates = max(1, updates // 20)
-    script = Path(__file__).with_name("peers.py")
+    theirs, ours, found, mine = [], [], {}, {}
+    # A hundred times slower: a part of the budget, and its return is not comparable.
+    fewer = max(1, updates // 20) if name == "sb3" else updates
     for _ in range(repeats):
-        command = [python, str(script), name, str(lanes), str(updates), "1"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        theirs.append(lanes * STEPS * updates / found["seconds"][0])
-        mine = _own(lanes, steps // (lanes * STEPS))
-        ours.append(steps / mine["seconds"])
+        found = _speed(python, name, lanes, fewer)
+        theirs.append(lanes * STEPS * fewer / found["seconds"][0])
+        mine = _speed(sys.executable, "jaxpg", lanes, updates)
+        ours.append(lanes * STEPS * updates / mine["seconds"][0])
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return {
         "case": f"PPO 4x4, {lanes} environments, against {name}",
@@ -304,15 +330,12 @@ def _against(name, python, lanes, updates, repeats) -> Row:
     }
 
 
-def _own(lanes, updates) -> Row:
-    env = from_gymnax("CartPole-v1")
-    agent = actor_critic(env, hidden=(64, 64))
-    row = algorithm("ppo")._replace(num_minibatches=4)
-    run, state = trained(row, env, agent, lanes, STEPS, updates)
-    found = measured(run, state, numbers(1e-3, entropy_coef=0.01), repeats=1)
-    after = found["out"][0].params
-    score = jax.jit(partial(evaluate, env, agent, num_episodes=128))(after, jax.random.key(1))
-    return found | {"return": float(score.mean)}
+def _speed(python: str, name: str, lanes: int, updates: int) -> Row:
+    """Of one run, the first after its compilation, in a process of its own."""
+    script = str(Path(__file__).with_name("peers.py"))
+    command = [python, script, name, str(lanes), str(updates), "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def peer_environment(name: str) -> str | None:
@@ -324,10 +347,26 @@ def peer_environment(name: str) -> str | None:
     if not python.exists():
         print(f"installing {' '.join(PEERS[name])} into {folder.name}", file=sys.stderr)
         venv.create(folder, with_pip=True)
-    wanted = [*PEERS[name], f"jax=={jax.__version__}"] if name == "rejax" else PEERS[name]
+    wanted = [*PEERS[name], f"jax{_extra()}=={jax.__version__}"] if name == "rejax" else PEERS[name]
     if name == "sb3":
         wanted = (*wanted, "gymnasium")
     done = subprocess.run(
         [python, "-m", "pip", "install", "-q", *wanted], capture_output=True, text=True
     )
     return str(python) if done.returncode == 0 else None
+
+
+def _extra() -> str:
+    """What makes pip install jax for the device that this process computes on."""
+    if jax.default_backend() == "tpu":
+        return "[tpu]"
+    plugins = {"jax-cuda12-plugin": "[cuda12]", "jax-cuda13-plugin": "[cuda13]"}
+    installed = (extra for name, extra in plugins.items() if _installed(name))
+    return next(installed, "")
+
+
+def _installed(name: str) -> bool:
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False

@@ -1,7 +1,7 @@
-"""PPO of a peer, measured like jaxpg's own: run by scripts/benchmark --peers in an environment of its own.
+"""PPO of jaxpg and of its peers, measured alike: run by scripts/benchmark --peers, each in its environment.
 
 Each prints one line of JSON:
-python peers.py rejax|sb3 NUM_ENVS UPDATES REPEATS          speed in one setting
+python peers.py jaxpg|rejax|sb3 NUM_ENVS UPDATES REPEATS    speed in one setting
 python peers.py rejax-seeds|sb3-seeds SEEDS STEPS SEED      returns in its own setting
 """
 
@@ -10,6 +10,41 @@ import sys
 import time
 
 STEPS, EPOCHS, PARTS, RATE, ENTROPY, EVALUATION = 128, 4, 4, 1e-3, 0.01, 128
+
+
+def jaxpg(num_envs: int, updates: int, repeats: int) -> dict:
+    """On two cores where there are two, as the command trains one agent."""
+    from functools import partial
+
+    import jax
+
+    from jaxpg import Hyperparams, evaluate, make_trainer, train
+    from jaxpg.algorithms import algorithm
+    from jaxpg.devices import over_halves
+    from jaxpg.envs import from_gymnax
+    from jaxpg.experiment.replicas import use_cpu_cores
+    from jaxpg.policies import actor_critic
+
+    use_cpu_cores()
+    env = from_gymnax("CartPole-v1")
+    agent = actor_critic(env, hidden=(64, 64))
+    row = algorithm("ppo")._replace(num_epochs=EPOCHS, num_minibatches=PARTS)
+    trainer = make_trainer(env, agent, row, num_envs=num_envs, num_steps=STEPS)
+    found = Hyperparams(learning_rate=RATE, critic_learning_rate=RATE, entropy_coef=ENTROPY)
+    hyperparams = jax.tree.map(jax.numpy.float32, found)
+    learn = over_halves(partial(train, trainer, num_updates=updates))
+    state = jax.jit(trainer.init)(jax.random.key(0))
+    started = time.perf_counter()
+    compiled = jax.jit(learn).lower(state, hyperparams).compile()
+    compile_seconds, seconds, after = time.perf_counter() - started, [], state
+    for _ in range(repeats):
+        started = time.perf_counter()
+        after, _ = jax.block_until_ready(compiled(state, hyperparams))
+        seconds.append(time.perf_counter() - started)
+    params = jax.device_put(after.params, jax.devices()[0])
+    score = jax.jit(partial(evaluate, env, agent, num_episodes=EVALUATION))
+    mean = float(score(params, jax.random.key(1)).mean)
+    return {"compile_seconds": compile_seconds, "seconds": seconds, "return": mean}
 
 
 def rejax(num_envs: int, updates: int, repeats: int) -> dict:
@@ -144,7 +179,13 @@ def sb3_seeds(seeds: int, steps: int, seed: int) -> dict:
         return {"returns": pool.starmap(sb3_seed, jobs, chunksize=1)}
 
 
-MODES = {"rejax": rejax, "sb3": sb3, "rejax-seeds": rejax_seeds, "sb3-seeds": sb3_seeds}
+MODES = {
+    "jaxpg": jaxpg,
+    "rejax": rejax,
+    "sb3": sb3,
+    "rejax-seeds": rejax_seeds,
+    "sb3-seeds": sb3_seeds,
+}
 
 if __name__ == "__main__":
     name, *numbers = sys.argv[1:]

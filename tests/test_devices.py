@@ -1,11 +1,15 @@
-"""Replicas in groups are the same replicas."""
+"""Replicas in groups, and policy and critic apart, are what they are together."""
+
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpg.devices import in_groups
+from jaxpg.devices import in_groups, over_halves
 
 
 def work(params, key, common):
@@ -42,3 +46,74 @@ def test_one_alone_is_the_function():
     arguments = {"w": jnp.ones(3)}, jax.random.key(0), {"scale": 2.0}
     found, expected = in_groups(work, 4)(*arguments), work(*arguments)
     np.testing.assert_array_equal(found["sum"], expected["sum"])
+
+
+# In a process of its own, because the number of devices cannot change in one.
+APART = """
+from functools import partial
+import jax, jax.numpy as jnp, numpy as np
+from jaxpg import Hyperparams, make_trainer, train
+from jaxpg.algorithms import algorithm
+from jaxpg.devices import beside, over_halves
+from jaxpg.envs import from_gymnax
+from jaxpg.experiment.presets import preset
+from jaxpg.experiment.config import points
+from jaxpg.experiment.replicas import make_replicas, use_cpu_cores
+from jaxpg.policies import actor_critic
+from dataclasses import replace
+
+jax.config.update("jax_num_cpu_devices", 3)
+
+def one(x, n):
+    return {"x": jnp.sin(x), "n": n + 1, "ended": n > 2, "none": ()}
+
+def other(x, n):
+    return [x[:2] * n, n.astype(jnp.uint8), jax.lax.axis_index("halves") if halved else jnp.int32(1)]
+
+arguments = jnp.arange(6.0).reshape(2, 3), jnp.int32(3)
+halved = False
+plain = beside(one, other, *arguments)
+halved = True
+apart = jax.jit(over_halves(partial(beside, one, other)))(*arguments)
+# The last number of the second says where it was made: on the second device.
+for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(apart), strict=True):
+    assert a.dtype == b.dtype, (a, b)
+    np.testing.assert_array_equal(a, b)
+
+env = from_gymnax("CartPole-v1")
+agent = actor_critic(env, hidden=(4,))
+trainer = make_trainer(env, agent, algorithm("ppo"), num_envs=4, num_steps=8)
+run = partial(train, trainer, num_updates=2)
+hyperparams = jax.tree.map(jnp.float32, Hyperparams(learning_rate=1e-3, critic_learning_rate=1e-3))
+state = jax.jit(trainer.init)(jax.random.key(0))
+plain, apart = jax.jit(run)(state, hyperparams), jax.jit(over_halves(run))(state, hyperparams)
+def numbers(tree):
+    raw = [jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+           for x in jax.tree.leaves(tree)]
+    return [np.asarray(x) for x in raw]
+for a, b, before in zip(numbers(plain[0]), numbers(apart[0]), numbers(state), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+for start, end in zip(state.params, apart[0].params, strict=True):  # of the policy, of the critic
+    change = [np.abs(a - b).max() for a, b in zip(numbers(start), numbers(end), strict=True)]
+    assert max(change) > 1e-3, change
+assert set(plain[1]) == set(apart[1])
+
+config, grid = preset("CartPole-v1", "ppo")
+def mesh(**changes):
+    found = make_replicas(replace(config, **changes), points(grid)).sharding
+    return found and dict(found.mesh.shape)
+assert mesh(seeds=1) == {"replica": 1, "halves": 2}
+assert mesh(seeds=2) == {"replica": 2}
+assert mesh(seeds=3) == {"replica": 3}
+assert mesh(seeds=1, algorithm="reinforce") is None
+"""
+
+
+def test_policy_and_critic_are_fitted_on_a_device_each():
+    environment = os.environ | {"XLA_FLAGS": ""}
+    subprocess.run([sys.executable, "-c", APART], check=True, env=environment)
+
+
+def test_one_device_has_no_halves():
+    if jax.device_count() == 1:
+        assert over_halves(work) is work

@@ -1,5 +1,6 @@
 """Replicas: every seed at every point of the grid, on one axis, run by one program per task."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, wait
@@ -11,7 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxpg.devices import compiler_options
+from jaxpg.algorithms import algorithm
+from jaxpg.devices import HALVES, compiler_options
 from jaxpg.experiment.build import Parts
 from jaxpg.experiment.config import Config
 from jaxpg.rollout import evaluate
@@ -55,7 +57,7 @@ def make_replicas(config: Config, points: list[Hyperparams]) -> Replicas:
 
 
 def replicas_of(config: Config, pairs: Sequence[tuple[Hyperparams, int]]) -> Replicas:
-    """A point and a seed each, laid over as many devices as divide them."""
+    """A point and a seed each, laid over as many devices as divide them, or twice as many."""
     # Named, because the rbg implementation draws all lanes of a vmap from the first key.
     root = jax.random.key(config.seed, impl="threefry2x32")
     keys, evaluation_keys = _keys(root, np.array([seed for _, seed in pairs]))
@@ -64,15 +66,24 @@ def replicas_of(config: Config, pairs: Sequence[tuple[Hyperparams, int]]) -> Rep
     total = len(pairs)
     devices = jax.devices()
     used = max(n for n in range(1, len(devices) + 1) if total % n == 0)
-    sharding = None
-    if used > 1:
-        mesh = jax.make_mesh((used,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices[:used])
-        sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+    mesh = {AXIS: used}
+    # Cores to spare: policy and critic are improved on two.
+    if algorithm(config.algorithm).critic_optimizer and _spare(len(devices), used):
+        mesh[HALVES] = 2
+    sharding, size = None, math.prod(mesh.values())
+    if size > 1:
+        types = (AxisType.Auto,) * len(mesh)
+        laid = jax.make_mesh((*mesh.values(),), (*mesh,), axis_types=types, devices=devices[:size])
+        sharding = NamedSharding(laid, PartitionSpec(AXIS))
     keys, evaluation_keys, hyperparams = jax.device_put(
         (keys, evaluation_keys, hyperparams), sharding
     )
     labels = [{"seed": seed, **point._asdict()} for point, seed in pairs]
     return Replicas(keys, evaluation_keys, hyperparams, labels, sharding)
+
+
+def _spare(devices: int, used: int) -> bool:
+    return jax.default_backend() == "cpu" and devices >= 2 * used
 
 
 @jax.jit
