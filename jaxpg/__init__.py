@@ -28,7 +28,7 @@ _HOMES = {
     "train": "jaxpg.trainer",
     "unroll": "jaxpg.rollout",
 }
-_MODULES = {"algorithms", "envs", "estimators", "lab", "optimizers", "policies"}
+_MODULES = {"algorithms", "devices", "envs", "estimators", "lab", "optimizers", "policies"}
 
 __all__ = [
     "Algorithm",
@@ -38,6 +38,7 @@ __all__ = [
     "Trainer",
     "Trajectory",
     "algorithms",
+    "devices",
     "envs",
     "episodes",
     "estimators",

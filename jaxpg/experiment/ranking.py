@@ -126,7 +126,7 @@ def report(config: Config, search: Search, outcomes: Outcomes, costs: Costs) -> 
     )  # fmt: skip
     flags = [f"--{n.replace('_', '-')} {found[n][0]:g}" for n in names] if found["rank"] else []
     return [
-        f"interquartile mean over {config.seeds} seeds of the return of",
+        f"interquartile mean over {config.seeds} seed{'s' * (config.seeds > 1)} of the return of",
         f"{what}:",
         *lines,
         *(["best: " + " ".join(flags)] if flags else []),
