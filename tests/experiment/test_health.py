@@ -19,6 +19,8 @@ from jaxpg.experiment.lock import locked
 from jaxpg.experiment.policy import load_policy
 from jaxpg.experiment.presets import preset
 from jaxpg.experiment.report import table
+from jaxpg.rollout import EpisodeSums
+from jaxpg.trainer import _episode_metrics
 
 pytestmark = pytest.mark.usefixtures("cache")
 TOO_FAST = ("--critic-learning-rate", "1e30")  # the critic's square is beyond float32
@@ -93,10 +95,18 @@ def test_a_grid_goes_on_without_what_diverged(tmp_path, capsys):
 
 
 def test_debug_nans_names_the_operation(tmp_path):
-    with pytest.raises(
-        health.Diverged, match=r"no checkpoint yet; .*(nan|inf).* at .*jaxpg.*\.py:\d+"
-    ):
-        start(tmp_path / "r", "--updates", "4", "--debug-nans", *TOO_FAST)
+    # The values become infinite at the second minibatch, and their gradients 0 times infinity.
+    found = r"no checkpoint yet; invalid value \(nan\) .* at .*gradients\.py:\d+"
+    beyond = ("--critic-learning-rate", "3e38")
+    with pytest.raises(health.Diverged, match=found):
+        start(tmp_path / "r", "--updates", "4", "--debug-nans", *beyond)
+
+
+def test_the_watch_for_nans_passes_what_has_no_value_yet():
+    none = EpisodeSums(*jnp.zeros(3))
+    assert np.isnan(_episode_metrics(none)["episode_return"])
+    with jax.debug_nans(True):
+        assert _episode_metrics(none)["episode_return"] == 0
 
 
 def test_a_table_counts_what_diverged():
