@@ -212,11 +212,14 @@ def test_regression_on_scores_is_the_natural_gradient(x64):
     [("trpo", "CartPole-v1", "mlp"), ("trpo", "Pendulum-v1", "gru"), ("npg", "Pendulum-v1", "mlp")],
 )
 def test_steps_stay_within_the_trust_region(name, environment, network):
-    """Discrete and continuous actions, with and without memory; the Fisher matrix of a part."""
+    """Discrete and continuous actions, with and without memory; for TRPO the Fisher matrix of a part.
+
+    With a part, the plain step may be as long as 20 times the limit; only the line search bounds it.
+    """
     env = from_gymnax(environment)
     agent = actor_critic(env, network, hidden=(8,))
     lanes = 8 if network == "gru" else 8 * 16
-    row = algorithm(name)._replace(fisher_samples=lanes // 2)
+    row = algorithm(name)._replace(fisher_samples=lanes // 2 if name == "trpo" else None)
     trainer = make_trainer(env, agent, row, num_envs=8, num_steps=16)
     numbers = jax.tree.map(jnp.float32, Hyperparams(max_kl=0.02))
     learn = jax.jit(jax.vmap(partial(train, trainer, num_updates=4), (0, None)))
@@ -227,7 +230,11 @@ def test_steps_stay_within_the_trust_region(name, environment, network):
         assert (metrics["kl"] <= 0.02 * (1 + 1e-5)).all()
     small = numbers._replace(max_kl=jnp.float32(1e-4))
     _, metrics = learn(states, small)
-    assert metrics["kl"].max() < 2e-4
+    assert metrics["kl"].max() <= 1e-4 * (1 + 1e-3)
+    if (
+        name == "npg"
+    ):  # short of the limit by the damping alone: of 240 steps between 0.5 and 0.97 of it
+        assert metrics["kl"].min() > 4e-5
     # Nothing is acceptable at a KL of 0: the policy stays as it is, to the bit.
     if name == "trpo":
         still, _ = learn(states, numbers._replace(max_kl=jnp.float32(0.0)))

@@ -139,11 +139,8 @@ def _advance(job: Job, program, state):
             noted.append(True)
             job.show("stopping after this chunk; the same signal again aborts at once")
 
-    demonstrations = job.parts.demonstrations
-    common = () if demonstrations is None else (demonstrations,)
-
     def step(state):
-        state, metrics = program(state, job.replicas.hyperparams, *common)
+        state, metrics = program(state, job.replicas.hyperparams, *_common(job))
         return state, jax.device_get(metrics)  # which waits for the devices
 
     return wait_for(job.executor.submit(step, state), note)

@@ -1,29 +1,45 @@
-"""Weight initialisers."""
+"""Random weights."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jaxpg.types import Array, Key
 
 
-def orthogonal(scale: float = 1.0):
-    """Random matrices with orthonormal rows or columns, times scale (Saxe et al., 2014)."""
+def orthogonal(key: Key, gains: Any) -> Any:
+    """A tree in which each matrix of gains is times a random one with orthonormal rows or columns.
 
-    def init(key, shape, dtype=jnp.float32, out_sharding=None):
-        del out_sharding  # newer flax passes it; placement is the caller's business
-        num_rows, num_columns = shape[-2], shape[-1]
-        tall = (max(num_rows, num_columns), min(num_rows, num_columns))
-        matrix = _orthonormal(jax.random.normal(key, tall, dtype))
-        return scale * (matrix if num_rows >= num_columns else matrix.T)
+    Saxe et al. (2014). Entries of other dimensions stay. All matrices are drawn at once, because a draw of
+    any size takes as long to compile.
+    """
+    leaves, tree = jax.tree.flatten(gains)
+    places = [i for i, leaf in enumerate(leaves) if leaf.ndim == 2]
+    if not places:
+        return gains
+    tall = np.array([sorted(leaves[i].shape, reverse=True) for i in places], np.int32)
+    largest = tall.max(axis=0)
+    draws = jax.random.normal(key, (len(tall), *largest), leaves[places[0]].dtype)
+    row, column = jnp.arange(largest[0])[:, None], jnp.arange(largest[1])[None]
 
-    return init
+    def matrix_of(draw, size):
+        within = (row < size[0]) & (column < size[1])
+        return _orthonormal(jnp.where(within, draw, 0))
+
+    matrices = jax.vmap(matrix_of)(draws, tall)
+    for i, (num_rows, num_columns), matrix in zip(places, tall, matrices, strict=True):
+        matrix = matrix[:num_rows, :num_columns]
+        leaves[i] *= matrix if leaves[i].shape == matrix.shape else matrix.T
+    return jax.tree.unflatten(tree, leaves)
 
 
-# jit, because linen traces an initialiser whenever a module is applied, to compare the shapes.
-@jax.jit
-def _orthonormal(matrix):
+def _orthonormal(matrix: Array) -> Array:
     """The columns, no more than rows, made orthonormal by Gram-Schmidt in plain array operations.
 
-    The usual QR goes through LAPACK, which hangs for ever under vmap on few-core machines with jaxlib
-    0.10.0 to 0.11.0.
+    Columns of zeros stay. The usual QR goes through LAPACK, which hangs for ever under vmap on few-core
+    machines with jaxlib 0.10.0 to 0.11.0.
     """
     columns = jnp.arange(matrix.shape[1])
 
@@ -34,6 +50,7 @@ def _orthonormal(matrix):
         for _ in range(2):
             overlap = jnp.dot(column, earlier, precision="highest")
             column = column - jnp.dot(earlier, overlap, precision="highest")
-        return basis.at[:, j].set(column / jnp.linalg.norm(column))
+        norm = jnp.linalg.norm(column)
+        return basis.at[:, j].set(column / jnp.where(norm > 0, norm, 1))
 
     return jax.lax.fori_loop(0, columns.size, orthonormalise, matrix)

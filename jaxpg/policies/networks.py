@@ -95,10 +95,10 @@ def mlp(
     encode = partial(spaces.encode, observation)
 
     def init(key):
-        k_body, k_head = jax.random.split(key)
         example = encode(_example(observation))
-        params = body.init(k_body, example)
-        return {"body": params, "head": head.init(k_head, body.apply(params, example))}
+        gains = body.init(example)
+        head_gains = head.init(body.apply(gains, example))
+        return orthogonal(key, {"body": gains, "head": head_gains})
 
     def apply(params, carry, obs, first):
         del first
@@ -122,8 +122,8 @@ def gru(
     encode = partial(spaces.encode, observation)
     cell = nn.GRUCell(
         features,
-        kernel_init=orthogonal(),
-        recurrent_kernel_init=orthogonal(),
+        kernel_init=nn.initializers.ones,
+        recurrent_kernel_init=nn.initializers.ones,
     )
     run_cell = cast(Callable[[Params, Array, Array], Any], cell.apply)
 
@@ -131,14 +131,13 @@ def gru(
         return jnp.zeros((num_lanes, features), jnp.float32)
 
     def init(key):
-        k_body, k_cell, k_head = jax.random.split(key, 3)
         example = encode(_example(observation))
-        body_params = body.init(k_body, example)
-        encoded = body.apply(body_params, example)
-        cell_params = cell.init(k_cell, initial_carry(1), encoded[0])
+        body_gains = body.init(example)
+        encoded = body.apply(body_gains, example)
+        cell_gains = _gains(cell, initial_carry(1), encoded[0])
         # The cell puts out its carry.
-        head_params = head.init(k_head, initial_carry(1)[None])
-        return {"body": body_params, "cell": cell_params, "head": head_params}
+        head_gains = head.init(initial_carry(1)[None])
+        return orthogonal(key, {"body": body_gains, "cell": cell_gains, "head": head_gains})
 
     def apply(params, carry, obs, first):
         def step(carry, inputs):
@@ -157,13 +156,14 @@ def gru(
 class _Apply(NamedTuple):
     """A linen module as the pair of functions that the builders compose."""
 
-    init: Callable[[Key, Array], Params]
+    init: Callable[[Array], Params]  # for an input; matrices are filled with their gains
     apply: Callable[[Params, Array], Any]
 
 
 def _dense(width: int, scale: float, precision: str) -> nn.Dense:
     product = _product if jax.default_backend() == "cpu" else None
-    return nn.Dense(width, kernel_init=orthogonal(scale), precision=precision, dot_general=product)
+    gain = nn.initializers.constant(scale)
+    return nn.Dense(width, kernel_init=gain, precision=precision, dot_general=product)
 
 
 def _product(x, kernel, dimensions, precision=None, preferred_element_type=None):
@@ -184,7 +184,12 @@ def _product(x, kernel, dimensions, precision=None, preferred_element_type=None)
 
 
 def _pure(module: nn.Module) -> _Apply:
-    return _Apply(module.init, cast(Callable[[Params, Array], Any], module.apply))
+    return _Apply(partial(_gains, module), cast(Callable[[Params, Array], Any], module.apply))
+
+
+def _gains(module: nn.Module, *inputs: Array) -> Params:
+    # The initialisers are constants, so the key is not used.
+    return module.init(jax.random.key(0), *inputs)
 
 
 def _body(hidden, activation, precision) -> _Apply:
@@ -196,7 +201,7 @@ def _body(hidden, activation, precision) -> _Apply:
         layers.append(_dense(width, 2**0.5, precision))
         layers.append(ACTIVATIONS[activation])
     if not layers:
-        return _Apply(lambda key, x: {}, lambda params, x: x)
+        return _Apply(lambda x: {}, lambda params, x: x)
     return _pure(nn.Sequential(layers))
 
 
@@ -208,7 +213,7 @@ def _head(action: Space | None, initial_std, precision) -> _Apply:
     # A small last layer starts near the uniform policy (Andrychowicz et al., 2021).
     module = _pure(_dense(num_outputs, 0.01, precision))
     return _Apply(
-        lambda key, x: {"dense": module.init(key, x), **extra},
+        lambda x: {"dense": module.init(x), **extra},
         lambda params, x: to_distribution(module.apply(params["dense"], x), params),
     )
 

@@ -23,17 +23,39 @@ BOX = Box(-np.ones((2, 3), np.float32), np.ones((2, 3), np.float32))
 TORQUE = Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 1.0], np.float32))
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (4, 16), (16, 4), (5, 1)])
-def test_orthogonal_rows_or_columns(shape):
-    matrix = np.asarray(orthogonal(2.0)(jax.random.key(0), shape))
-    product = matrix @ matrix.T if shape[0] <= shape[1] else matrix.T @ matrix
-    assert np.allclose(product, 4.0 * np.eye(min(shape)), atol=1e-5)
+SHAPES = [(8, 8), (4, 16), (16, 4), (5, 1), (8, 8)]
+
+
+def test_orthogonal_rows_or_columns():
+    gains = [jnp.full(shape, float(gain)) for gain, shape in enumerate(SHAPES, 1)]
+    found = orthogonal(jax.random.key(0), {"kernels": gains, "bias": jnp.full(3, 7.0)})
+    for gain, matrix in enumerate(map(np.asarray, found["kernels"]), 1):
+        rows, columns = matrix.shape
+        product = matrix @ matrix.T if rows <= columns else matrix.T @ matrix
+        np.testing.assert_allclose(product, gain**2 * np.eye(min(rows, columns)), atol=2e-5)
+    np.testing.assert_array_equal(found["bias"], np.full(3, 7.0))
+    assert orthogonal(jax.random.key(0), {"bias": jnp.ones(3)}).keys() == {"bias"}
+
+
+def test_orthogonal_matrices_are_uniform_and_independent():
+    """An entry of one of n rows has mean 0 and variance 1 / n, and no correlation with another matrix."""
+    keys = jax.random.split(jax.random.key(1), 4000)
+    gains = [jnp.ones((4, 4)), jnp.ones((4, 2)), jnp.ones((4, 4))]
+    one, tall, other = map(np.asarray, jax.jit(jax.vmap(lambda k: orthogonal(k, gains)))(keys))
+    # The standard error of a mean is 0.008, of a variance and of the product of two entries 0.005.
+    for matrices in (one, tall, other):
+        assert np.abs(matrices.mean(axis=0)).max() < 0.035
+        assert np.abs((matrices**2).mean(axis=0) - 1 / 4).max() < 0.025
+    for a, b in ((one, other), (one[:, :, :2], tall)):
+        assert np.abs((a * b).mean(axis=0)).max() < 0.02
+    assert np.abs((one * one).mean(axis=0)).min() > 0.2  # the bound is passed by what is correlated
 
 
 @pytest.mark.timeout(120)
 def test_orthogonal_does_not_hang_under_vmap():
     """QR under vmap hangs for ever on two cores with jaxlib 0.10: 16 seeds, 400 times."""
-    init = jax.jit(jax.vmap(lambda key: orthogonal()(key, (64, 64))))
+    gains = jnp.ones((64, 64))
+    init = jax.jit(jax.vmap(lambda key: orthogonal(key, gains)))
     for i in range(400):
         matrices = init(jax.random.split(jax.random.key(i), 16))
     product = np.einsum("nij,nik->njk", matrices, matrices)
