@@ -1,5 +1,6 @@
 """Every test runs with silent rank promotion forbidden, and with room in jaxlib's thread pool."""
 
+import gc
 import os
 
 # jaxlib 0.10.0 to 0.11.0 can hang in batched LAPACK calls on two cores; read when jaxlib is loaded.
@@ -20,3 +21,14 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def failed_reads():
+    """What orbax leaves of a failure is collected here: not while another test parses Python.
+
+    asyncio logs such a task with its traceback, for which Python 3.11 parses source in the middle of a parse,
+    and fails (AST constructor recursion depth mismatch).
+    """
+    yield
+    gc.collect()

@@ -91,6 +91,7 @@ NEEDED = {"metadata", "_METADATA", "manifest.ocdbt"}
 
 # tensorstore's threads go on after a failure, and find nobody waiting.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("failed_reads")
 def test_a_damaged_file_never_passes_for_a_whole_one(tmp_path):
     saved(tmp_path / "c", 0.0, 0.0)
     before = {f: f.read_bytes() for f in files(tmp_path)}
@@ -155,6 +156,7 @@ def test_an_older_layout_and_foreign_folders_are_refused(tmp_path, monkeypatch):
 
 # tensorstore's threads go on after a failure, and find nobody waiting.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("failed_reads")
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits on files")
 def test_a_full_disk_is_an_oserror_and_leaves_the_last_checkpoint(tmp_path):
     import resource

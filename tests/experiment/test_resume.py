@@ -109,6 +109,7 @@ def test_what_a_crash_left_after_the_checkpoint_is_done_again(whole, copy):
 
 # tensorstore's threads go on after a failure, and find nobody waiting.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("failed_reads")
 def test_a_damaged_checkpoint_is_refused_and_moving_it_away_helps(whole, copy):
     newest = copy / "checkpoints" / "4"
     (newest / "host" / "metadata").write_text('{"lay')
