@@ -2,17 +2,26 @@
 
 import gc
 import os
+import tempfile
 
 # jaxlib 0.10.0 to 0.11.0 can hang in batched LAPACK calls on two cores; read when jaxlib is loaded.
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The exact module's small matrices gain nothing from threads that spin on the cores of others.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# What one process of this run compiles the others read. The folder goes with the run: nothing is left to the
+# next one, whose time would depend on it, and the user's is not touched.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _programs = tempfile.TemporaryDirectory(prefix="jaxpg-tests-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
 
 import jax
 import pytest
 
+from jaxpg.experiment.cache import use_compilation_cache
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
+use_compilation_cache()
 
 
 @pytest.fixture

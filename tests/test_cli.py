@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -19,7 +18,9 @@ SMALL = "--num-envs 4 --num-steps 4 --num-minibatches 2 --hidden 8 --evaluation-
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(ROOT),
     "COLUMNS": "80",
-    "XDG_CACHE_HOME": str(Path(tempfile.gettempdir()) / "jaxpg-tests"),  # not the user's
+    # The folder that the command chooses for itself, but not the user's.
+    "JAX_COMPILATION_CACHE_DIR": "",
+    "XDG_CACHE_HOME": os.environ["JAX_COMPILATION_CACHE_DIR"],
 }
 
 

@@ -22,7 +22,6 @@ from jaxpg.experiment.report import table
 from jaxpg.rollout import EpisodeSums
 from jaxpg.trainer import _episode_metrics
 
-pytestmark = pytest.mark.usefixtures("cache")
 TOO_FAST = ("--critic-learning-rate", "1e30")  # the critic's square is beyond float32
 
 

@@ -135,7 +135,6 @@ def test_a_sink_that_is_not_installed_is_named(monkeypatch):
         metrics.check_sinks(config)
 
 
-@pytest.mark.usefixtures("cache")
 def test_a_users_own_sink_gets_every_update_once(tmp_path, capsys):
     got, closed = [], []
     flags = [*FLAGS.split(), "--updates", "40", "--tensorboard", "--run", str(tmp_path / "r")]

@@ -24,11 +24,9 @@ from jaxpg.experiment.policy import read_run
 from jaxpg.experiment.trajectories import read_trajectories
 from jaxpg.policies import init_params
 
-pytestmark = pytest.mark.usefixtures("cache")
-
 
 @pytest.fixture(scope="module")
-def run(cache, tmp_path_factory):
+def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("policy") / "run"
     start(folder, "--updates", "20", "--checkpoint-seconds", "0", "--normalise")
     return folder

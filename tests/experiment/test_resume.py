@@ -25,8 +25,6 @@ from jaxpg.experiment.presets import preset
 from jaxpg.experiment.replicas import make_replicas
 from jaxpg.experiment.run import prepare_resume
 
-pytestmark = pytest.mark.usefixtures("cache")
-
 
 def leaves(folder):
     """The newest state, by the leaf, as bits."""
