@@ -35,6 +35,8 @@ DEEP = "DeepSea-bsuite --settings size=12,max_steps_in_episode=12"
 TEACH = f"{DEEP} --expert --episodes 20"
 LEARN = f"{DEEP} --updates 200 --num-envs 32 --learning-rate 1e-2"
 NO_VELOCITIES = "CartPole-v1 --keep 0,2 --normalise"
+# Of 30 seeds, 4 ended below 475 at the preset's rates of 2.5e-3 with 300 updates, and 2 with these.
+SLOWER = "--hidden 64,64 --updates 500 --learning-rate 1e-3 --critic-learning-rate 1e-3"
 CASES = {
     "cartpole-reinforce_baseline": Case("CartPole-v1 --algorithm reinforce_baseline", 475),
     "cartpole-vpg": Case("CartPole-v1 --algorithm vpg", 475),
@@ -55,12 +57,12 @@ CASES = {
     "memorychain-gru": Case("MemoryChain-bsuite", 0.95, 2),
     "memorychain-history": Case("MemoryChain-bsuite --network mlp --history 6", 0.95, 2),
     "memorychain-memoryless": Case("MemoryChain-bsuite --network mlp", None, 2),
-    "hidden-history": Case(f"{NO_VELOCITIES} --history 3 --hidden 64,64 --updates 300", 475),
+    "hidden-history": Case(f"{NO_VELOCITIES} --history 3 {SLOWER}", 475),
     "hidden-gru": Case(
         f"{NO_VELOCITIES} --network gru --hidden 32 --algorithm trpo --num-envs 64 --num-steps 64",
         475,
     ),
-    "hidden-memoryless": Case(f"{NO_VELOCITIES} --hidden 64,64 --updates 300", None),
+    "hidden-memoryless": Case(f"{NO_VELOCITIES} {SLOWER}", None),
     "deepsea-guided": Case(
         f"{LEARN} --algorithm guided --demonstrations demonstrations.npz", 0.95, 2, TEACH
     ),
@@ -132,7 +134,7 @@ PAGE = """# What each method learns
 Mean undiscounted return over {episodes} fresh episodes of each of {seeds} seeds, actions sampled. In brackets
 are 95 % intervals over seeds: Student's t for the mean, bootstrap for the interquartile mean. Steps
 are those of the environment that one agent trained on. Seconds are those in which all seeds trained
-together, without compilation, on a machine that did other work beside. {machines}.
+together, without compilation. {machines}.
 
 Every command takes what it does not say from the presets, which `jaxpg train ENV --help` shows; with
 `--seeds {seeds}` it repeats its line.
@@ -145,6 +147,7 @@ Every command takes what it does not say from the presets, which `jaxpg train EN
 - **MemoryChain** shows a bit at the start and asks for it five steps later. A GRU (the preset) and a
   history of six observations know it; without memory, a guess is worth 0.
 - **CartPole without velocities** (`--keep 0,2`) needs several observations; the control sees the last one.
+  Of 30 other seeds with three observations (master seeds 1 to 3) 28 end above 475, their mean is 494.
 - **DeepSea** of 12 rows pays 1 for one path of 2^12 and fines every step of it. `demonstrations.npz` is made
   by `jaxpg record {teach} --out demonstrations.npz`:
   an expert who slips once in four episodes. Alone, REINFORCE never sees the reward in the same steps;
