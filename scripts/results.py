@@ -147,7 +147,7 @@ Every command takes what it does not say from the presets, which `jaxpg train EN
 - **MemoryChain** shows a bit at the start and asks for it five steps later. A GRU (the preset) and a
   history of six observations know it; without memory, a guess is worth 0.
 - **CartPole without velocities** (`--keep 0,2`) needs several observations; the control sees the last one.
-  Of 30 other seeds with three observations (master seeds 1 to 3) 28 end above 475, their mean is 494.
+  With `--seed 1`, `2` and `3`, three observations bring 28 of the 30 seeds above 475; their mean is 494.
 - **DeepSea** of 12 rows pays 1 for one path of 2^12 and fines every step of it. `demonstrations.npz` is made
   by `jaxpg record {teach} --out demonstrations.npz`:
   an expert who slips once in four episodes. Alone, REINFORCE never sees the reward in the same steps;

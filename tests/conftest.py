@@ -1,4 +1,4 @@
-"""Every test runs with silent rank promotion forbidden, and with room in jaxlib's thread pool."""
+"""Tests run without silent rank promotion, with room in jaxlib's thread pool and a cache of the run's own."""
 
 import gc
 import os

@@ -231,9 +231,7 @@ def test_steps_stay_within_the_trust_region(name, environment, network):
     small = numbers._replace(max_kl=jnp.float32(1e-4))
     _, metrics = learn(states, small)
     assert metrics["kl"].max() <= 1e-4 * (1 + 1e-3)
-    if (
-        name == "npg"
-    ):  # short of the limit by the damping alone: of 240 steps between 0.5 and 0.97 of it
+    if name == "npg":  # the damping alone makes 240 steps fall short: 0.5 to 0.97 of the limit
         assert metrics["kl"].min() > 4e-5
     # Nothing is acceptable at a KL of 0: the policy stays as it is, to the bit.
     if name == "trpo":

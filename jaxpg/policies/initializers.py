@@ -10,10 +10,11 @@ from jaxpg.types import Array, Key
 
 
 def orthogonal(key: Key, gains: Any) -> Any:
-    """A tree in which each matrix of gains is times a random one with orthonormal rows or columns.
+    """The tree gains, each of its matrices times a random one with orthonormal rows or columns.
 
-    Saxe et al. (2014). Entries of other dimensions stay. All matrices are drawn at once, because a draw of
-    any size takes as long to compile.
+    W = gain * Q, with Q Q^T = I or Q^T Q = I, whichever the shape allows (Saxe et al., 2014). Arrays of other
+    dimensions are returned as they are. All matrices are drawn at once, because a draw of any size takes as
+    long to compile.
     """
     leaves, tree = jax.tree.flatten(gains)
     places = [i for i, leaf in enumerate(leaves) if leaf.ndim == 2]
