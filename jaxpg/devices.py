@@ -88,8 +88,7 @@ def in_groups(function: Callable, most: int | None = None) -> Callable:
     def _groups(axis_size, in_batched, *arguments):
         leaves, tree = jax.tree.flatten(arguments)
         batched = jax.tree.leaves(in_batched)
-        limit = most or _side_by_side(axis_size)
-        size = max(n for n in range(1, limit + 1) if axis_size % n == 0)
+        size = group_size(axis_size, most)
 
         def together(leaves):
             def of_leaves(*leaves):
@@ -121,6 +120,12 @@ def in_groups(function: Callable, most: int | None = None) -> Callable:
         return (function if plainly else run)(*arguments)
 
     return grouped
+
+
+def group_size(total: int, most: int | None = None) -> int:
+    """How many of the replicas of one device `in_groups` improves together."""
+    limit = most or _side_by_side(total)
+    return max(n for n in range(1, limit + 1) if total % n == 0)
 
 
 def _side_by_side(total: int) -> int:

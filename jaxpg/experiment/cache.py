@@ -52,10 +52,11 @@ def _folder() -> Path:
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     # A home may be shared by machines whose processors differ, and what is kept is machine code.
-    return base / "jaxpg" / f"{platform.machine()}-{_processor()}"
+    return base / "jaxpg" / f"{platform.machine()}-{processor()}"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """A digest of what the processor can do, on which the machine code for it depends."""
     try:
         with open("/proc/cpuinfo") as file:
             flags = next((line for line in file if line.startswith(("flags", "Features"))), "")

@@ -5,10 +5,12 @@ in it, so the code that reads one must have made the same tree, and says so if i
 """
 
 import errno
+import json
 import logging
 import math
 import os
 import re
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpg.experiment.config import CONFIG
+
 LAYOUT = 1  # of what is written here; a tree's own is in its leaves
 KEEP = 3  # the newest, and beside them the best
+REMOVAL = 1.0  # seconds that removing one may take
 
 
 class Checkpoints(NamedTuple):
@@ -30,8 +35,11 @@ class Checkpoints(NamedTuple):
     close: Callable[[], None]
 
 
-def open_checkpoints(folder: Path) -> Checkpoints:
-    """Saves go on in the background: what is being written gets its name when it is whole."""
+def open_checkpoints(folder: Path, settings: dict | None = None) -> Checkpoints:
+    """Saves go on in the background: what is being written gets its name when it is whole.
+
+    settings: of the run, which every checkpoint carries beside its own number of updates.
+    """
     ocp = _orbax()
     from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
@@ -48,7 +56,9 @@ def open_checkpoints(folder: Path) -> Checkpoints:
 
     def save(updates, tree, record, score):
         leaves, described = _described(tree)
-        host = {"layout": LAYOUT, "leaves": described, "record": record}
+        host = {"layout": LAYOUT, "leaves": described, "record": record, "updates": updates}
+        if settings is not None:
+            host["settings"] = settings
         arguments = ocp.args.Composite(
             # orbax refuses arrays without elements, of which there is nothing to store.
             state=ocp.args.PyTreeSave({k: x for k, x in leaves.items() if x.size}),
@@ -59,7 +69,9 @@ def open_checkpoints(folder: Path) -> Checkpoints:
         _written(folder, lambda: manager.save(updates, args=arguments, metrics=metrics, force=True))
 
     return Checkpoints(
-        save, lambda: _written(folder, manager.wait_until_finished), lambda: manager.close()
+        save,
+        lambda: _written(folder, manager.wait_until_finished),
+        lambda: _written(folder, manager.close),
     )
 
 
@@ -79,7 +91,8 @@ def steps(folder: Path) -> list[int]:
     """The numbers of updates at which there are checkpoints, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(int(f.name) for f in folder.iterdir() if f.name.isdigit() and f.is_dir())
+    names = (f.name for f in folder.iterdir() if f.name.isdecimal() and f.is_dir())
+    return sorted(int(name) for name in names if name == str(int(name)))
 
 
 def best(folder: Path) -> int:
@@ -89,7 +102,11 @@ def best(folder: Path) -> int:
         path = folder / str(step)
         if (path / "metrics").is_dir():
             items = _orbax().args.Composite(metrics=_orbax().args.JsonRestore())
-            scores[step] = _read(path, items).metrics["score"]
+            try:
+                scores[step] = _read(path, items).metrics["score"]
+            except ValueError:
+                if not removed(path):
+                    raise
     if not scores:
         raise ValueError(
             f"no checkpoint in {folder} has a score; name one by its number of updates"
@@ -97,11 +114,20 @@ def best(folder: Path) -> int:
     return max(scores, key=lambda step: scores[step])
 
 
-def restore(folder: Path, step: int, shapes: Any) -> tuple[Any, dict]:
+def removed(path: Path) -> bool:
+    """Whether a checkpoint that could not be read was just being removed, by training beside us."""
+    deadline = time.monotonic() + REMOVAL
+    while path.is_dir() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not path.is_dir()
+
+
+def restore(folder: Path, step: int, shapes: Any, settings: dict | None = None) -> tuple[Any, dict]:
     """The tree with the structure of shapes, on the host, and the record that was saved with it.
 
-    shapes: a tree of what has shape and dtype. Raises ValueError, leaving every file as it is, for a
-    checkpoint that is damaged, foreign, or of another layout.
+    shapes: a tree of what has shape and dtype. settings: those of the run that the checkpoint has to be of.
+    Raises ValueError, leaving every file as it is, for a checkpoint that is damaged, foreign, of another
+    run, number of updates or layout.
     """
     ocp, path = _orbax(), folder / str(step)
     host = _read(path, ocp.args.Composite(host=ocp.args.JsonRestore())).host
@@ -111,6 +137,12 @@ def restore(folder: Path, step: int, shapes: Any) -> tuple[Any, dict]:
             f"{path} has layout {found}, and this version of jaxpg reads {LAYOUT}; "
             "use the version that wrote it, which config.json names"
         )
+    if host.get("updates", step) != step:
+        raise ValueError(
+            f"{path} is the checkpoint of {host['updates']} updates, not of {step}; give it its own "
+            "name back"
+        )
+    check_settings(path, host.get("settings"), settings)
     expected = {name: leaf for name, (leaf, _) in _named(shapes).items()}
     _same_leaves(path, host["leaves"], expected)
     saved = _read(path, ocp.args.Composite(state=ocp.args.PyTreeRestore())).state
@@ -121,6 +153,20 @@ def restore(folder: Path, step: int, shapes: Any) -> tuple[Any, dict]:
             raise ValueError(f"{path} is damaged: {name} is not what was written{_other(path)}")
         found.append(_as_saved(array, leaf))
     return jax.tree.unflatten(jax.tree.structure(shapes), found), host["record"]
+
+
+def check_settings(path: Path, found: dict | None, expected: dict | None) -> None:
+    """Raises ValueError where a file is of a run with other settings; one of before has none to compare."""
+    for name, value in (expected or {}).items():
+        if found is not None and found.get(name, value) != value:
+            of, wanted = (f"{name.strip('_')}={_said(each)}" for each in (found[name], value))
+            raise ValueError(
+                f"{path} is of a run with {of}, and its {CONFIG} says {wanted}; put the run's own file back"
+            )
+
+
+def _said(value) -> str:
+    return ",".join(map(_said, value)) if isinstance(value, list) else json.dumps(value).strip('"')
 
 
 def _named(tree):

@@ -13,6 +13,19 @@ CONFIG = "config.json"
 
 Grid = Hyperparams  # whose every field is a tuple of values
 
+# What a resumed run may have otherwise than it began.
+FREE = (
+    "updates",
+    "schedule",
+    "schedule_updates",
+    "quiet",
+    "checkpoint_seconds",
+    "tensorboard",
+    "wandb",
+    "debug_nans",
+    "compilation_cache",
+)
+
 
 def _flag(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})

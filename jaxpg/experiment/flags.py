@@ -7,20 +7,9 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from jaxpg.experiment.config import Config, Grid, load_config
+from jaxpg.experiment.config import FREE, Config, Grid, load_config
 from jaxpg.experiment.presets import preset
 from jaxpg.types import HYPERPARAM_HELP, Hyperparams
-
-# What a resumed run may have otherwise than it began.
-FREE = (
-    "updates",
-    "quiet",
-    "checkpoint_seconds",
-    "tensorboard",
-    "wandb",
-    "debug_nans",
-    "compilation_cache",
-)
 
 
 class Request(NamedTuple):

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -18,13 +19,18 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from jaxpg.experiment.config import CONFIG, Config, Grid
+from jaxpg.experiment.cache import processor
+from jaxpg.experiment.config import CONFIG, FREE, Config, Grid
 from jaxpg.experiment.lock import LOCK
 
 METRICS, PARAMS, EVALUATION = "metrics.jsonl", "params.npz", "evaluation.json"
 TABLE = "metrics.parquet"  # a folder of parts, which readers of Parquet take for one table
 CHECKPOINTS, FIGURES = "checkpoints", "figures"
+BATCHES = "batches"  # of a sweep that goes on
 TENSORBOARD, WANDB = "tensorboard", "wandb"
+LONG = 16
+# Of a description, what may change the last digits of a result.
+COMPUTING = ("versions", "git", "device", "xla_flags", "precision", "lanes")
 PACKAGES = ("jaxpg", "jax", "jaxlib", "flax", "optax", "gymnax", "orbax-checkpoint")
 
 
@@ -88,7 +94,7 @@ def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
     """Calls write(binary file), then gives the file its name."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "w+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -105,19 +111,58 @@ def write_json(path: Path, value: Any, exact: bool = False) -> None:
 
 def append_json(path: Path, value: Any) -> None:
     """One more line, in one write."""
-    line = json.dumps(jsonable(value), allow_nan=False) + "\n"
     with open(path, "ab", buffering=0) as file:
-        file.write(line.encode())
+        file.write(json_line(value))
 
 
-def write_params(path: Path, params: Any) -> None:
-    """Leaves by their path in the tree, [N, ...] each."""
+def json_line(value: Any) -> bytes:
+    return json.dumps(jsonable(value), allow_nan=False).encode() + b"\n"
+
+
+def write_params(path: Path, params: Any, about: dict | None = None) -> None:
+    """Leaves by their path in the tree, [N, ...] each; about: what they are of, as the archive's comment."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     arrays = {
         jax.tree_util.keystr(place, simple=True, separator="/"): np.asarray(leaf)
         for place, leaf in leaves
     }
-    write_atomically(path, lambda file: np.savez(file, **cast(Any, arrays)))
+
+    def write(file):
+        np.savez(file, **cast(Any, arrays))
+        with zipfile.ZipFile(file, "a") as archive:
+            archive.comment = json.dumps(about).encode()
+
+    write_atomically(path, write)
+
+
+def read_params(path: Path) -> tuple[dict[str, np.ndarray], dict | None]:
+    """The leaves by their path, and what they are of. Raises ValueError."""
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+        with zipfile.ZipFile(path) as archive:
+            return arrays, json.loads(archive.comment or b"null")
+    except Exception as error:  # whatever zipfile and numpy make of a damaged file
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """What a run's numbers follow from, by its config.json, but for what a resumed run may change.
+
+    A checkpoint and params.npz carry them. Long lists are told apart by their digests.
+    """
+    saved = json.loads((folder / CONFIG).read_text())
+    found = saved["config"] | saved["hyperparameters"]
+    found["demonstrations_sha256"] = saved.get("demonstrations_sha256")
+
+    def short(value):
+        if not isinstance(value, list) or len(value) <= LONG:
+            return value
+        digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
+        return f"{len(value)} values {digest[:12]}"
+
+    # The file of the demonstrations may have moved: its digest tells.
+    return {k: short(v) for k, v in found.items() if k not in (*FREE, "run", "demonstrations")}
 
 
 def description(config: Config, grid: Grid, replicas: list[dict]) -> dict[str, Any]:
@@ -136,7 +181,9 @@ def description(config: Config, grid: Grid, replicas: list[dict]) -> dict[str, A
             "platform": device.platform,
             "kind": device.device_kind,
             "count": jax.device_count(),
+            "processor": processor(),
         },
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         # The networks ask for full float32 products, whatever the device's default.
         "precision": {
             "matmul": "highest",
@@ -144,6 +191,29 @@ def description(config: Config, grid: Grid, replicas: list[dict]) -> dict[str, A
             "x64": jax.config.read("jax_enable_x64"),
         },
     }
+
+
+def otherwise(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list]:
+    """What two descriptions compute with and differ in: [then, now] each, of what both say."""
+    found = {}
+    for name in COMPUTING:
+        old, new = (x.get(name) for x in (before, now))
+        if isinstance(old, dict) and isinstance(new, dict):
+            found |= {f"{name} {k}": [old[k], new[k]] for k in old if k in new and old[k] != new[k]}
+        elif name in before and name in now and old != new:
+            found[name] = [old, new]
+    return found
+
+
+def check_links(folder: Path) -> None:
+    """Raises ValueError where what a run writes or removes would be another folder's."""
+    names = (METRICS, TABLE, CHECKPOINTS, BATCHES, TENSORBOARD, WANDB)
+    for path in (*(folder / name for name in names), *(folder / CHECKPOINTS).glob("*")):
+        if path.is_symlink():
+            raise ValueError(
+                f"{path} is a link to {os.readlink(path)}, where files would be written and removed; "
+                "put a copy in its place"
+            )
 
 
 def check_demonstrations(folder: Path, config: Config) -> None:

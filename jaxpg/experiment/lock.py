@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +17,8 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock. Raises ValueError, naming the process, when another one has it.
+    """Holds the folder's lock. Raises ValueError, naming the process, when another one has it, and for a
+    lock that is a link: the file at its other end is not ours to write.
 
     The kernel lets go of the lock when its process ends, however it ends: what a killed process left
     behind is taken over. Where a file system has no locks, there is no protection.
@@ -35,7 +37,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _acquire(path: Path) -> int:
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            # Neither following a link nor waiting for whoever may read from a pipe.
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+            file = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o644)
+        except OSError as error:
+            if path.is_symlink():
+                raise _foreign(path) from error
+            raise
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -48,6 +57,14 @@ def _acquire(path: Path) -> int:
                 ) from error
         # The owner may have unlinked the file between our opening and locking it.
         with suppress(OSError):
-            if os.path.samestat(os.stat(path), os.fstat(file)):
+            found = os.fstat(file)
+            if os.path.samestat(os.lstat(path), found):
+                if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+                    os.close(file)
+                    raise _foreign(path)
                 return file
         os.close(file)
+
+
+def _foreign(path: Path) -> ValueError:
+    return ValueError(f"{path} is a link, or no plain file, and will not be written; remove it")

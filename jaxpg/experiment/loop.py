@@ -56,6 +56,7 @@ class Progress(NamedTuple):
     env_steps: list[int]  # of each replica; Python integers do not overflow
     seconds: float  # of training, without compilation
     diverged: dict[int, int]  # of a replica, the update
+    lines: int = 0  # of metrics.jsonl
 
 
 def train_chunks(
@@ -126,7 +127,10 @@ def _records(measured, progress, seconds) -> tuple[Records, Progress]:
         measured,
     )
     after = progress._replace(
-        updates=progress.updates + count, env_steps=so_far[:, -1].tolist(), seconds=seconds
+        updates=progress.updates + count,
+        env_steps=so_far[:, -1].tolist(),
+        seconds=seconds,
+        lines=progress.lines + 1,
     )
     return records, after
 
@@ -206,6 +210,7 @@ def _save(job, recorder, state, progress, returns) -> Progress:
     record = {
         "env_steps": progress.env_steps,
         "seconds": progress.seconds,
+        "lines": progress.lines,
         "diverged": {str(i): update for i, update in progress.diverged.items()},
     }
     settings = nan_mean(returns)

@@ -5,13 +5,15 @@ import os
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxpg.experiment.config import Config
-from jaxpg.experiment.folder import append_json, jsonable, write_atomically
+from jaxpg.experiment.folder import append_json, json_line, jsonable, write_atomically
+from jaxpg.types import Hyperparams
 
 
 class Records(NamedTuple):
@@ -72,14 +74,18 @@ def json_lines(path: Path, num_envs: int) -> Sink:
     """One line for each chunk, with the mean of every metric for each replica."""
 
     def write(records):
-        counts = {
-            "update": records.update[-1],
-            "env_steps": records.env_steps[:, -1],
-            "seconds": records.seconds[-1],
-        }
-        append_json(path, counts | means(records, num_envs))
+        append_json(path, _line(records, num_envs))
 
     return Sink(write, lambda: None)
+
+
+def _line(records: Records, num_envs: int) -> dict[str, Any]:
+    counts = {
+        "update": records.update[-1],
+        "env_steps": records.env_steps[:, -1],
+        "seconds": records.seconds[-1],
+    }
+    return counts | means(records, num_envs)
 
 
 def parquet(folder: Path, labels: list[dict], columns: list[str]) -> Table:
@@ -108,7 +114,9 @@ def parquet(folder: Path, labels: list[dict], columns: list[str]) -> Table:
         table = pyarrow.table({name: _column(values) for name, values in rows.items()})
         folder.mkdir(exist_ok=True)
         path = folder / f"part-{records.update[-1]:012d}.parquet"
-        write_atomically(path, lambda file: parquet.write_table(table, file))
+        write_atomically(
+            path, lambda file: parquet.write_table(table, file, write_page_checksum=True)
+        )
         kept.clear()
 
     return Table(kept.append, flush)
@@ -181,8 +189,8 @@ def rewind(lines: Path, table: Path, update: int) -> None:
         # What follows the last line break is a line that a crash cut short.
         kept = [
             line
-            for line in lines.read_text().split("\n")[:-1]
-            if json.loads(line)["update"] <= update
+            for line in lines.read_text(errors="replace").split("\n")[:-1]
+            if not (at := _update(line)) or at <= update
         ]
         write_atomically(lines, lambda file: file.write("".join(x + "\n" for x in kept).encode()))
     for part in table.glob("part-*.parquet"):
@@ -190,6 +198,83 @@ def rewind(lines: Path, table: Path, update: int) -> None:
             part.unlink()
     if update == 0:
         shutil.rmtree(table, ignore_errors=True)
+
+
+def count_lines(lines: Path) -> int:
+    return len(lines.read_bytes().splitlines()) if lines.is_file() else 0
+
+
+def check_table(folder: Path, since: int, update: int, replicas: int) -> None:
+    """Raises ValueError where the table lacks a row of since to update, or cannot be read."""
+    from pyarrow import ArrowException, parquet
+
+    found, why = np.zeros(update + 1, int), ""
+    for part in _parts(folder, update):
+        try:
+            table = parquet.read_table(part, page_checksum_verification=True)
+            found += np.bincount(table["update"].to_numpy(), minlength=update + 1)[: update + 1]
+        except (ArrowException, OSError, KeyError) as error:
+            why = f": {part.name} cannot be read ({str(error).splitlines()[0][:100]})"
+    bad = since + np.flatnonzero(found[since:] != replicas)
+    if len(bad):
+        raise ValueError(
+            f"{folder} is not whole between updates {bad[0]} and {bad[-1]}{why}; put its parts back, or "
+            "move it and metrics.jsonl away to go on without what they recorded"
+        )
+
+
+def mend_lines(
+    lines: Path, table: Path, updates: tuple[int, int], chunk: int, count: int | None, num_envs: int
+) -> str:
+    """Writes the lines anew from the table where some are missing or damaged, and says so; else "".
+
+    updates: the first and the last that are recorded. count: of the lines that there were; None: unknown.
+    """
+    since, update = updates
+    at = [_update(x) for x in lines.read_bytes().splitlines()] if lines.is_file() else []
+    rising = all(a < b for a, b in pairwise([since - 1, *at]))
+    if update < since or (rising and at[-1:] == [update] and count in (None, len(at))):
+        return ""
+    from pyarrow import concat_tables, parquet
+
+    parts = [parquet.read_table(part) for part in _parts(table, update)]
+    whole = concat_tables(parts, promote_options="default").sort_by(
+        [("replica", "ascending"), ("update", "ascending")]
+    )
+    total = update + 1 - since
+    columns = {
+        name: np.asarray(column.to_numpy(), column.type.to_pandas_dtype()).reshape(-1, total)
+        for name, column in zip(whole.column_names, whole.columns, strict=True)
+    }
+    steps, seconds = columns.pop("env_steps"), columns.pop("seconds")[0]
+    measured = {k: x for k, x in columns.items() if k not in ("seed", *Hyperparams._fields)}
+    del measured["replica"], measured["update"]
+    text: list[bytes] = []
+    for end in sorted({*range(since - 1 + chunk, update, chunk), update}):
+        place = slice(max(end - chunk, since - 1) + 1 - since, end + 1 - since)
+        records = Records(
+            np.arange(since, update + 1)[place],
+            steps[:, place],
+            seconds[place],
+            {name: values[:, place] for name, values in measured.items()},
+        )
+        text.append(json_line(_line(records, num_envs)))
+    write_atomically(lines, lambda file: file.writelines(text))
+    return f"{lines} had lost lines; it is written anew from {table.name}"
+
+
+def _update(line: str | bytes) -> int:
+    """Of a line of metrics.jsonl; 0 where it is damaged."""
+    try:
+        return int(json.loads(line)["update"])
+    except (ValueError, TypeError, KeyError):
+        return 0
+
+
+def _parts(folder: Path, update: int) -> list[Path]:
+    """The parts of the table up to an update, in their order."""
+    parts = sorted(folder.glob("part-*.parquet"))
+    return [part for part in parts if int(part.stem.removeprefix("part-")) <= update]
 
 
 def _joined(kept: list[Records]) -> Records:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxpg.envs import Box, Env
 from jaxpg.experiment import checkpoint as checkpoints
+from jaxpg.experiment import folder as files
 from jaxpg.experiment.build import Parts, build
 from jaxpg.experiment.config import Config, Grid, load_config, points
 from jaxpg.experiment.folder import CHECKPOINTS, EVALUATION, PARAMS
@@ -83,25 +84,39 @@ def read_run(run: str | Path, update: int | str | None = None) -> Run:
     folder = Path(run)
     config, grid = load_config(folder)
     parts = build(config)
-    saved = checkpoints.steps(folder / CHECKPOINTS)
     if update is None and (folder / PARAMS).is_file():
-        return Run(folder, config, grid, parts, _read_params(folder / PARAMS, parts.agent), None)
+        return Run(folder, config, grid, parts, _read_params(folder, parts.agent), None)
+    keys = make_replicas(config, points(grid)).keys
+    shapes = jax.eval_shape(jax.vmap(parts.trainer.init), keys)
+    place, settings = folder / CHECKPOINTS, files.settings(folder)
+    while True:
+        chosen = _chosen(folder, update)
+        try:
+            state, _ = checkpoints.restore(place, chosen, shapes, settings)
+        except ValueError:
+            # Training beside us may have removed it for newer ones, of which there is another then.
+            if checkpoints.removed(place / str(chosen)):
+                continue
+            raise
+        return Run(folder, config, grid, parts, state.params, chosen)
+
+
+def _chosen(folder: Path, update: int | str | None) -> int:
+    """The number of updates of the checkpoint that is asked for. Raises ValueError."""
+    saved = checkpoints.steps(folder / CHECKPOINTS)
     if not saved:
         raise ValueError(
             f"{folder} has neither {PARAMS} nor a checkpoint: it has learnt nothing yet"
         )
     if update == "best":
-        update = checkpoints.best(folder / CHECKPOINTS)
-    elif update is None:
-        update = saved[-1]
+        return checkpoints.best(folder / CHECKPOINTS)
+    if update is None:
+        return saved[-1]
     if update not in saved:
         raise ValueError(
             f"{folder} has no checkpoint of {update} updates; it has {', '.join(map(str, saved))}"
         )
-    keys = make_replicas(config, points(grid)).keys
-    shapes = jax.eval_shape(jax.vmap(parts.trainer.init), keys)
-    state, _ = checkpoints.restore(folder / CHECKPOINTS, int(update), shapes)
-    return Run(folder, config, grid, parts, state.params, int(update))
+    return int(update)
 
 
 def choose(run: Run, replica: int | str | None) -> int:
@@ -185,13 +200,11 @@ def _policy(parts: Parts, params: AgentParams, greedy: bool, replica: int, seed:
     return Policy(network.initial_carry, step, act, env, params, replica, seed)
 
 
-def _read_params(path: Path, agent: Agent) -> AgentParams:
+def _read_params(folder: Path, agent: Agent) -> AgentParams:
     """Of every replica, [N, ...]."""
-    try:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files}
-    except Exception as error:  # whatever zipfile and numpy make of a damaged file
-        raise ValueError(f"cannot read {path}: {error}") from error
+    path = folder / PARAMS
+    arrays, about = files.read_params(path)
+    checkpoints.check_settings(path, about and about["settings"], files.settings(folder))
     shapes = jax.eval_shape(lambda key: init_params(agent, key), jax.random.key(0))
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
     found = []

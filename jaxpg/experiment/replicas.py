@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxpg.algorithms import algorithm
-from jaxpg.devices import HALVES, compiler_options
+from jaxpg.devices import HALVES, compiler_options, group_size
 from jaxpg.experiment.build import Parts
 from jaxpg.experiment.config import Config
 from jaxpg.rollout import evaluate
@@ -80,6 +80,15 @@ def replicas_of(config: Config, pairs: Sequence[tuple[Hyperparams, int]]) -> Rep
     )
     labels = [{"seed": seed, **point._asdict()} for point, seed in pairs]
     return Replicas(keys, evaluation_keys, hyperparams, labels, sharding)
+
+
+def lanes(replicas: Replicas) -> dict[str, int]:
+    """How the replicas are laid out, on which the last digits of their numbers depend."""
+    total, sharding = len(replicas.labels), replicas.sharding
+    mesh = {} if sharding is None else dict(sharding.mesh.shape)
+    used = mesh.get(AXIS, 1)
+    together = group_size(total // used)
+    return {"replicas": total, "devices": used, "halves": mesh.get(HALVES, 1), "together": together}
 
 
 def _spare(devices: int, used: int) -> bool:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import numpy as np
 from jaxpg.experiment import checkpoint, health, metrics
 from jaxpg.experiment import folder as files
 from jaxpg.experiment.build import Parts, build, build_algorithm, instructed
-from jaxpg.experiment.config import Config, Grid, check, completed, points, varying
+from jaxpg.experiment.config import Config, Grid, check, completed, load_config, points, varying
 from jaxpg.experiment.interrupt import signals
 from jaxpg.experiment.lock import locked
 from jaxpg.experiment.loop import (
@@ -33,7 +32,13 @@ from jaxpg.experiment.loop import (
 from jaxpg.experiment.metrics import Sink
 from jaxpg.experiment.presets import preset
 from jaxpg.experiment.progress import display
-from jaxpg.experiment.replicas import Replicas, compile_programs, make_replicas, use_cpu_cores
+from jaxpg.experiment.replicas import (
+    Replicas,
+    compile_programs,
+    lanes,
+    make_replicas,
+    use_cpu_cores,
+)
 from jaxpg.experiment.report import headline, summary
 from jaxpg.rollout import Evaluation
 
@@ -64,6 +69,7 @@ def prepare_resume(config: Config, grid: Grid) -> Experiment:
     config, grid: as the folder's config.json says, but for what a resumed run may change.
     """
     use_cpu_cores()
+    grid = completed(config, grid)
     check(config, grid)
     metrics.check_sinks(config)
     folder = Path(str(config.run))
@@ -77,6 +83,7 @@ def prepare_resume(config: Config, grid: Grid) -> Experiment:
         raise ValueError(
             f"updates={config.updates} in all, and {folder} has made {start} already; ask for more"
         )
+    _check_schedule(folder, config, grid)
     if config.updates == start and (folder / files.EVALUATION).is_file():
         raise ValueError(
             f"{folder} has finished its {start} updates; --updates {2 * start} goes on to "
@@ -85,6 +92,22 @@ def prepare_resume(config: Config, grid: Grid) -> Experiment:
     parts = instructed(build(config), config)
     files.check_demonstrations(folder, config)
     return Experiment(config, grid, parts, folder, start)
+
+
+def _check_schedule(folder: Path, config: Config, grid: Grid) -> None:
+    """Raises ValueError for updates beyond those that the run was to have, in which it would not learn."""
+    before, numbers = load_config(folder)
+    if len(grid.schedule_updates) != len(numbers.schedule_updates):
+        raise ValueError(
+            f"{folder} has {len(numbers.schedule_updates)} values of schedule_updates; give as many"
+        )
+    ends = min(grid.schedule_updates)
+    if config.schedule != "constant" and config.updates > max(before.updates, ends):
+        raise ValueError(
+            f"the {config.schedule} schedule of {folder} ends at update {ends:g}, and from there on the "
+            f"learning rate is 0; --schedule-updates {config.updates} stretches it, and --schedule "
+            "constant goes on at the full rate"
+        )
 
 
 def execute(experiment: Experiment, sinks: Sequence[Sink] = ()) -> None:
@@ -112,7 +135,8 @@ def execute(experiment: Experiment, sinks: Sequence[Sink] = ()) -> None:
         train = programs.train.result()
         state, status, progress = train_chunks(job, train, state, progress, recorder, seconds)
         (folder / files.EVALUATION).unlink(missing_ok=True)  # of other parameters
-        files.write_params(folder / files.PARAMS, state.params)
+        about = {"updates": progress.updates, "settings": files.settings(folder)}
+        files.write_params(folder / files.PARAMS, state.params, about)
         done = (
             f"after {status.updates} of {config.updates} updates; saved in {folder}; "
             f"go on with jaxpg train --resume {folder}"
@@ -131,34 +155,66 @@ def execute(experiment: Experiment, sinks: Sequence[Sink] = ()) -> None:
 def _begin(experiment, replicas, say) -> tuple[Any, Progress]:
     """Writes config.json. Of a resumed run, the state; of a new one, None."""
     config, grid, parts, folder, start = experiment
-    if start is None:
-        warning = health.starving(config.updates, _steps_per_update(config, parts))
-        if warning and not _as_preset(config):
-            say(warning)
-        files.write_json(
-            folder / files.CONFIG, files.description(config, grid, replicas.labels), exact=True
-        )
-        return None, Progress(0, [0] * len(replicas.labels), 0.0, {})
+    now = files.description(config, grid, replicas.labels) | {"lanes": lanes(replicas)}
+    if start is not None:
+        return _go_on(experiment, replicas, now, say)
+    warning = health.starving(config.updates, _steps_per_update(config, parts))
+    if warning and not _as_preset(config):
+        say(warning)
+    files.write_json(folder / files.CONFIG, now, exact=True)
+    return None, Progress(0, [0] * len(replicas.labels), 0.0, {})
+
+
+def _go_on(experiment, replicas, now: dict, say) -> tuple[Any, Progress]:
+    """The state of the checkpoint, and what differs from when the run began said and noted.
+
+    now: the description that a new run would have.
+    """
+    config, _, parts, folder, start = experiment
+    files.check_links(folder)
     shapes = jax.eval_shape(jax.vmap(parts.trainer.init), replicas.keys)
-    state, record = checkpoint.restore(folder / files.CHECKPOINTS, start, shapes)
+    settings = files.settings(folder)
+    state, record = checkpoint.restore(folder / files.CHECKPOINTS, start, shapes, settings)
     state = jax.device_put(state, replicas.sharding)
-    diverged = {int(i): update for i, update in record["diverged"].items()}
-    progress = Progress(start, record["env_steps"], record["seconds"], diverged)
-    metrics.rewind(folder / files.METRICS, folder / files.TABLE, start)
-    say(f"resuming {folder} after {start} of {config.updates} updates")
     saved = json.loads((folder / files.CONFIG).read_text())
-    ends = min(grid.schedule_updates)
-    if config.schedule != "constant" and config.updates > ends:
-        say(
-            f"the {config.schedule} schedule ends at update {ends:g}, as the run began, and the learning\n"
-            f"rate is 0 from there on: jaxpg train --config {folder} --updates {config.updates} "
-            "starts\na run with a longer one"
-        )
+    entry = {"update": start, "time": now["started"], **_recorded(experiment, saved, record, say)}
+    say(f"resuming {folder} after {start} of {config.updates} updates")
+    if "lines" not in record:
+        say("its checkpoint was written before they named their settings, which were not compared")
+    if changed := files.otherwise(saved, now):
+        said = "; ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items())
+        say(f"its numbers will be those of one go to rounding, not bit by bit: {said}")
+        entry["changed"] = changed
+    for part, name in (("config", "schedule"), ("hyperparameters", "schedule_updates")):
+        if json.loads(json.dumps(now[part][name])) != saved[part][name]:
+            entry[name] = now[part][name]
+            saved[part][name] = now[part][name]
     saved["config"]["updates"] = config.updates
-    now = datetime.now().astimezone().isoformat(timespec="seconds")
-    saved["resumed"] = [*saved.get("resumed", []), {"update": start, "time": now}]
+    saved["replicas"] = replicas.labels
+    saved["resumed"] = [*saved.get("resumed", []), entry]
     files.write_json(folder / files.CONFIG, saved, exact=True)
-    return state, progress
+    diverged = {int(i): update for i, update in record["diverged"].items()}
+    lines = metrics.count_lines(folder / files.METRICS)
+    return state, Progress(start, record["env_steps"], record["seconds"], diverged, lines)
+
+
+def _recorded(experiment, saved: dict, record: dict, say) -> dict[str, int]:
+    """Checks and rewinds what was recorded up to the checkpoint; what config.json has to say of it.
+
+    Raises ValueError, leaving all as it is, where the table has a hole.
+    """
+    config, _, _, folder, start = experiment
+    lines, table = folder / files.METRICS, folder / files.TABLE
+    since = max((each.get("recorded_from", 1) for each in saved.get("resumed", [])), default=1)
+    if not lines.exists() and not table.exists() and since <= start:
+        say(f"{folder} has lost {lines.name} and {table.name}: both begin at update {start + 1}")
+        return {"recorded_from": start + 1}
+    metrics.check_table(table, since, start, len(saved["replicas"]))
+    metrics.rewind(lines, table, start)
+    chunk, count = chunk_length(saved["config"]["updates"]), record.get("lines")
+    if said := metrics.mend_lines(lines, table, (since, start), chunk, count, config.num_envs):
+        say(said)
+    return {}
 
 
 def _steps_per_update(config, parts) -> int:
@@ -219,7 +275,8 @@ def _recorder(job: Job, sinks: Sequence[Sink], after: int) -> Recorder:
         description = {"config": asdict(config), "hyperparameters": job.grid._asdict()}
         found.append(metrics.wandb(folder, description, labels, columns, config.num_envs))
     table = metrics.parquet(folder / files.TABLE, labels, columns)
-    return Recorder(found, table, checkpoint.open_checkpoints(folder / files.CHECKPOINTS))
+    checkpoints = checkpoint.open_checkpoints(folder / files.CHECKPOINTS, files.settings(folder))
+    return Recorder(found, table, checkpoints)
 
 
 def _close(recorder: Recorder) -> None:

@@ -21,6 +21,7 @@ from jaxpg.experiment.build import build
 from jaxpg.experiment.config import load_config, points
 from jaxpg.experiment.flags import request
 from jaxpg.experiment.playback import record
+from jaxpg.experiment.policy import read_run
 from jaxpg.experiment.presets import preset
 from jaxpg.experiment.replicas import make_replicas
 from jaxpg.experiment.run import prepare_resume
@@ -120,15 +121,176 @@ def test_a_damaged_checkpoint_is_refused_and_moving_it_away_helps(whole, copy):
     assert leaves(copy) == leaves(whole)
 
 
-def test_the_schedule_stays_as_the_run_began(copy):
+def contents(folder):
+    return {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def changed(folder, **values):
+    """Its config.json with other settings."""
+    saved = json.loads((folder / "config.json").read_text())
+    for name, value in values.items():
+        saved["config" if name in saved["config"] else "hyperparameters"][name] = value
+    (folder / "config.json").write_text(json.dumps(saved))
+
+
+def go_on(folder, *flags):
+    """What is said where a run is resumed, before anything is compiled."""
+    config, grid, _ = request(["--resume", str(folder), *flags], "jaxpg train")
+    found, said = prepare_resume(config, grid), []
+    replicas = make_replicas(config, points(found.grid))
+    state, progress = run._begin(found, replicas, said.append)
+    assert progress.updates == state.num_updates[0]
+    return said
+
+
+def refused(folder, message):
+    before = contents(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        go_on(folder, "--updates", "8")
+    assert "\n" not in str(error.value)
+    assert contents(folder) == before
+
+
+def test_a_checkpoint_of_another_run_or_update_is_refused(copy):
+    for name, value, of in (
+        (
+            "algorithm",
+            "ppo_kl",
+            "of a run with algorithm=ppo, and its config.json says algorithm=ppo_kl",
+        ),
+        ("seed", 1, "seed=0, and its config.json says seed=1; put"),
+        (
+            "learning_rate",
+            [1e-5],
+            r"learning_rate=0\.0025, and its config.json says learning_rate=1e-05",
+        ),
+        ("gamma", [0.5], r"gamma=0\.98"),
+        ("num_epochs", 2, "num_epochs=1"),
+    ):
+        before = (copy / "config.json").read_bytes()
+        changed(copy, **{name: value})
+        refused(copy, f"checkpoints.4 is {'' if 'run' in of else '.*'}{of}")
+        with pytest.raises(ValueError, match=f"params.npz is .*{of}"):
+            read_run(copy)
+        (copy / "config.json").write_bytes(before)
+    place = copy / "checkpoints"
+    (place / "4").rename(place / "6")
+    refused(
+        copy, "checkpoints.6 is the checkpoint of 4 updates, not of 6; give it its own name back"
+    )
+    (place / "3").rename(place / "4")
+    (place / "6").rename(place / "3")
+    refused(copy, "checkpoints.4 is the checkpoint of 3 updates, not of 4")
+    with pytest.raises(ValueError, match=r"checkpoints.3 is the checkpoint of 4 updates"):
+        read_run(copy, 3)
+
+
+def test_what_may_change_is_not_compared_and_what_changes_bits_is_said(copy):
+    said = go_on(copy, "--updates", "8", "--checkpoint-seconds", "7", "--debug-nans")
+    assert said == [f"resuming {copy} after 4 of 8 updates"]
     saved = json.loads((copy / "config.json").read_text())
-    saved["config"]["schedule"] = "linear"
+    saved["versions"]["jax"], saved["xla_flags"] = "0.7.2", "--xla_else"
+    saved["lanes"]["devices"] += 7
     (copy / "config.json").write_text(json.dumps(saved))
+    said = go_on(copy)[-1]
+    now = jax.__version__, len(jax.devices())
+    assert "to rounding, not bit by bit" in said
+    assert f"versions jax was 0.7.2, is {now[0]}" in said
+    assert "xla_flags was --xla_else, is" in said and "lanes devices was" in said
+    noted = json.loads((copy / "config.json").read_text())["resumed"][-1]["changed"]
+    assert noted["versions jax"] == ["0.7.2", now[0]] and len(noted) == 3
+
+
+def test_a_run_from_before_checkpoints_named_their_settings_goes_on(copy):
+    host = copy / "checkpoints" / "4" / "host" / "metadata"
+    saved = json.loads(host.read_text())
+    del saved["settings"], saved["updates"], saved["record"]["lines"]
+    host.write_text(json.dumps(saved))
+    whole = (copy / "params.npz").read_bytes()
+    (copy / "params.npz").write_bytes(whole[: whole.rindex(b"PK\x05\x06") + 20] + b"\0\0")
+    assert "written before they named their settings" in go_on(copy, "--updates", "8")[-1]
+    assert read_run(copy).update is None
+
+
+def test_holes_in_what_was_recorded_are_refused_or_mended(copy):
+    lines, table = copy / "metrics.jsonl", copy / "metrics.parquet"
+    whole, parts = lines.read_bytes(), sorted(table.iterdir())
+    assert len(parts) == len(whole.splitlines()) == 4
+    for damage in (
+        b"",
+        whole[: len(whole) // 2],
+        whole.replace(b'"update": 2', b'"upd\xff'),
+        b"".join(whole.splitlines(True)[::3]),
+        None,
+    ):
+        lines.unlink() if damage is None else lines.write_bytes(damage)
+        assert (
+            "metrics.jsonl had lost lines; it is written anew" in go_on(copy, "--updates", "8")[0]
+        )
+        assert lines.read_bytes() == whole
+    second = parts[1].read_bytes()
+    flipped = bytearray(second)
+    flipped[len(second) // 3] ^= 255
+    for damage, why in (
+        (second[: len(second) // 2], "part-000000000002.parquet cannot be read"),
+        (bytes(flipped), "part-000000000002.parquet cannot be read"),
+        (None, "; put its parts back, or move it and metrics.jsonl away"),
+    ):
+        parts[1].unlink() if damage is None else parts[1].write_bytes(damage)
+        refused(copy, f"metrics.parquet is not whole between updates 2 and 2(: )?{why}")
+    table.rename(copy / "kept")
+    refused(copy, "metrics.parquet is not whole between updates 1 and 4; put its parts back")
+    lines.unlink()
+    assert "has lost metrics.jsonl and metrics.parquet: both begin at update 5" in go_on(copy)[0]
+    assert go_on(copy) == [f"resuming {copy} after 4 of 8 updates"]
+
+
+def test_a_schedule_that_has_ended_is_stretched_only_where_that_is_asked(copy):
+    changed(copy, schedule="linear")
     config, grid, _ = request(["--resume", str(copy), "--updates", "6"], "jaxpg train")
     assert grid.schedule_updates == (4.0,)
-    said = []
-    run._begin(prepare_resume(config, grid), make_replicas(config, points(grid)), said.append)
-    assert said[-1].startswith("the linear schedule ends at update 4, as the run began")
+    before = contents(copy)
+    for flags in ((), ("--schedule", "cosine"), ("--schedule-updates", "5")):
+        config, grid, _ = request(["--resume", str(copy), "--updates", "6", *flags], "jaxpg train")
+        with pytest.raises(ValueError, match=r"ends at update \d, and from there on the learning rate is 0; "
+                           "--schedule-updates 6 stretches it, and --schedule constant"):  # fmt: skip
+            prepare_resume(config, grid)
+    assert contents(copy) == before
+    longer = ["--updates", "6", "--schedule-updates", "0"]  # 0 is all updates
+    assert go_on(copy, *longer) == [f"resuming {copy} after 4 of 6 updates"]
+    saved = json.loads((copy / "config.json").read_text())
+    assert saved["resumed"][-1]["schedule_updates"] == [6.0]
+    assert saved["hyperparameters"]["schedule_updates"] == [6.0]
+    assert saved["replicas"][1]["schedule_updates"] == 6.0
+    assert saved["config"]["schedule"] == "linear" and "schedule" not in saved["resumed"][-1]
+    # That which ends before the updates from the start goes on as it began.
+    changed(copy, updates=8)
+    assert go_on(copy) == [f"resuming {copy} after 4 of 8 updates"]
+    assert go_on(copy, "--updates", "9", "--schedule", "constant")
+    assert json.loads((copy / "config.json").read_text())["resumed"][-1]["schedule"] == "constant"
+
+
+def test_what_is_a_link_is_not_written(copy, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("mine")
+    (copy / ".lock").symlink_to(elsewhere)
+    with pytest.raises(
+        ValueError, match=r"\.lock is a link, or no plain file, and will not be written"
+    ):
+        resume(copy, "--updates", "8")
+    (copy / ".lock").unlink()
+    (copy / ".lock").hardlink_to(elsewhere)
+    with pytest.raises(ValueError, match=r"\.lock is a link"):
+        resume(copy, "--updates", "8")
+    assert elsewhere.read_text() == "mine"
+    (copy / ".lock").unlink()
+    for name in ("checkpoints", "metrics.jsonl", "metrics.parquet", "checkpoints/2"):
+        moved = (copy / name).rename(tmp_path / "moved")
+        (copy / name).symlink_to(moved)
+        refused(copy, f"{name} is a link to {moved}, where files would be written and removed")
+        (copy / name).unlink()
+        moved.rename(copy / name)
+    assert go_on(copy, "--updates", "8")
 
 
 @pytest.mark.parametrize(
