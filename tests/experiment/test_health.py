@@ -58,11 +58,13 @@ def test_parameters_are_looked_at_per_replica():
     assert health.finite(params).tolist() == [True, False, False]
 
 
-def test_one_setting_that_diverges_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+def test_one_setting_that_diverges_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     folder = tmp_path / "r"
     start(folder, "--updates", "4")
     saved = json.loads((folder / "config.json").read_text())
     saved["hyperparameters"]["critic_learning_rate"] = [1e30]
+    # A run that diverges late is made of two, which a resumed one would refuse.
+    monkeypatch.setattr(checkpoint, "check_settings", lambda *each: None)
     (folder / "config.json").write_text(json.dumps(saved))
     with pytest.raises(health.Diverged) as error:
         resume(folder, "--updates", "8", "--checkpoint-seconds", "0")
