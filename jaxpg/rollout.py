@@ -46,11 +46,13 @@ class EpisodeSums(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Over complete episodes, one per environment, so long episodes are not under-represented."""
+    """Over whole episodes, one per environment, so long episodes are not under-represented."""
 
     mean: Array
-    standard_error: Array
-    episodes: Array  # how many were complete
+    standard_error: Array  # infinite for one episode, which says nothing about the spread
+    episodes: Array  # how many
+    smallest: Array  # return of an episode: with the largest, a range that returns can attain
+    largest: Array
 
 
 def episodes(
@@ -65,8 +67,10 @@ def episodes(
 
     num_steps: T, by default the environment's horizon; an episode still running then is truncated.
     Nothing is reset inside the loop. Rows after an end hold zeros. The loop also stops early under vmap.
+    Raises ValueError for fewer than one episode or step.
     """
     num_steps = env.horizon if num_steps is None else num_steps
+    _check_sizes(num_episodes, num_steps)
     num_blocks = -(-num_steps // BLOCK)
     block = -(-num_steps // num_blocks)
     k_reset, k_steps = jax.random.split(key)
@@ -244,8 +248,11 @@ def evaluate(
     """The mean undiscounted return of fresh episodes, one per environment, and its standard error.
 
     One whole episode per environment weighs every episode alike; pooling whatever ends in a window
-    over-counts short ones (Glynn and Heidelberger, 1990). greedy: take the distribution's mode.
+    over-counts short ones (Glynn and Heidelberger, 1990). An episode that still runs at the environment's
+    horizon ends there, as in training, and counts. greedy: take the distribution's mode. Raises ValueError
+    for fewer than one episode or step.
     """
+    _check_sizes(num_episodes, env.horizon)
     k_reset, k_steps = jax.random.split(key)
     env_state, obs = _reset(env, k_reset, num_episodes)
     carry = initial_carry(agent, num_episodes).policy
@@ -264,13 +271,20 @@ def evaluate(
         return t + 1, env_state, result.obs, carry, alive, returns
 
     start = (jnp.int32(0), env_state, obs, carry, alive, returns)
-    *_, alive, returns = jax.lax.while_loop(
+    *_, returns = jax.lax.while_loop(
         lambda state: (state[0] < env.horizon) & any_replica(state[4]), step, start
     )
-    count = (~alive).sum()
-    mean = jnp.where(alive, 0.0, returns).sum() / count
-    squares = jnp.where(alive, 0.0, (returns - mean) ** 2).sum()
-    return Evaluation(mean, jnp.sqrt(squares / (count - 1) / count), count)
+    error = jnp.full((), jnp.inf, returns.dtype)
+    if num_episodes > 1:
+        error = returns.std(ddof=1) / num_episodes**0.5
+    count = jnp.int32(num_episodes)
+    return Evaluation(returns.mean(), error, count, returns.min(), returns.max())
+
+
+def _check_sizes(num_episodes: int, num_steps: int) -> None:
+    for name, value in (("num_episodes", num_episodes), ("the longest episode", num_steps)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
 
 
 def _judged(critic: Network, params: Params, trajectory: Trajectory) -> Array:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxpg.experiment.statistics import interval, number, robust, summarise
+from jaxpg.intervals import attained
 
 ROOT = Path(__file__).parent.parent
 EPISODES, SEEDS = 128, 10
@@ -112,7 +113,7 @@ def cells(name: str, row: Row) -> list[str]:
     """Of the table's line."""
     _, target, digits, _ = CASES[name]
     returns = np.array(row["returns"])
-    mean, middle = summarise(returns), robust(returns)
+    mean, middle = summarise(returns, attained(returns)), robust(returns)
     return [
         f"`{row['command']}`",
         "control" if target is None else f"{target:g}",
@@ -132,9 +133,9 @@ PAGE = """# What each method learns
 {table}
 
 Mean undiscounted return over {episodes} fresh episodes of each of {seeds} seeds, actions sampled. In brackets
-are 95 % intervals over seeds: Student's t for the mean, bootstrap for the interquartile mean. Steps
-are those of the environment that one agent trained on. Seconds are those in which all seeds trained
-together, without compilation. {machines}.
+are 95 % intervals over seeds: Student's t for the mean where it stays within the range of the seeds, and
+otherwise bootstrap, as for the interquartile mean. Steps are those of the environment that one agent trained
+on. Seconds are those in which all seeds trained together, without compilation. {machines}.
 
 Every command takes what it does not say from the presets, which `jaxpg train ENV --help` shows; with
 `--seeds {seeds}` it repeats its line.

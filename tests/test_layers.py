@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent / "jaxpg"
 RANKS = {
     "types": 0,
     "devices": 0,
+    "intervals": 0,
     "envs": 1,
     "policies": 2,
     "rollout": 3,

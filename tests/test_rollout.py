@@ -206,12 +206,31 @@ def test_evaluate_weighs_every_episode_alike():
     assert abs(sums.returns / sums.episodes - 2.29566) < 0.02
 
 
-def test_evaluate_counts_only_complete_episodes():
+def test_the_horizon_ends_an_evaluation_as_it_ends_an_episode():
+    """Of a task that never ends, and of one that may: a chance of 1/5 to die in each of 5 steps."""
     env = clock(50)._replace(horizon=10)
     agent = clock_agent(env)
     params = init_params(agent, jax.random.key(0))
     result = evaluate(env, agent, params, jax.random.key(1), 4)
-    assert result.episodes == 0 and np.isnan(result.mean)
+    assert result == (10, 0, 4, 10, 10)
+    env = lottery(0.2)._replace(horizon=5)
+    result = jax.jit(lambda key: evaluate(env, agent, params, key, 20_000))(jax.random.key(1))
+    # sum_t 0.8^t = 3.36; those who died within 5 steps, on their own, lived 2.56 on average.
+    assert abs(result.mean - (1 - 0.8**5) / 0.2) < 5 * result.standard_error < 0.1
+    assert result.episodes == 20_000 and (result.smallest, result.largest) == (1, 5)
+
+
+def test_one_episode_has_a_mean_and_no_spread_and_none_is_refused():
+    env = clock(3)
+    agent = clock_agent(env)
+    params = init_params(agent, jax.random.key(0))
+    with jax.debug_nans(True):
+        assert evaluate(env, agent, params, jax.random.key(1), 1) == (3, np.inf, 1, 3, 3)
+    for run in (evaluate, episodes):
+        with pytest.raises(ValueError, match="num_episodes=0 must be at least 1"):
+            run(env, agent, params, jax.random.key(1), 0)
+        with pytest.raises(ValueError, match="the longest episode=0 must be at least 1"):
+            run(env._replace(horizon=0), agent, params, jax.random.key(1), 1)
 
 
 def test_greedy_evaluation_takes_the_mode():

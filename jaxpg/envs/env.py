@@ -16,4 +16,4 @@ class Env(NamedTuple):
     step: Callable[[Key, EnvState, Array], tuple[EnvState, TimeStep]]
     observation: Space
     action: Space
-    horizon: int  # every episode has ended, one way or the other, after this many steps
+    horizon: int  # whole episodes and evaluations end after this many steps, one way or the other

@@ -2,11 +2,13 @@
 
 import difflib
 import inspect
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from importlib import import_module
+from numbers import Real
 from types import ModuleType
 from typing import Any
 
@@ -29,22 +31,13 @@ def from_gymnax(environment, params=None, **settings) -> Env:
     constructor (`size=20` for DeepSea). Real-valued actions are clipped to the action space before the
     step, because several environments penalise them unclipped; the policy's log-probability stays that
     of the action as sampled. Where gymnax flags an end as both, termination wins.
-    Raises ValueError for an unknown name (with near matches), an unknown setting, or a data set that
-    could not be fetched.
+    Raises ValueError for an unknown name (with near matches), a setting that is unknown or cannot be, or a
+    data set that could not be fetched.
     """
-    if isinstance(environment, str):
-        environment, params, settings = _make(environment, settings)
-    elif params is None:
-        params = environment.default_params
-    unknown = set(settings) - {f.name for f in fields(params)}
-    if unknown:
-        known = ", ".join(f.name for f in fields(params))
-        raise ValueError(
-            f"{environment.name} has no setting {sorted(unknown)[0]!r}; its parameters are {known}"
-        )
-    params = params.replace(**settings)
-    observation = _space(environment.observation_space(params), environment.name)
-    action = _space(environment.action_space(params), environment.name)
+    environment, params = _made(environment, params, settings)
+    with _refused(environment.name, settings):
+        observation = _space(environment.observation_space(params), environment.name)
+        action = _space(environment.action_space(params), environment.name)
 
     def reset(key):
         obs, state = environment.reset_env(key, params)
@@ -61,7 +54,70 @@ def from_gymnax(environment, params=None, **settings) -> Env:
         obs = _observed(obs, observation)
         return after, TimeStep(obs, reward, terminated, truncated & ~terminated)
 
-    return Env(reset, step, observation, action, int(params.max_steps_in_episode))
+    env = Env(reset, step, observation, action, int(params.max_steps_in_episode))
+    if settings:
+        with _refused(environment.name, settings):
+            jax.eval_shape(lambda: _one_step(env))
+    return env
+
+
+def _one_step(env):
+    key = jax.random.key(0)
+    kind = jnp.float32 if isinstance(env.action, Box) else jnp.int32
+    with jax.numpy_rank_promotion("allow"):  # Swimmer relies on it
+        return env.step(key, env.reset(key)[0], jnp.zeros(env.action.shape, kind))
+
+
+@contextmanager
+def _refused(name, settings):
+    """Whatever an environment raises, as the line that its settings do not work."""
+    try:
+        yield
+    except Exception as error:
+        if not settings:
+            raise
+        said = ", ".join(f"{k}={v}" for k, v in settings.items())
+        why = (str(error).splitlines() or [repr(error)])[0]
+        raise ValueError(f"{name} does not run with {said}: {why}") from error
+
+
+def _made(environment, params, settings):
+    """The environment and its parameters, the settings among them. Raises ValueError."""
+    if isinstance(environment, str):
+        environment, params, settings = _make(environment, settings)
+    elif params is None:
+        params = environment.default_params
+    known = {f.name: getattr(params, f.name) for f in fields(params)}
+    for name in settings:
+        if name not in known:
+            raise ValueError(
+                f"{environment.name} has no setting {name!r}; its parameters are {', '.join(known)}"
+            )
+    params = params.replace(**_checked(environment.name, settings, known))
+    steps = params.max_steps_in_episode
+    if not (1 <= steps < 2**31 and steps % 1 == 0):
+        raise ValueError(
+            f"{environment.name}: max_steps_in_episode={steps} must be a whole number of at least 1, and "
+            f"below {2**31}"
+        )
+    return environment, params
+
+
+def _checked(environment, settings, defaults):
+    """The settings, each a number of the kind of its default. Raises ValueError."""
+    checked = {}
+    for name, value in settings.items():
+        default = defaults[name]
+        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        holds, kind = {
+            bool: (isinstance(value, bool) or (number and value in (0, 1)), "true or false"),
+            int: (number and value % 1 == 0, "a whole number"),
+            float: (number, "a finite number"),
+        }.get(type(default), (True, ""))
+        if not holds and not isinstance(value, jax.Array):
+            raise ValueError(f"{environment}: {name}={value} must be {kind}, as {default} is")
+        checked[name] = type(default)(value) if kind and isinstance(value, Real) else value
+    return checked
 
 
 def _make(name, settings):
@@ -78,7 +134,9 @@ def _make(name, settings):
     accepted = inspect.signature(type(environment)).parameters
     for_make = {k: v for k, v in settings.items() if not hasattr(params, k) and k in accepted}
     if for_make:
-        environment, params = gymnax.make(name, **for_make)
+        checked = _checked(name, for_make, {k: accepted[k].default for k in for_make})
+        with _refused(name, for_make):
+            environment, params = gymnax.make(name, **checked)
     return environment, params, {k: v for k, v in settings.items() if k not in for_make}
 
 
@@ -89,6 +147,8 @@ def gymnax_names() -> list[str]:
 
 def _space(space, name) -> Space:
     kind = type(space).__name__
+    if 0 in (*space.shape, getattr(space, "n", 1)):
+        raise ValueError(f"a {kind} space of shape {space.shape} is empty")
     if kind == "Discrete":
         return Discrete(int(space.n))
     if kind == "Box":

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpg.envs.gymnax import _make
+from jaxpg.envs.gymnax import _made
 from jaxpg.envs.mdp import Mdp
 
 LIMIT = 4096  # states
@@ -37,9 +37,7 @@ def mdp_from_gymnax(environment, params=None, **settings) -> Mdp:
     The time limit is the horizon, or the longest episode where that is shorter.
     Raises ValueError for an environment without a known law, and for more than 4096 states.
     """
-    if isinstance(environment, str):
-        environment, params, settings = _make(environment, settings)
-    params = (params or environment.default_params).replace(**settings)
+    environment, params = _made(environment, params, settings)
     law = _LAWS.get(type(environment).__name__)
     if law is None:
         raise ValueError(f"{environment.name} has no known table; these have: {', '.join(_LAWS)}")

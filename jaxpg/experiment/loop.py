@@ -21,6 +21,7 @@ from jaxpg.experiment.interrupt import Interrupted
 from jaxpg.experiment.metrics import Records, Sink, Table, nan_mean
 from jaxpg.experiment.progress import Show, Status
 from jaxpg.experiment.replicas import Replicas
+from jaxpg.intervals import ANY, attained
 from jaxpg.trainer import TrainState, train
 
 CHUNKS = 20  # about so many in a run
@@ -83,7 +84,8 @@ def train_chunks(
             write(records)
         progress = _judge(job, recorder, records, progress, before)
         returns = nan_mean(records.metrics["episode_return"]).reshape(none.shape)
-        job.show(status := at(progress, returns))
+        seen = attained(records.metrics["episode_return"])
+        job.show(status := at(progress, returns, seen))
         if time.perf_counter() - saved >= config.checkpoint_seconds:
             progress = _save(job, recorder, state, progress, returns)
             saved, saved_at = time.perf_counter(), progress.updates
@@ -108,10 +110,16 @@ def _divisor(updates: int) -> int:
     return min(divisors, key=lambda k: abs(math.log(k / wanted)))
 
 
-def _status(config, compile_seconds, progress, returns) -> Status:
+def _status(config, compile_seconds, progress, returns, attainable=ANY) -> Status:
     total = sum(progress.env_steps)
     return Status(
-        progress.updates, config.updates, total, progress.seconds, compile_seconds, returns
+        progress.updates,
+        config.updates,
+        total,
+        progress.seconds,
+        compile_seconds,
+        returns,
+        attainable,
     )
 
 

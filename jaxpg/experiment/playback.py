@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxpg.envs import Env, from_gymnax
+from jaxpg.experiment import health
 from jaxpg.experiment import policy as policies
 from jaxpg.experiment.build import settings_of
 from jaxpg.experiment.config import Config, points
@@ -20,6 +21,7 @@ from jaxpg.experiment.policy import Policy, Run, choose, load_policy, read_run
 from jaxpg.experiment.replicas import make_replicas, replicated, use_cpu_cores
 from jaxpg.experiment.report import table
 from jaxpg.experiment.trajectories import write_trajectories
+from jaxpg.intervals import attained
 from jaxpg.policies import Agent, AgentParams, init_params
 from jaxpg.rollout import Evaluation, episodes
 from jaxpg.rollout import evaluate as evaluate_policy
@@ -42,7 +44,12 @@ def evaluate(argv: Sequence[str]) -> None:
     print(
         f"{run.config.environment}, {run.config.algorithm}: {count} fresh episodes, {how} actions"
     )
-    print("\n".join(table(run.grid, np.asarray(found.mean).reshape(-1, run.config.seeds))))
+    shape = -1, run.config.seeds
+    diverged = ~health.finite(run.params)
+    attainable = attained(found.smallest, found.largest)
+    returns = np.asarray(found.mean).reshape(shape)
+    lines = table(run.grid, returns, diverged.reshape(shape), attainable)
+    print("\n".join(lines))
 
 
 def evaluation(run: Run, count: int, greedy: bool, seed: int = 0) -> Evaluation:
@@ -150,7 +157,7 @@ def film(policy: Policy, environment: str, key: Any) -> tuple[list, float]:
     k_reset, key = jax.random.split(key)
     state, obs = jax.jit(env.reset)(k_reset)
     carry, total, frames, ended = policy.initial_carry(1), 0.0, [], False
-    for t in range(MOST_FRAMES):
+    for t in range(min(MOST_FRAMES, env.horizon + 1)):
         shown = jax.device_get((state, obs))
         caption = f"{environment}   step {t}   return {total:.4g}"
         frames.append(frame(environment, *shown, caption=caption))

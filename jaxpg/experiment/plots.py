@@ -9,9 +9,9 @@ import numpy as np
 
 from jaxpg.experiment.records import Series
 from jaxpg.experiment.statistics import band, robust, scaled
+from jaxpg.intervals import bootstrap
 from jaxpg.lab.experiments.drawing import COLOURS, LINES, MARKERS, caption, label, panels
 from jaxpg.lab.reliability import (
-    bootstrap,
     interquartile_mean,
     performance_profile,
     probability_of_improvement,

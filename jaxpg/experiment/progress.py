@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxpg.experiment.statistics import interval, number, summarise
+from jaxpg.intervals import ANY
 
 PLAIN_LINES = 20  # at most, in a run
 
@@ -28,6 +29,7 @@ class Status(NamedTuple):
     seconds: float  # of training, without compilation
     compile_seconds: float
     returns: np.ndarray  # [points, seeds] of the last chunk; NaN where no episode has ended
+    attainable: tuple[float, float] = ANY  # in which returns are known to lie
 
 
 Show = Callable[[Status | str], None]  # a string is a note
@@ -103,7 +105,7 @@ def _panel(status: Status, spinner: Spinner) -> Group:
 
 def _return(status: Status) -> str:
     """Of the grid's best point, with a 95 % interval over its seeds."""
-    summaries = [summarise(row) for row in status.returns]
+    summaries = [summarise(row, status.attainable) for row in status.returns]
     best = max(summaries, key=lambda s: -np.inf if np.isnan(s.mean) else s.mean)
     return f"{number(best.mean)} {interval(best)}"
 

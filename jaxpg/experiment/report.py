@@ -6,6 +6,7 @@ import numpy as np
 from jaxpg.experiment.config import Config, Grid, points, varying
 from jaxpg.experiment.progress import Status, steps_per_second
 from jaxpg.experiment.statistics import interval, number, summarise
+from jaxpg.intervals import ANY
 
 MOST_ROWS = 12
 
@@ -21,36 +22,51 @@ def headline(config: Config, grid: Grid) -> str:
     )
 
 
-def summary(config: Config, grid: Grid, status: Status, returns: np.ndarray) -> list[str]:
+def summary(
+    config: Config,
+    grid: Grid,
+    status: Status,
+    returns: np.ndarray,
+    diverged: np.ndarray,
+    attainable: tuple[float, float],
+) -> list[str]:
     """Lines: the table of evaluated returns [N], and what the run took."""
+    shape = -1, config.seeds
     return [
         f"evaluation: {_count(config.evaluation_episodes, 'fresh episode')} per agent, mean over "
         f"{_count(config.seeds, 'seed')}",
-        *table(grid, returns.reshape(-1, config.seeds)),
+        *table(grid, returns.reshape(shape), diverged.reshape(shape), attainable),
         f"{status.env_steps:,} steps in {status.seconds:.1f} s "
         f"({number(steps_per_second(status), 0)} steps/s), "
         f"after {status.compile_seconds:.1f} s of compilation",
     ]
 
 
-def table(grid: Grid, returns: np.ndarray) -> list[str]:
-    """Lines of a table with one row per point of the grid; returns: [points, seeds].
+def table(
+    grid: Grid,
+    returns: np.ndarray,
+    diverged: np.ndarray | None = None,
+    attainable: tuple[float, float] = ANY,
+) -> list[str]:
+    """Lines of a table with one row per point of the grid; returns, diverged: [points, seeds].
 
-    Of a large grid, the best rows only. A seed that diverged, and so has no return, is counted.
+    Of a large grid, the best rows only. Seeds that diverged are counted, and those that have no return for
+    another reason beside them. attainable: the range of an episode's return.
     """
     names, at = varying(grid), points(grid)
-    summaries = [summarise(row) for row in returns]
+    diverged = np.zeros(returns.shape, bool) if diverged is None else diverged
+    summaries = [summarise(row, attainable) for row in np.where(diverged, np.nan, returns)]
     order = list(range(len(at)))
     if len(order) > MOST_ROWS:
         order.sort(key=lambda i: -np.nan_to_num(summaries[i].mean, nan=-np.inf))
-    diverged = np.isnan(returns).sum(axis=1)
-    some = bool(diverged.any())
-    rows = [[*names, "mean", "95 % interval", "min", "max", *["diverged"] * some]]
+    lost = {"diverged": diverged, "no return": ~np.isfinite(returns) & ~diverged}
+    lost = {name: seeds.sum(axis=1) for name, seeds in lost.items() if seeds.any()}
+    rows = [[*names, "mean", "95 % interval", "min", "max", *lost]]
     for i in order[:MOST_ROWS]:
         s = summaries[i]
         settings = [f"{getattr(at[i], name):g}" for name in names]
         row = [number(s.mean), interval(s), number(s.smallest), number(s.largest)]
-        last = [f"{diverged[i]} of {returns.shape[1]}"] * some
+        last = [f"{count[i]} of {returns.shape[1]}" for count in lost.values()]
         rows.append([*settings, *row, *last])
     lines = aligned(rows)
     if len(order) > MOST_ROWS:

@@ -40,6 +40,7 @@ from jaxpg.experiment.replicas import (
     use_cpu_cores,
 )
 from jaxpg.experiment.report import headline, summary
+from jaxpg.intervals import attained
 from jaxpg.rollout import Evaluation
 
 
@@ -146,9 +147,12 @@ def execute(experiment: Experiment, sinks: Sequence[Sink] = ()) -> None:
         show("evaluating")
         evaluate = wait_for(programs.evaluate, stop)
         evaluation = on_workers(job, stop, evaluate, state.params, replicas.evaluation_keys)
-        returns = _without(evaluation.mean, progress.diverged)
+        diverged = np.isin(np.arange(len(replicas.labels)), list(progress.diverged))
+        # What has diverged has no return.
+        returns = np.where(diverged, np.nan, evaluation.mean)
         _write_evaluation(folder, evaluation, returns, replicas, progress)
-    print("\n".join(summary(config, grid, status, returns)))
+    attainable = attained(evaluation.smallest, evaluation.largest)
+    print("\n".join(summary(config, grid, status, returns, diverged, attainable)))
     print(f"saved in {folder}")
 
 
@@ -285,11 +289,6 @@ def _close(recorder: Recorder) -> None:
     recorder.checkpoints.close()
 
 
-def _without(returns, diverged: dict[int, int]) -> np.ndarray:
-    """What has diverged has no return."""
-    return np.where(np.isin(np.arange(len(returns)), list(diverged)), np.nan, returns)
-
-
 def _write_evaluation(
     folder: Path,
     evaluation: Evaluation,
@@ -303,6 +302,8 @@ def _write_evaluation(
         "mean_return": returns,
         "standard_error": evaluation.standard_error,
         "episodes": evaluation.episodes,
+        "smallest": evaluation.smallest,
+        "largest": evaluation.largest,
         "diverged": [progress.diverged.get(i) for i in range(len(labels))],
         **{name: [label[name] for label in labels] for name in labels[0]},
     }

@@ -1,14 +1,10 @@
 """Statistics over seeds: of one number that each has, of a curve, and of several tasks."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit
 
-if TYPE_CHECKING:
-    from jaxpg.lab.streaming import Estimate
+from jaxpg.intervals import ANY, Estimate, bootstrap, mean_interval
 
 FEWEST = 0.5  # share of the seeds below which the others' statistic would be about survivors
 BAND_RESAMPLES = 500  # for an eye
@@ -23,7 +19,7 @@ class Band(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Of a number that each seed has: its mean with a 95 % interval (Student's t)."""
+    """Of a number that each seed has: its mean with a 95 % interval."""
 
     mean: float
     low: float
@@ -32,16 +28,16 @@ class Summary(NamedTuple):
     largest: float
 
 
-def summarise(values: np.ndarray) -> Summary:
-    """Over the seeds that have a value; NaN where there are too few."""
+def summarise(values: np.ndarray, attainable: tuple[float, float] = ANY) -> Summary:
+    """Over the seeds that have a value; NaN where there are too few.
+
+    attainable: a range in which the mean must lie; see mean_interval.
+    """
     values = np.asarray(values, float)
     values = values[np.isfinite(values)]
     if not values.size:
         return Summary(*[float("nan")] * 5)
-    mean, half = values.mean(), float("nan")
-    if values.size > 1:
-        half = stdtrit(values.size - 1, 0.975) * values.std(ddof=1) / values.size**0.5
-    return Summary(mean, mean - half, mean + half, values.min(), values.max())
+    return Summary(*mean_interval(values, attainable), values.min(), values.max())
 
 
 def number(value: float, digits: int = 1) -> str:
@@ -62,8 +58,7 @@ def robust(values: np.ndarray) -> Estimate:
     Of [R], over the seeds that have a value, and NaN where none has. Without an interval where there is only
     one (Agarwal et al., 2021).
     """
-    from jaxpg.lab.reliability import bootstrap, interquartile_mean
-    from jaxpg.lab.streaming import Estimate
+    from jaxpg.lab.reliability import interquartile_mean
 
     values = np.asarray(values, float)
     if values.ndim == 1:
@@ -79,7 +74,7 @@ def band(curves: np.ndarray) -> Band:
 
     NaN at points where fewer than half of the seeds have a value.
     """
-    from jaxpg.lab.reliability import bootstrap, interquartile_mean
+    from jaxpg.lab.reliability import interquartile_mean
 
     curves = np.asarray(curves, float)
     found = np.isfinite(curves)

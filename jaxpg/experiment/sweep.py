@@ -23,6 +23,7 @@ from jaxpg.experiment.progress import Show, Status, display
 from jaxpg.experiment.ranking import Costs, Outcomes, Search
 from jaxpg.experiment.replicas import use_cpu_cores
 from jaxpg.experiment.search import Options, choose, count, rungs, take_options
+from jaxpg.intervals import attained
 
 REPLICA_BYTES = 2000  # of the machine's memory for each, whatever its state
 NOTHING = "before the first update; nothing was saved"
@@ -139,7 +140,8 @@ def _climb(job: batches.Job, search: Search, outcomes: Outcomes, show: Show) -> 
         costs[0] = costs[0]._replace(env_steps=steps, seconds=time.perf_counter() - compiled)
         chunks[0] += 1
         done = chunks[0] * chunk_length(job.config.updates)
-        show(Status(done, total, *costs[0][:3], outcomes.returns))
+        seen = attained(measured["episode_return"])
+        show(Status(done, total, *costs[0][:3], outcomes.returns, seen))
 
     alive, states, before = np.arange(len(search.points)), None, 0
     for rung in search.rungs:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
 
+from jaxpg.intervals import Estimate, quantile
 from jaxpg.types import Array
 
 GROUPS = 32
@@ -23,14 +23,6 @@ class Moments(NamedTuple):
     count: Any  # [...] jax arrays on the device, NumPy's in float64 on the host
     mean: Any  # [..., P]
     squares: Any  # [..., P]
-
-
-class Estimate(NamedTuple):
-    """A number with its confidence interval; not clipped, so an unbiased square may be negative."""
-
-    value: float
-    low: float
-    high: float
 
 
 def moments_of(rows: Array, valid: Array | None = None) -> Moments:
@@ -82,8 +74,3 @@ def _jackknife(function, moments, confidence) -> Estimate:
     )
     error = np.sqrt((groups - 1) / groups * ((left - left.mean()) ** 2).sum())
     return Estimate(value, float(value - level * error), float(value + level * error))
-
-
-def quantile(confidence: float, groups: int) -> float:
-    """Student's t for a two-sided interval from so many groups."""
-    return float(stats.t.ppf(0.5 + confidence / 2, groups - 1))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpg.envs import Box, Discrete, from_gymnax, gymnax_names
+from jaxpg.envs import Box, Discrete, from_gymnax, gymnax_names, mdp_from_gymnax
 
 OFFLINE = "MNISTBandit-bsuite"  # downloads its images
 
@@ -94,12 +94,34 @@ def test_integer_rewards_and_x64_stay_float32(x64):
         ("CartPole", {}, "CartPole-v1"),
         ("zzzzzzz", {}, "gymnax_names"),
         ("CartPole-v1", {"gravitas": 1.0}, "no setting 'gravitas'.*gravity"),
+        ("CartPole-v1", {"max_steps_in_episode": 0}, "=0 must be a whole number of at least 1"),
+        ("CartPole-v1", {"max_steps_in_episode": 2.5}, "=2.5 must be a whole number, as 500 is"),
+        (
+            "BernoulliBandit-misc",
+            {"max_steps_in_episode": 2.5},
+            "=2.5 must be a whole number of at",
+        ),
+        ("CartPole-v1", {"gravity": float("nan")}, "gravity=nan must be a finite number, as 9.8"),
+        ("CartPole-v1", {"gravity": "high"}, "gravity=high must be a finite number"),
+        ("DeepSea-bsuite", {"deterministic": 2}, "deterministic=2 must be true or false"),
+        ("DeepSea-bsuite", {"size": 2.5}, "size=2.5 must be a whole number, as 8 is"),
+        ("DeepSea-bsuite", {"size": 0}, "max_steps_in_episode=0 must be"),
+        ("SimpleBandit-bsuite", {"num_actions": 0}, "does not run with num_actions=0: .* is empty"),
+        ("FrozenLake-misc", {"map_name": "9x9"}, "does not run with map_name=9x9: map_name must"),
     ],
 )
 def test_mistakes_are_one_clear_line(name, settings, message):
-    with pytest.raises(ValueError, match=message) as error:
-        from_gymnax(name, **settings)
-    assert "\n" not in str(error.value)
+    makers = (from_gymnax, mdp_from_gymnax) if name == "FrozenLake-misc" else (from_gymnax,)
+    for maker in makers:
+        with pytest.raises(ValueError, match=message) as error:
+            maker(name, **settings)
+        assert "\n" not in str(error.value)
+
+
+def test_settings_are_numbers_of_the_kind_of_their_default():
+    """As JSON writes them: 4.0 is a size, 0 is false, and 7 is a number of steps where 100.0 is."""
+    assert from_gymnax("DeepSea-bsuite", size=4.0, deterministic=0).observation.shape == (4, 4)
+    assert from_gymnax("BernoulliBandit-misc", max_steps_in_episode=7).horizon == 7
 
 
 def test_a_data_set_that_cannot_be_fetched_is_said(monkeypatch):

@@ -112,10 +112,14 @@ def test_the_watch_for_nans_passes_what_has_no_value_yet():
 
 def test_a_table_counts_what_diverged():
     grid = preset("CartPole-v1", "ppo")[1]._replace(gamma=(0.9, 0.99))
-    lines = table(grid, np.array([[1.0, np.nan], [2.0, 3.0]]))
+    returns = np.array([[1.0, np.nan], [2.0, 3.0]])
+    lines = table(grid, returns, np.isnan(returns))
     assert lines[0].split()[-1] == "diverged"
     assert [line.split()[-3:] for line in lines[1:]] == [["1", "of", "2"], ["0", "of", "2"]]
     assert "diverged" not in table(grid, np.ones((2, 2)))[0]
+    # What has no return for another reason has not diverged.
+    lines = table(grid, returns)
+    assert lines[0].endswith("max  no return") and lines[1].split()[-3:] == ["1", "of", "2"]
 
 
 def test_two_processes_cannot_have_one_folder(tmp_path):

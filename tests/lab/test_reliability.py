@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from jaxpg.intervals import bootstrap
 from jaxpg.lab.reliability import (
-    bootstrap,
     interquartile_mean,
     performance_profile,
     probability_of_improvement,

@@ -9,6 +9,7 @@ from scipy import stats
 
 from jaxpg.algorithms import Algorithm
 from jaxpg.estimators import Estimator
+from jaxpg.intervals import attained, mean_interval
 from jaxpg.lab import exact
 from jaxpg.lab.experiments import drawing
 from jaxpg.lab.experiments.frame import (
@@ -26,7 +27,6 @@ from jaxpg.lab.experiments.training import (
     Curves,
     adam_rate,
     learner,
-    mean_interval,
     small_rate,
 )
 from jaxpg.lab.streaming import Estimate
@@ -52,7 +52,8 @@ def optimizers(settings: Settings, progress: Progress) -> Result:
             scales, _sampled(world, name, scales, settings, num_updates), strict=True
         ):
             steps = curves.env_steps.sum(axis=0)
-            for update, values in enumerate(zip(*mean_interval(curves.score), strict=True)):
+            score = mean_interval(curves.score, attained(curves.score))
+            for update, values in enumerate(zip(*score, strict=True)):
                 row = {"estimator": name, "reward_scale": scale, "update": update, "quantity": "J"}
                 row |= {
                     "trajectories": update * BATCH * settings.repeats,
@@ -172,7 +173,8 @@ def committal(settings: Settings, progress: Progress) -> Result:
         row |= {"env_steps": NUM_UPDATES * len(stuck)}
         share = proportion(int(stuck.sum()), len(stuck))
         rows.append(estimated(share, quantity="not_on_best_arm", **row))
-        rows.append(estimated([float(x) for x in mean_interval(regret)], quantity="regret", **row))
+        most = max(ARMS) - min(ARMS)
+        rows.append(estimated(mean_interval(regret, (0.0, most)), quantity="regret", **row))
         summary["not_on_best_arm"][str(delta)] = share.value
         summary["mean_regret"][str(delta)] = float(regret.mean())
     return Result(tidy(rows), summary, lambda figure: _draw_committal(figure, rows, paths))

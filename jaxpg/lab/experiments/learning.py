@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from jaxpg.algorithms import algorithm
+from jaxpg.intervals import bootstrap
 from jaxpg.lab.experiments import ascent, critical, drawing
 from jaxpg.lab.experiments.frame import (
     Experiment,
@@ -17,7 +18,6 @@ from jaxpg.lab.experiments.frame import (
 )
 from jaxpg.lab.experiments.training import adam_rate, best_objective, learner
 from jaxpg.lab.reliability import (
-    bootstrap,
     interquartile_mean,
     performance_profile,
     probability_of_improvement,

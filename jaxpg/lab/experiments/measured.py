@@ -5,14 +5,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxpg.intervals import mean_interval
 from jaxpg.lab.statistics import MIN_EFFECTIVE, heavy_tail
 from jaxpg.lab.streaming import (
-    GROUPS,
     Estimate,
     Moments,
     jackknife,
     merge_groups,
-    quantile,
 )
 
 
@@ -53,12 +52,8 @@ class Measured(NamedTuple):
 
     def cosine(self, size: int = 1) -> tuple[Estimate, Estimate]:
         """Mean cosine of the mean over `size` trajectories to the reference, and to another such mean."""
-        columns = self.cosines[size].T
-        half = quantile(0.95, GROUPS) * columns.std(axis=1, ddof=1) / GROUPS**0.5
-        one, other = (
-            Estimate(float(m), float(m - h), float(m + h))
-            for m, h in zip(columns.mean(axis=1), half, strict=True)
-        )
+        found = mean_interval(self.cosines[size], (-1.0, 1.0))
+        one, other = (Estimate(*map(float, each)) for each in zip(*found, strict=True))
         return one, other
 
     @property

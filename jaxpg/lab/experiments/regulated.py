@@ -11,12 +11,12 @@ import numpy as np
 
 from jaxpg.envs import Lqr
 from jaxpg.estimators import Estimator, baselines, credit, importance
+from jaxpg.intervals import mean_interval
 from jaxpg.lab.exact import lqr
 from jaxpg.lab.experiments import critical
 from jaxpg.lab.experiments.drawing import label, line, points
 from jaxpg.lab.experiments.estimators import form
 from jaxpg.lab.experiments.frame import Progress, Settings, estimated, key_of
-from jaxpg.lab.experiments.training import mean_interval
 from jaxpg.lab.regulators import objective
 from jaxpg.lab.samples import gradient_samples
 from jaxpg.lab.worlds import regulator_world
@@ -78,8 +78,9 @@ def one_step(settings: Settings, progress: Progress) -> tuple[list[dict[str, Any
         means = gradients[: count // size * size].reshape(-1, size).mean(axis=1)
         rate = rates[np.asarray(gained(rates, means).mean(axis=1)).argmax()]
         shares = np.asarray(gained(rate, means)[0], np.float64) / best
-        rows.append(estimated(mean_interval(shares), estimator="rtg_value", quantity="progress of one step",
-                              batch=size, exact=1 / (1 + scale / size), trajectories=means.size * size,
+        shown = mean_interval(shares, (-np.inf, 1.0))
+        rows.append(estimated(shown, estimator="rtg_value", quantity="progress of one step", batch=size,
+                              exact=1 / (1 + scale / size), trajectories=means.size * size,
                               env_steps=means.size * size * Lqr().horizon))  # fmt: skip
     return rows, scale
 

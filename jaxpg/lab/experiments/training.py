@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from scipy import optimize, stats
+from scipy import optimize
 
 from jaxpg.algorithms import Algorithm
 from jaxpg.envs import Env, check_mdp
@@ -153,12 +153,3 @@ def small_rate(world: World, key: Key) -> float:
 def adam_rate(world: World) -> float:
     """A learning rate of Adam's: logits of a table may move faster than the weights of a network."""
     return 0.05 if has_exact(world) else 3e-3
-
-
-def mean_interval(values, axis: int = 0, confidence: float = 0.95):
-    """Mean, low and high of independent values along an axis, by Student's t."""
-    values = np.asarray(values, np.float64)
-    count, mean = values.shape[axis], values.mean(axis=axis)
-    error = values.std(axis=axis, ddof=1) / np.sqrt(count)
-    reach = stats.t.ppf(0.5 + confidence / 2, count - 1) * error
-    return mean, mean - reach, mean + reach

@@ -1,0 +1,80 @@
+"""Intervals: Student's t for means, and the bootstrap where that would promise what cannot be."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.special import stdtrit
+
+RESAMPLES = 2000
+ANY = (-np.inf, np.inf)
+
+
+class Estimate(NamedTuple):
+    """A number with its confidence interval; not clipped, so an unbiased square may be negative."""
+
+    value: Any  # floats, or arrays of one shape
+    low: Any
+    high: Any
+
+
+def quantile(confidence: float, groups: int) -> float:
+    """Student's t for a two-sided interval from so many groups."""
+    return float(stdtrit(groups - 1, 0.5 + confidence / 2))
+
+
+def mean_interval(
+    values, attainable: tuple[float, float] = ANY, confidence: float = 0.95
+) -> Estimate:
+    """The mean of R independent values [R, ...] by Student's t, or where that leaves the attainable range
+    by the percentile bootstrap, which never leaves the range of the values themselves.
+
+    Near an end of what is attainable, values pile up on one side, and their mean is far from normal. Of one
+    value there is no interval: NaN.
+    """
+    values = np.asarray(values, np.float64)
+    columns = values.reshape(len(values), -1)
+    mean, half = columns.mean(axis=0), np.full(columns.shape[1], np.nan)
+    if len(values) > 1:
+        half = quantile(confidence, len(values)) * columns.std(axis=0, ddof=1) / len(values) ** 0.5
+    found = np.stack([mean, mean - half, mean + half])
+    beyond = (found[1] < attainable[0]) | (found[2] > attainable[1])
+    if beyond.any():
+        found[:, beyond] = bootstrap(
+            lambda x: x.mean(axis=-2), columns[:, beyond], confidence=confidence
+        )
+    return Estimate(*(x.reshape(values.shape[1:])[()] for x in found))
+
+
+def attained(*values) -> tuple[float, float]:
+    """The range of values that have been seen, hence can be attained; anything where none is finite."""
+    seen = np.concatenate([np.ravel(x) for x in values])
+    seen = seen[np.isfinite(seen)]
+    return (float(seen.min()), float(seen.max())) if seen.size else ANY
+
+
+def bootstrap(
+    statistic: Callable[..., Any],
+    *groups,
+    num_resamples: int = RESAMPLES,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """The statistic of groups of scores [R, K], with a stratified percentile bootstrap interval.
+
+    Runs are drawn with replacement within each task and group, never across them. Fields are arrays where
+    the statistic is one. Raises ValueError for scores that are not [R, K], or with fewer than 2 runs.
+    """
+    rng = np.random.default_rng(seed)
+    resampled = []
+    for scores in (np.asarray(x, np.float64) for x in groups):
+        if scores.ndim != 2 or scores.shape[0] < 2:
+            raise ValueError(
+                f"scores have shape {scores.shape}; an interval needs [runs, tasks] with 2 runs or more"
+            )
+        num_runs, num_tasks = scores.shape
+        index = rng.integers(num_runs, size=(num_resamples, num_runs, num_tasks))
+        resampled.append(scores[index, np.arange(num_tasks)])
+    tail = (1.0 - confidence) / 2
+    low, high = np.quantile(statistic(*resampled), [tail, 1.0 - tail], axis=0)
+    return Estimate(statistic(*(np.asarray(x, np.float64) for x in groups)), low, high)
