@@ -1,27 +1,33 @@
-"""The table: every algorithm is an estimator, an optimizer and how often the data is gone through."""
+"""The table: every algorithm is an estimator, where its data comes from, and how it steps."""
 
 import difflib
 from typing import NamedTuple
 
-from jaxpg import adaptation, natural
+from jaxpg import adaptation, data, natural
 from jaxpg.adaptation import Adaptation
-from jaxpg.estimators import Estimator, baselines, credit, describe, importance, surrogates, uses
+from jaxpg.data import Data
+from jaxpg.estimators import (
+    Estimator,
+    baselines,
+    credit,
+    describe,
+    facts_of,
+    importance,
+    surrogates,
+)
 from jaxpg.estimators.control_variates import ControlVariate
 from jaxpg.optimizers import Optimizer, Schedule, adam, constant
 
 
 class Algorithm(NamedTuple):
     estimator: Estimator
+    data: Data = data.episodes
     policy_optimizer: Optimizer = adam
     critic_optimizer: Optimizer | None = None  # None: no critic
     num_epochs: int = 1  # passes over the batch that move the policy (and the critic)
     num_minibatches: int = 1  # parts of the batch, one step each
     critic_epochs: int = 0  # further passes that move only the critic
     critic_minibatches: int = 1  # parts of the batch in those
-    episodic: bool = True  # data: whole episodes, or a stream that carries on
-    num_batches: int = 1  # data: the last so many batches, weighed by the importance slot
-    imitates: bool = False  # data: demonstrations alone
-    guided: bool = False  # data: whole episodes and demonstrations, as one mixture
     schedule: Schedule = constant
     adaptation: Adaptation = adaptation.fixed  # of numbers to the KL of each update
     fisher_samples: int | None = None  # steps (or lanes) that the Fisher matrix is of; None: all
@@ -34,17 +40,17 @@ _TO_GO = Estimator(credit.reward_to_go)
 _ACTOR_CRITIC = Estimator(credit.lambda_return, baselines.critic, reduce=surrogates.per_step)
 _PPO = Algorithm(
     _ACTOR_CRITIC._replace(surrogate=surrogates.standardised(surrogates.clipped)),
+    data.stream,
     critic_optimizer=adam,
     num_epochs=4,
     num_minibatches=4,
-    episodic=False,
 )
 _TRUST_REGION = Algorithm(
     _ACTOR_CRITIC._replace(surrogate=surrogates.standardised(surrogates.ratio)),
+    data.stream,
     policy_optimizer=natural.trpo,
     critic_optimizer=adam,
     critic_epochs=9,
-    episodic=False,
     measure_kl=True,
 )
 
@@ -56,18 +62,17 @@ ALGORITHMS = {
     # Sutton et al., 2000, with the credit of Schulman et al., 2016.
     "vpg": Algorithm(
         _ACTOR_CRITIC._replace(surrogate=surrogates.standardised(surrogates.score)),
+        data.stream,
         critic_optimizer=adam,
         critic_epochs=9,
-        episodic=False,
     ),
     # Mnih et al., 2016, without the asynchrony: short rollouts, one joint step each.
-    "a2c": Algorithm(_ACTOR_CRITIC, critic_optimizer=adam, episodic=False),
+    "a2c": Algorithm(_ACTOR_CRITIC, data.stream, critic_optimizer=adam),
     # Espeholt et al., 2018: stale streams under V-trace weights.
     "impala": Algorithm(
         _ACTOR_CRITIC._replace(importance=importance.truncated(1.0)),
+        data.replay(data.stream, 4),
         critic_optimizer=adam,
-        episodic=False,
-        num_batches=4,
     ),
     # Schulman et al., 2017.
     "ppo": _PPO,
@@ -92,11 +97,11 @@ ALGORITHMS = {
     "gpomdp": Algorithm(_TO_GO._replace(importance=importance.from_start(importance.on_policy))),
     # ... and the eligibility trace z <- gamma z + u over num_steps of a task that never ends, where gamma
     # is their beta: (1/T) sum_t r_t z_t = (1/T) sum_t u_t sum_{k>=t} gamma^(k-t) r_k.
-    "gpomdp_continuing": Algorithm(_TO_GO._replace(reduce=surrogates.per_step), episodic=False),
+    "gpomdp_continuing": Algorithm(_TO_GO._replace(reduce=surrogates.per_step), data.stream),
     # Precup et al., 2000: whole episodes of the last policies, each reward weighed by what led to it.
     "off_policy": Algorithm(
         _TO_GO._replace(baseline=baselines.time_mean, importance=importance.per_decision),
-        num_batches=4,
+        data.replay(data.episodes, 4),
     ),
     # Levine and Koltun, 2013: the gradient of the self-normalised estimate of J from the mixture of the
     # policy's own episodes and demonstrations, through its normaliser.
@@ -106,10 +111,10 @@ ALGORITHMS = {
             baselines.regularised(baselines.weighted_mean),
             importance.self_normalised(importance.trajectory),
         ),
-        guided=True,
+        data.mixture,
     ),
     # Maximum likelihood is REINFORCE with weight 1, on somebody else's data.
-    "behaviour_cloning": Algorithm(Estimator(credit.unit), imitates=True),
+    "behaviour_cloning": Algorithm(Estimator(credit.unit), data.demonstrations),
 }
 
 
@@ -123,73 +128,47 @@ def algorithm(name: str) -> Algorithm:
 
 def check_algorithm(algorithm: Algorithm, has_critic: bool) -> None:
     """Raises ValueError for a row whose parts contradict each other."""
-    estimator = algorithm.estimator
-    stream = not algorithm.episodic and not algorithm.imitates
-    if stream:
-        for value, slot in (
-            (credit.total_return, estimator.credit),
-            (importance.from_start, estimator.importance),
-            (importance.trajectory, estimator.importance),
-            (importance.per_decision, estimator.importance),
-            (importance.prefix, estimator.importance),
-            (surrogates.per_episode, estimator.reduce),
-        ):
-            if uses(slot, value):
-                raise ValueError(
-                    f"{describe(slot)} needs whole episodes, but the algorithm runs on a stream; "
-                    "set episodic=True"
-                )
-    needs_critic = uses(estimator.baseline, baselines.critic) or uses(
-        estimator.credit, credit.lambda_return
-    )
+    estimator, source = algorithm.estimator, algorithm.data
+    whole = [value for value in estimator if facts_of(value).whole_episodes]
+    if whole and not source.whole_episodes:
+        raise ValueError(
+            f"{describe(whole[0])} needs whole episodes, but the algorithm runs on a stream; "
+            "set data=episodes"
+        )
+    needs_critic = any(facts_of(value).reads_critic for value in estimator)
     if needs_critic and not (has_critic and algorithm.critic_optimizer):
         raise ValueError(
             f"credit {describe(estimator.credit)} with baseline {describe(estimator.baseline)} reads a "
             "critic; give the agent one and the algorithm a critic_optimizer"
         )
-    reuses = algorithm.num_epochs * algorithm.num_minibatches > 1 and not algorithm.imitates
-    if reuses and uses(estimator.surrogate, surrogates.score):
+    corrects = facts_of(estimator.surrogate).corrects
+    reuses = algorithm.num_epochs * algorithm.num_minibatches > 1 and source.gathers
+    if reuses and not corrects:
         raise ValueError(
             f"{algorithm.num_epochs} epochs x {algorithm.num_minibatches} minibatches move the policy "
-            "away from its data, which the score surrogate cannot correct; use ratio, clipped or "
-            "kl_penalised, or one step per batch"
+            f"away from its data, which the {describe(estimator.surrogate)} surrogate cannot correct; use "
+            "ratio, clipped or kl_penalised, or one step per batch"
         )
-    if algorithm.control_variate and (
-        stream or reuses or not uses(estimator.reduce, surrogates.per_episode)
-    ):
+    if source.reweighs and not facts_of(estimator.importance).corrects:
         raise ValueError(
-            "a control variate acts on the gradients of whole episodes; use episodic=True, reduce "
+            f"{source.name} holds data of other policies, which {describe(estimator.importance)} takes for "
+            "the present one's; use per_decision, trajectory, prefix, one_step, truncated or a "
+            "self_normalised form"
+        )
+    by_step = facts_of(estimator.reduce).ignores_lanes
+    if algorithm.control_variate and (not source.whole_episodes or reuses or by_step):
+        raise ValueError(
+            "a control variate acts on the gradients of whole episodes; use data=episodes, reduce "
             "per_episode, and one step per batch"
         )
-    _check_sources(algorithm)
+    if source.name == "mixture" and (algorithm.critic_optimizer or algorithm.control_variate):
+        raise ValueError(
+            "a mixture with demonstrations takes neither a critic nor a control variate"
+        )
     if algorithm.adaptation is not adaptation.fixed and not algorithm.measure_kl:
         raise ValueError("adaptation reads the KL of each update; set measure_kl=True")
-    for name in ("num_epochs", "num_minibatches", "critic_minibatches", "num_batches"):
+    for name in ("num_epochs", "num_minibatches", "critic_minibatches"):
         if getattr(algorithm, name) < 1:
             raise ValueError(f"{name}={getattr(algorithm, name)} must be at least 1")
     if algorithm.critic_epochs < 0:
         raise ValueError(f"critic_epochs={algorithm.critic_epochs} must not be negative")
-
-
-def _check_sources(algorithm):
-    unweighted = uses(algorithm.estimator.importance, importance.on_policy)
-    if algorithm.num_batches > 1 and unweighted:
-        raise ValueError(
-            f"num_batches={algorithm.num_batches} reuses data of older policies, which "
-            f"{describe(algorithm.estimator.importance)} takes for the present one's; use per_decision, "
-            "trajectory, prefix, one_step, truncated or a self_normalised form"
-        )
-    if algorithm.guided:
-        if unweighted:
-            raise ValueError(
-                "demonstrations come from another policy, which "
-                f"{describe(algorithm.estimator.importance)} does not correct; use "
-                "self_normalised(trajectory)"
-            )
-        if not algorithm.episodic or algorithm.imitates or algorithm.num_batches > 1:
-            raise ValueError(
-                "guided joins demonstrations to whole episodes of the present policy; use "
-                "episodic=True, imitates=False and num_batches=1"
-            )
-        if algorithm.critic_optimizer or algorithm.control_variate:
-            raise ValueError("guided has neither a critic nor a control variate")

@@ -1,4 +1,4 @@
-"""The gradient of the objective on a batch, in blocks that fit a processor's cache."""
+"""The gradient of the objective on a batch, in parts that fit the memory and a processor's cache."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpg.estimators import Estimator, objective, surrogates
+from jaxpg.estimators import Estimator, facts_of, objective, rescaled
 from jaxpg.estimators.estimator import Batch
 from jaxpg.policies import Network
-from jaxpg.rollout import any_replica
-from jaxpg.types import Array, Carry, Hyperparams, Metrics, Params
+from jaxpg.rollout import any_replica, divisor, lanes_at_once
+from jaxpg.types import Array, Carry, Hyperparams, Metrics, Params, Trajectory
 
 # Steps in a block. On a CPU a block's activations should stay in the cache, and larger products are spread
 # over threads that cost more than they give: policy and critic of 2x64 took 26 ms in blocks of 512, 44 ms in
@@ -28,32 +28,39 @@ def gradient_of(
     batch: Batch,
     hyperparams: Hyperparams,
     block: int | None = None,
+    recall: Callable[[Array], Trajectory] | None = None,
 ) -> tuple[Params, Metrics]:
     """The gradient of the objective, and what is known of the batch after a forward pass.
 
-    Where the objective is a sum over steps and the policy has no memory, block after block of about `block`
-    steps (by default by backend), without those in which every episode has ended: on whole episodes the
-    cost is that of the steps that count.
+    Where the objective is a sum over steps: lanes after lanes, and of a policy without memory block after
+    block of about `block` steps (by default by backend), up to the last in which an episode still runs.
+    recall: index -> the index-th `lanes_at_once` lanes of the trajectory, where they were not kept.
     """
-    num_steps, num_lanes = batch.advantage.shape
-    size = _block_size(num_steps * num_lanes, block)
     # Over the whole batch, before it is cut.
-    surrogate, advantage = surrogates.unwrapped(
-        estimator.surrogate, batch.advantage, batch.trajectory.mask
-    )
-    estimator, batch = estimator._replace(surrogate=surrogate), batch._replace(advantage=advantage)
-    scale = _share_of_block(estimator.reduce, size, num_lanes)
-    if scale is None or jax.tree.leaves(carry) or 2 * size >= num_steps * num_lanes:
-        gradient, sums = _sums(estimator, policy, params, carry, batch, hyperparams, lambda m: 1.0)
+    estimator, batch = rescaled(estimator, batch)
+    mask = batch.trajectory.mask
+    if not (facts_of(estimator.reduce).linear and _cuts(mask, carry, block, recall)):
+        gradient, sums = _sums(estimator, policy, params, carry, batch, hyperparams)
         return gradient, _metrics(sums)
-    count = jnp.maximum(batch.trajectory.mask.sum(), 1)
+    # A reduction that is linear in the gain is a weight of each step, which its gradient is.
+    weight = jax.grad(estimator.reduce)(jnp.zeros_like(batch.advantage), mask)
 
-    def one(cut):
-        share = partial(scale, count=count)
-        return _sums(estimator, policy, params, carry, cut, hyperparams, share)
+    def one(cut, carry):
+        batch, weight = cut
+        part = estimator._replace(
+            reduce=lambda gain, mask: jnp.where(mask, weight * gain, 0.0).sum()
+        )
+        return _sums(part, policy, params, carry, batch, hyperparams)
+
+    def again(index, cut):
+        batch, weight = cut
+        return batch._replace(trajectory=recall(index)), weight
 
     zero = jnp.zeros((), batch.advantage.dtype)
-    gradient, sums = _over_blocks(one, batch, size, (params, (zero,) * 6))
+    like = params, (zero,) * 6
+    gradient, sums = _over_lanes(
+        one, (batch, weight), carry, mask, block, like, again if recall else None
+    )
     return gradient, _metrics(sums)
 
 
@@ -68,11 +75,12 @@ def critic_gradient(
     """The gradient of the mean squared error of the values, halved, and the loss itself.
 
     As far as value_clip_eps allows, the larger of the errors of the value and of the value held near the
-    old one counts (the code of Schulman et al., 2017). In blocks like gradient_of.
+    old one counts (the code of Schulman et al., 2017). In parts like gradient_of.
     """
-    count = jnp.maximum(batch.trajectory.mask.sum(), 1)
+    mask = batch.trajectory.mask
+    count = jnp.maximum(mask.sum(), 1)
 
-    def one(cut):
+    def one(cut, carry):
         def loss(params):
             trajectory, far = cut.trajectory, hyperparams.value_clip_eps
             _, value = critic.apply(params, carry, trajectory.obs, trajectory.first)
@@ -83,11 +91,7 @@ def critic_gradient(
         value, gradient = jax.value_and_grad(loss)(params)
         return gradient, value
 
-    num_steps, num_lanes = batch.advantage.shape
-    size = _block_size(num_steps * num_lanes, block)
-    if jax.tree.leaves(carry) or 2 * size >= num_steps * num_lanes:
-        return one(batch)
-    return _over_blocks(one, batch, size, (params, jnp.zeros((), batch.target.dtype)))
+    return _over_lanes(one, batch, carry, mask, block, (params, jnp.zeros((), batch.target.dtype)))
 
 
 def _block_size(total: int, block: int | None) -> int:
@@ -95,13 +99,56 @@ def _block_size(total: int, block: int | None) -> int:
     return divisor(total, block or BLOCK.get(jax.default_backend(), OTHER_BLOCK))
 
 
-def _over_blocks(one: Callable[[Batch], Any], batch: Batch, size: int, like: Any) -> Any:
-    """The sum of one(block) over blocks of so many steps, up to the last that holds a step that counts.
+def _cuts(mask: Array, carry: Carry, block: int | None, recall: Any) -> bool:
+    """Whether a batch is taken in parts."""
+    lanes = lanes_at_once(mask.shape[1])
+    return recall is not None or lanes < mask.shape[1] or _in_blocks(mask, carry, block)
 
+
+def _in_blocks(mask: Array, carry: Carry, block: int | None) -> bool:
+    return not jax.tree.leaves(carry) and 2 * _block_size(mask.size, block) < mask.size
+
+
+def _over_lanes(
+    one: Callable,
+    data: Any,
+    carry: Carry,
+    mask: Array,
+    block: int | None,
+    like: Any,
+    again: Callable | None = None,
+) -> Any:
+    """The sum of one(part of data, its carry) over all lanes, as many at once as a rollout takes.
+
+    again: (index, part of data) -> the part with what was not kept put in.
     like: arrays of the sum's shapes, because to find them by tracing `one` doubles the time to trace.
     """
-    flat = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
-    counts = flat.trajectory.mask.reshape(-1, size).any(axis=1)
+    num_lanes, lanes = mask.shape[1], lanes_at_once(mask.shape[1])
+
+    def part(index, data, carry, mask):
+        data = again(index, data) if again else data
+        if _in_blocks(mask, carry, block):
+            return _over_blocks(partial(one, carry=carry), data, mask, block, like)
+        return one(data, carry)
+
+    if lanes == num_lanes:
+        return part(0, data, carry, mask)
+
+    def add(index, total):
+        def cut(axis):
+            return lambda x: jax.lax.dynamic_slice_in_dim(x, index * lanes, lanes, axis)
+
+        own, lane_carry = jax.tree.map(cut(1), (data, mask)), jax.tree.map(cut(0), carry)
+        return jax.tree.map(jnp.add, total, part(index, own[0], lane_carry, own[1]))
+
+    return jax.lax.fori_loop(0, num_lanes // lanes, add, jax.tree.map(jnp.zeros_like, like))
+
+
+def _over_blocks(one: Callable, data: Any, mask: Array, block: int | None, like: Any) -> Any:
+    """The sum of one(block of data), up to the last block with a step that counts."""
+    size = _block_size(mask.size, block)
+    flat = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), data)
+    counts = mask.reshape(-1, size).any(axis=1)
     # Whether any step counts in this block or a later one.
     ahead = jax.lax.cummax(counts.astype(jnp.int32), reverse=True).astype(bool)
     ahead = jnp.append(ahead, False)
@@ -121,7 +168,7 @@ def _over_blocks(one: Callable[[Batch], Any], batch: Batch, size: int, like: Any
     )[1]
 
 
-def _sums(estimator, policy, params, carry, batch, hyperparams, share) -> tuple[Params, Any]:
+def _sums(estimator, policy, params, carry, batch, hyperparams) -> tuple[Params, Any]:
     """The gradient, and the sums over steps that the metrics are made of."""
     mask = batch.trajectory.mask
 
@@ -129,7 +176,7 @@ def _sums(estimator, policy, params, carry, batch, hyperparams, share) -> tuple[
         gain, (log_prob, distribution) = objective(
             estimator, policy, params, carry, batch, hyperparams
         )
-        return share(mask) * gain, (log_prob, distribution.entropy())
+        return gain, (log_prob, distribution.entropy())
 
     (gain, (log_prob, entropy)), gradient = jax.value_and_grad(value, has_aux=True)(params)
     log_rho = jnp.where(mask, log_prob - batch.trajectory.log_prob, 0.0)
@@ -150,18 +197,3 @@ def _metrics(sums) -> Metrics:
         # Effective share of the batch: (sum rho)^2 / (N sum rho^2), 1 on-policy.
         "ess": rho**2 / (count * square),
     }
-
-
-def _share_of_block(reduce, size, num_lanes):
-    """What a block's reduction counts for in the whole's; None for reductions that are no sums."""
-    if reduce is surrogates.per_episode:
-        return lambda mask, count: size / num_lanes
-    if reduce is surrogates.per_step:
-        return lambda mask, count: mask.sum() / count
-    return None
-
-
-def divisor(total: int, wanted: int) -> int:
-    """The largest divisor up to the wanted size; the whole where there is none of a fair size."""
-    size = next(n for n in range(min(wanted, total), 0, -1) if total % n == 0)
-    return size if 4 * size >= min(wanted, total) else total

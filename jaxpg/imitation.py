@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 
 from jaxpg.algorithms import Algorithm, algorithm
+from jaxpg.data import mixture
 from jaxpg.envs import Env
 from jaxpg.policies import Agent, Network
 from jaxpg.trainer import Trainer, TrainState, make_trainer, train
@@ -35,15 +36,15 @@ def informed(
 ) -> Callable[[Key], TrainState]:
     """The trainer's init, with an imitation of the demonstrations in its place.
 
-    A guided row takes it for the demonstrators' density on its own episodes; warm_start: the policy starts
+    A mixture takes it for the demonstrators' density on its own episodes; warm_start: the policy starts
     from it.
     """
 
     def init(key):
         state = trainer.init(key)
         fitted = imitate(env, policy, demonstrations, jax.random.fold_in(key, 1), num_updates)
-        if row.guided:
-            state = state._replace(memory=fitted)
+        if row.data is mixture:
+            state = state._replace(data=fitted)
         if warm_start:
             state = state._replace(params=state.params._replace(policy=fitted))
         return state

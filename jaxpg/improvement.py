@@ -1,6 +1,7 @@
 """Improvement: from an assessed batch to new parameters, in epochs of minibatch steps."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxpg.estimators import coefficients, lane_gradients, objective, surrogates
 from jaxpg.estimators.estimator import Batch
 from jaxpg.gradients import critic_gradient, gradient_of
 from jaxpg.policies import Agent, AgentCarry, AgentParams
-from jaxpg.types import Hyperparams, Key, Metrics, Params
+from jaxpg.types import Array, Hyperparams, Key, Metrics, Params, Trajectory
 
 # Lanes of one step that stay together in a minibatch.
 GROUP = 64
@@ -44,18 +45,28 @@ def improve(
     carry: AgentCarry,
     hyperparams: Hyperparams,
     key: Key,
+    k_rollout: Key | None = None,
+    *,
+    recall: Callable[[AgentParams, Key | None, Array], Trajectory] | None = None,
 ) -> tuple[AgentParams, Any, Metrics]:
     """Epochs of minibatch steps of the policy, and of the critic on the same minibatches; then of it alone.
 
     Neither reads what the other becomes, so the two may run side by side.
-    layout: what a minibatch is made of, "steps" or "lanes".
+    layout: what a minibatch is made of, "steps" or "lanes". recall: (params, k_rollout, index) -> lanes of
+    the batch's trajectory, where it is rolled out again instead of kept.
     """
     if layout == "steps":
         # Without memory and with a mean over steps, the layout means nothing.
         batch, carry = _in_groups(batch, algorithm), AgentCarry((), ())
     policy_optimizer, critic_optimizer = optimizers(algorithm, hyperparams)
     policy_step = partial(
-        _policy_step, agent.policy, algorithm, layout, policy_optimizer, hyperparams
+        _policy_step,
+        agent.policy,
+        algorithm,
+        layout,
+        recall and partial(recall, params, k_rollout),
+        policy_optimizer,
+        hyperparams,
     )
     critic_step = partial(_critic_step, agent.critic, critic_optimizer, hyperparams)
     axis = 0 if layout == "steps" else 1
@@ -127,11 +138,11 @@ def _in_groups(batch: Batch, algorithm: Algorithm) -> Batch:
     return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[2:]), batch)
 
 
-def _policy_step(policy, algorithm, layout, optimizer, hyperparams, state, minibatch):
+def _policy_step(policy, algorithm, layout, recall, optimizer, hyperparams, state, minibatch):
     # moving: [] bool, no minibatch of this update has exceeded stop_kl.
     (params, opt_state, moving), (batch, carry) = state, minibatch
     ascent, metrics = gradient_of(
-        algorithm.estimator, policy, params, carry.policy, batch, hyperparams
+        algorithm.estimator, policy, params, carry.policy, batch, hyperparams, recall=recall
     )
     gradient = jax.tree.map(jnp.negative, ascent)  # optimizers descend
     if algorithm.control_variate:

@@ -15,6 +15,11 @@ from jaxpg.types import Array, Key, Params, Trajectory
 
 # Steps between two looks at whether all episodes have ended. A look costs a device round trip on a GPU.
 BLOCK = 32
+# Episodes that draw from one key, whatever the device, so that a batch is the same on every one.
+GROUP = 1024
+# Groups that run as one program. More keep no more of a CPU busy, and leave its cache.
+GROUPS_AT_ONCE = {"cpu": 1}
+OTHER_GROUPS_AT_ONCE = 64
 
 
 # Lanes of a stream of which each has a start of its own ready in every step; with more, so many share one.
@@ -67,10 +72,71 @@ def episodes(
 
     num_steps: T, by default the environment's horizon; an episode still running then is truncated.
     Nothing is reset inside the loop. Rows after an end hold zeros. The loop also stops early under vmap.
+    More than GROUP episodes come in groups with a key each, the same on every device.
     Raises ValueError for fewer than one episode or step.
     """
     num_steps = env.horizon if num_steps is None else num_steps
     _check_sizes(num_episodes, num_steps)
+    lanes, part = lanes_at_once(num_episodes), partial(_part, env, agent, params, key)
+    part = partial(part, num_episodes=num_episodes, num_steps=num_steps)
+    if lanes == num_episodes:
+        return part(0)
+
+    def fill(index, state):
+        whole, total = state
+        trajectory, sums = part(index)
+        whole = jax.tree.map(
+            lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, index * lanes, 1),
+            whole,
+            trajectory,
+        )
+        return whole, jax.tree.map(jnp.add, total, sums)
+
+    shapes, sums = jax.eval_shape(part, 0)
+    whole = jax.tree.map(
+        lambda x: jnp.zeros((x.shape[0], num_episodes, *x.shape[2:]), x.dtype), shapes
+    )
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+    return jax.lax.fori_loop(0, num_episodes // lanes, fill, (whole, zeros))
+
+
+def episodes_again(
+    env: Env,
+    agent: Agent,
+    params: AgentParams,
+    key: Key,
+    num_episodes: int,
+    num_steps: int,
+    index: Array,
+) -> Trajectory:
+    """The index-th `lanes_at_once` lanes of `episodes`, rolled out again because they were not kept."""
+    return _part(env, agent, params, key, index, num_episodes, num_steps)[0]
+
+
+def lanes_at_once(num_episodes: int) -> int:
+    """How many episodes run as one program: whole groups, and a divisor of them all."""
+    size = divisor(num_episodes, GROUP)
+    groups = GROUPS_AT_ONCE.get(jax.default_backend(), OTHER_GROUPS_AT_ONCE)
+    return size * divisor(num_episodes // size, groups)
+
+
+def _part(env, agent, params, key, index, num_episodes, num_steps):
+    run = partial(_episodes, env, agent, params, num_steps=num_steps)
+    size, lanes = divisor(num_episodes, GROUP), lanes_at_once(num_episodes)
+    if size == num_episodes:
+        return run(key, size)
+    first = index * (lanes // size)
+    if lanes == size:
+        return run(jax.random.fold_in(key, first), size)
+    keys = jax.vmap(partial(jax.random.fold_in, key))(first + jnp.arange(lanes // size))
+    trajectory, sums = jax.vmap(partial(run, num_episodes=size))(keys)
+    return jax.tree.map(_lanes_together, trajectory), jax.tree.map(lambda x: x.sum(axis=0), sums)
+
+
+def _episodes(
+    env: Env, agent: Agent, params: AgentParams, key: Key, num_episodes: int, num_steps: int
+) -> tuple[Trajectory, EpisodeSums]:
+    """One group."""
     num_blocks = -(-num_steps // BLOCK)
     block = -(-num_steps // num_blocks)
     k_reset, k_steps = jax.random.split(key)
@@ -81,15 +147,16 @@ def episodes(
 
     def step(state, inputs):
         t, key, noise = inputs
-        env_state, obs, policy_carry, alive, open_ = state
+        env_state, obs, policy_carry, alive, cut = state
         action, log_prob, policy_carry = _act(
             agent, params.policy, policy_carry, obs, t == 0, noise
         )
         env_state, result = _step(env, key, env_state, action)
         last = alive & (result.terminated | result.truncated | (t == num_steps - 1))
         row = (
-            # Also the successor of an episode's last step, whose value a critic may be asked for.
-            _where(open_, obs),
+            # Also the successor of a step that cut an episode, whose value a critic is asked for; not of
+            # one that terminated it, whose value nobody needs and whose numbers may be NaN.
+            _where(alive | cut, obs),
             _where(alive, action),
             _where(alive, log_prob),
             _where(alive, result.reward),
@@ -97,7 +164,8 @@ def episodes(
             last,
             alive,
         )
-        return (env_state, result.obs, policy_carry, alive & ~last, alive), row
+        cut = last & ~result.terminated
+        return (env_state, result.obs, policy_carry, alive & ~last, cut), row
 
     def inputs(index):
         part = jax.tree.map(
@@ -115,7 +183,7 @@ def episodes(
         )
         return loop, index + 1, rows
 
-    loop = (env_state, obs, carry.policy, alive, alive)
+    loop = (env_state, obs, carry.policy, alive, ~alive)
     shapes = jax.eval_shape(lambda loop: jax.lax.scan(step, loop, inputs(0))[1], loop)
     total = num_blocks * block
     rows = jax.tree.map(lambda x: jnp.zeros((total, *x.shape[1:]), x.dtype), shapes)
@@ -128,23 +196,34 @@ def episodes(
         lambda x: x[:num_steps], rows
     )
     first = mask & (jnp.arange(num_steps)[:, None] == 0)
-    value = jnp.zeros_like(reward)
-    trajectory = Trajectory(
-        obs, action, log_prob, reward, discount, first, last, mask, value, value
-    )
+    value = next_value = jnp.zeros_like(reward)
     if agent.critic is not None:
         # The successors of last steps stand in the rows after them, but for the row after the loop.
-        final = _where(loop[4] & ~loop[3], loop[1])[None]
+        final = _where(loop[4], loop[1])[None]
         extended = jnp.concatenate([rows[0], jnp.zeros_like(final)])
         extended = jax.lax.dynamic_update_slice_in_dim(extended, final, index * block, 0)
         extended_first = jnp.arange(total + 1)[:, None] == jnp.zeros((1, num_episodes), int)
-        _, value = agent.critic.apply(params.critic, carry.critic, extended, extended_first)
-        trajectory = trajectory._replace(
-            value=jnp.where(mask, value[:num_steps], 0.0),
-            next_value=jnp.where(mask, value[1 : num_steps + 1], 0.0),
-        )
-    sums = EpisodeSums(trajectory.reward.sum(), mask.sum().astype(reward.dtype), last.sum())
+        _, found = agent.critic.apply(params.critic, carry.critic, extended, extended_first)
+        value = jnp.where(mask, found[:num_steps], 0.0)
+        next_value = jnp.where(mask & (discount > 0.0), found[1 : num_steps + 1], 0.0)
+        obs = _where(mask, obs)
+    trajectory = Trajectory(
+        obs, action, log_prob, reward, discount, first, last, mask, value, next_value
+    )
+    sums = EpisodeSums(reward.sum(), mask.sum().astype(reward.dtype), last.sum())
     return trajectory, sums
+
+
+def _lanes_together(x):
+    """[G, T, B, ...] -> [T, G B, ...]."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def divisor(total: int, wanted: int) -> int:
+    """The largest divisor up to the wanted size; the whole where there is none of a fair size."""
+    size = next(n for n in range(min(wanted, total), 0, -1) if total % n == 0)
+    return size if 4 * size >= min(wanted, total) else total
 
 
 def init_stream(env: Env, agent: Agent, key: Key, num_envs: int) -> RolloutState:
@@ -196,11 +275,10 @@ def unroll(
             jnp.where(last, episode_length, 0.0).sum(),
             last.sum(),
         )
+        cut = result.truncated & ~result.terminated
         cut_value = jax.lax.cond(
-            any_replica(result.truncated),
-            lambda: _where(
-                result.truncated, value_of(critic_carry, result.obs, jnp.zeros_like(last))[1]
-            ),
+            any_replica(cut),
+            lambda: _where(cut, value_of(critic_carry, result.obs, jnp.zeros_like(last))[1]),
             lambda: jnp.zeros_like(value),
         )
         env_state, next_obs = _reset_ended(env, last, pool, key.reset, env_state, result.obs)
@@ -212,7 +290,7 @@ def unroll(
             1.0 - result.terminated,
             first,
             last,
-            jnp.ones_like(last),
+            last,  # in the mask's place: every step counts, which needs no row
             value,
             cut_value,
         )
@@ -227,6 +305,7 @@ def unroll(
         return after, (row, ended)
 
     state, (trajectory, ended) = jax.lax.scan(step, state, (keys, noise, pools))
+    trajectory = trajectory._replace(mask=jnp.ones_like(trajectory.mask))
     if critic is not None and waits:
         trajectory = trajectory._replace(value=_judged(critic, params.critic, trajectory))
     # Unless the episode ended, the successor's value is the next row's.

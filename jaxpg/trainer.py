@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpg import adaptation, sources
+from jaxpg import adaptation
 from jaxpg.algorithms import Algorithm, check_algorithm
+from jaxpg.data import Moment, Task, corrected, episodes
 from jaxpg.devices import in_groups
 from jaxpg.envs import Env
-from jaxpg.estimators import assess, baselines, surrogates, uses
+from jaxpg.estimators import assess, describe, facts_of
 from jaxpg.improvement import improve, noise, optimizers
 from jaxpg.optimizers import scheduled
-from jaxpg.pieces import improve_in_pieces, num_pieces
 from jaxpg.policies import (
     Agent,
     AgentParams,
@@ -23,8 +23,11 @@ from jaxpg.policies import (
     initial_carry,
     observed,
 )
-from jaxpg.rollout import EpisodeSums, RolloutState, episodes, init_stream, unroll
+from jaxpg.rollout import episodes_again
 from jaxpg.types import Array, Hyperparams, Key, Metrics, Trajectory
+
+# A batch of whole episodes that takes more is rolled out twice.
+KEPT_BYTES = 2**32
 
 
 class TrainState(NamedTuple):
@@ -32,11 +35,10 @@ class TrainState(NamedTuple):
 
     params: AgentParams
     opt_state: Any  # of the policy's and the critic's optimizer
-    rollout: RolloutState | tuple  # () when episodic
+    data: Any  # what the row's Data carries on: a stream, a memory, a behaviour's parameters; or ()
     key: Key
     num_updates: Array
     scales: adaptation.Scales | tuple = ()  # () unless numbers adapt
-    memory: Any = ()  # sources.Memory of the last batches; or, guided, the behaviour's parameters
 
 
 class Trainer(NamedTuple):
@@ -72,59 +74,36 @@ def make_trainer(
     *,
     num_envs: int,
     num_steps: int | None = None,
+    recompute: bool | None = None,
 ) -> Trainer:
     """The pure functions that train an agent.
 
     num_envs: episodes per update when episodic, else parallel streams. num_steps: the longest episode
     (the environment's horizon by default), or the steps per stream and update (128 by default).
+    recompute: roll whole episodes out again for their gradient instead of keeping them, which bounds the
+    memory and changes no number beyond rounding; by default where they would take more than KEPT_BYTES.
     Raises ValueError for parts that do not fit together.
     """
     if algorithm.critic_optimizer is None:
         agent = agent._replace(critic=None)
     if num_steps is None:
-        num_steps = env.horizon if algorithm.episodic else 128
+        num_steps = env.horizon if algorithm.data.whole_episodes else 128
     layout = _check(env, agent, algorithm, num_envs, num_steps)
+    estimator, data = algorithm.estimator, algorithm.data
+    task = Task(env, agent, estimator, num_envs, num_steps)
     adapts = algorithm.adaptation is not adaptation.fixed
-    remembers = algorithm.num_batches > 1
-    pieces = num_pieces(agent, algorithm, num_envs)
-    improved = in_groups(partial(improve, agent, algorithm, layout))
+    recall = _recall(task, algorithm, recompute)
+    improved = in_groups(partial(improve, agent, algorithm, layout, recall=recall))
 
     def init(key):
-        k_params, k_rollout, k_train = jax.random.split(key, 3)
+        k_params, k_data, k_train = jax.random.split(key, 3)
         params = init_params(agent, k_params)
         # The state of an optimizer has the same structure whatever its numbers.
         policy, critic = optimizers(algorithm, Hyperparams())
         opt_state = (policy.init(params.policy), critic.init(params.critic))
-        stream = not algorithm.episodic and not algorithm.imitates
-        rollout = init_stream(env, agent, k_rollout, num_envs) if stream else ()
         scales = adaptation.initial_scales() if adapts else ()
-        memory = ()
-        if algorithm.guided:
-            memory = params.policy
-        elif remembers:
-            batch = jax.eval_shape(lambda: roll(params, rollout, k_train)[1:3])
-            memory = sources.empty_memory(batch, algorithm.num_batches)
-        return TrainState(params, opt_state, rollout, k_train, jnp.int32(0), scales, memory)
-
-    def update_in_pieces(state, hyperparams, demonstrations=None):
-        del demonstrations
-        key = jax.random.fold_in(state.key, state.num_updates)
-        hyperparams = scheduled(hyperparams, algorithm.schedule, state.num_updates)
-        params, opt_state, metrics, ended = improve_in_pieces(
-            env,
-            agent,
-            algorithm,
-            state.params,
-            state.opt_state,
-            hyperparams,
-            key,
-            num_envs,
-            num_steps,
-            pieces,
-        )
-        metrics = _episode_metrics(ended) | metrics
-        count = state.num_updates + 1
-        return state._replace(params=params, opt_state=opt_state, num_updates=count), metrics
+        state = data.init(task, params, k_data)
+        return TrainState(params, opt_state, state, k_train, jnp.int32(0), scales)
 
     def update(state, hyperparams, demonstrations=None):
         key = jax.random.fold_in(state.key, state.num_updates)
@@ -132,75 +111,50 @@ def make_trainer(
         hyperparams = scheduled(hyperparams, algorithm.schedule, state.num_updates)
         if adapts:
             hyperparams = adaptation.scaled(hyperparams, state.scales)
-        (rollout, memory), new, data, ended, metrics = gather(
-            state, hyperparams, k_rollout, demonstrations
+        moment = Moment(state.params, hyperparams, k_rollout, state.num_updates, demonstrations)
+        carried, found = data.gather(task, moment, state.data)
+        policy = state.params.policy
+        batch = assess(
+            estimator, found.trajectory, found.log_prob, hyperparams, agent.policy, policy
         )
-        policy, estimator = state.params.policy, algorithm.estimator
-        batch = assess(estimator, data.trajectory, data.log_prob, hyperparams, agent.policy, policy)
-        if data.log_prob is not data.trajectory.log_prob:
-            batch = sources.corrected(
-                batch, data, whole=uses(estimator.reduce, surrogates.per_episode)
-            )
-        params, opt_state, more = improved(
-            state.params, state.opt_state, batch, data.carry, hyperparams, k_fit
+        if data.reweighs:
+            batch = corrected(batch, found, whole=not facts_of(estimator.reduce).ignores_lanes)
+        params, opt_state, metrics = improved(
+            state.params, state.opt_state, batch, found.carry, hyperparams, k_fit, k_rollout
         )
-        metrics |= more | ended
+        metrics |= found.metrics
         if algorithm.measure_noise:
-            metrics |= noise(agent, algorithm, policy, batch, data.carry, hyperparams)
+            metrics |= noise(agent, algorithm, policy, batch, found.carry, hyperparams)
         scales = state.scales
         if adapts:
             scales = algorithm.adaptation(scales, metrics["kl"], hyperparams)
             metrics |= {f"{name}_scale": x for name, x in scales._asdict().items()}
-        params = observed(agent, params, new)  # not what is remembered, which has been seen
+        params = observed(agent, params, found.new)
         count = state.num_updates + 1
-        return TrainState(params, opt_state, rollout, state.key, count, scales, memory), metrics
+        return TrainState(params, opt_state, carried, state.key, count, scales), metrics
 
-    def roll(params, rollout, key):
-        """One batch of the policy's own: (rollout, trajectory, carry at its first row, ended)."""
-        if algorithm.episodic:
-            trajectory, ended = episodes(env, agent, params, key, num_envs, num_steps)
-            return (), trajectory, initial_carry(agent, num_envs), ended
-        after, (trajectory, ended) = unroll(env, agent, params, rollout, key, num_steps)
-        return after, trajectory, rollout.carry, ended
+    return Trainer(init, update)
 
-    def gather(state, hyperparams, key, demonstrations):
-        """(rollout, memory), what was not seen before, what to learn from, metrics of both."""
-        if algorithm.imitates or algorithm.guided:
-            demonstrations = _given(demonstrations)
-        if algorithm.imitates:
-            none = jnp.zeros(())
-            ended = _episode_metrics(EpisodeSums(none, none, none))
-            ended["env_steps"] = demonstrations.mask.sum()
-            data = sources.imitated(agent, state.params.policy, demonstrations)
-            return ((), ()), data.trajectory, data, ended, {}
-        rollout, trajectory, carry, ended = roll(state.params, state.rollout, key)
-        ended = _episode_metrics(ended) | {"env_steps": trajectory.mask.sum()}
-        policy, memory = state.params.policy, state.memory
-        if algorithm.guided:
-            data = sources.joined(agent, policy, memory, trajectory, demonstrations)
-            share = sources.share_of_demonstrations(data, num_envs)
-            return (rollout, memory), trajectory, data, ended, share
-        if not remembers:
-            return (rollout, memory), trajectory, sources.on_policy(trajectory, carry), ended, {}
-        memory = sources.remember(memory, trajectory, carry, state.num_updates)
-        data, metrics = sources.recalled(
-            memory,
-            algorithm.num_batches,
-            algorithm.estimator.importance,
-            agent.policy,
-            policy,
-            hyperparams,
-            state.num_updates,
+
+def _recall(task: Task, algorithm: Algorithm, asked: bool | None):
+    """(params, key, index) -> lanes rolled out again; None where the batch is kept."""
+    env, fits = task.env, algorithm.data is episodes and algorithm.num_minibatches == 1
+    if asked and not fits:
+        raise ValueError(
+            f"recompute rolls out own whole episodes of one minibatch again, not {algorithm.data.name} in "
+            f"num_minibatches={algorithm.num_minibatches}; leave it out"
         )
-        return (rollout, memory), trajectory, data, ended, metrics
+    row = jax.eval_shape(lambda: env.reset(jax.random.key(0))[1])
+    bytes_of_step = row.size * row.dtype.itemsize + 32  # the other fields are numbers and flags
+    large = task.num_envs * task.num_steps * bytes_of_step > KEPT_BYTES
+    if not (fits and (large if asked is None else asked)):
+        return None
+    sizes = {"num_episodes": task.num_envs, "num_steps": task.num_steps}
 
-    return Trainer(init, update_in_pieces if pieces > 1 else update)
+    def recall(params, key, index):
+        return episodes_again(env, task.agent, params, key, index=index, **sizes)
 
-
-def _given(demonstrations: Trajectory | None) -> Trajectory:
-    if demonstrations is None:
-        raise ValueError("this algorithm learns from demonstrations, and none were given")
-    return demonstrations
+    return recall
 
 
 def _check(env, agent, algorithm, num_envs, num_steps) -> str:
@@ -210,51 +164,42 @@ def _check(env, agent, algorithm, num_envs, num_steps) -> str:
             raise ValueError(f"{name}={value} must be at least 1")
     check_algorithm(algorithm, agent.critic is not None)
     check_agent(env, agent)
-    others = (
-        baselines.leave_one_out,
-        baselines.time_mean,
-        baselines.optimal_constant,
-        baselines.optimal_per_time,
-    )
+    estimator, data = algorithm.estimator, algorithm.data
     if algorithm.measure_noise and num_envs % 2:
         raise ValueError(f"measure_noise halves the batch: num_envs={num_envs} must be even")
-    if algorithm.control_variate and num_envs < 2:
+    needed = 2 if algorithm.control_variate else max(facts_of(x).min_lanes for x in estimator)
+    lanes = num_envs * data.num_batches + data.demonstrations  # at least one demonstration is given
+    if data.gathers and lanes < needed:
+        what = next((describe(x) for x in estimator if facts_of(x).min_lanes > lanes), "")
         raise ValueError(
-            f"a control variate compares episodes: num_envs={num_envs} must be at least 2"
-        )
-    if num_envs < 2 and any(uses(algorithm.estimator.baseline, value) for value in others):
-        raise ValueError(
-            f"the baseline compares each episode with the others: num_envs={num_envs} must be at least 2"
+            f"{what or 'the control variate'} compares each episode with the others: "
+            f"num_envs={num_envs} must be at least {needed}"
         )
     recurrent = jax.tree.leaves(jax.eval_shape(lambda: initial_carry(agent, 1))) != []
-    whole = recurrent or uses(algorithm.estimator.reduce, surrogates.per_episode)
+    whole = recurrent or not facts_of(estimator.reduce).ignores_lanes
     num_lanes, unit = (
         (num_envs, "num_envs") if whole else (num_envs * num_steps, "num_envs x num_steps")
     )
     for name in ("num_minibatches", "critic_minibatches"):
         parts = getattr(algorithm, name)
-        if num_lanes % parts and not algorithm.imitates:
+        if num_lanes % parts and data.gathers:
             near = sorted({max(num_lanes // parts, 1) * parts, (num_lanes // parts + 1) * parts})
             raise ValueError(
                 f"{unit}={num_lanes} is not a multiple of {name}={parts}; "
                 f"use {' or '.join(map(str, near))}"
             )
-    samples, part = algorithm.fisher_samples, num_lanes * algorithm.num_batches
+    steps = num_envs * num_steps // algorithm.num_minibatches
+    if facts_of(estimator.surrogate).rescale and data.gathers and steps < 2:
+        raise ValueError(
+            f"a minibatch of {steps} step standardises to an advantage of 0, so the policy would never move; "
+            f"num_envs={num_envs} x num_steps={num_steps} must be at least "
+            f"{2 * algorithm.num_minibatches}, twice num_minibatches={algorithm.num_minibatches}"
+        )
+    samples, part = algorithm.fisher_samples, num_lanes * data.num_batches
     part = part // algorithm.num_minibatches
-    if samples is not None and not 1 <= samples <= part and not algorithm.imitates:
+    if samples is not None and not 1 <= samples <= part and data.gathers:
         raise ValueError(
             f"fisher_samples={samples} must be between 1 and the batch's {unit}={part}; "
             "leave it out to use all"
         )
     return "lanes" if whole else "steps"
-
-
-def _episode_metrics(ended: EpisodeSums) -> Metrics:
-    # 0/0 is NaN: a curve has no value until an episode has ended. Who watches for NaNs looks for others.
-    watched = jax.config.jax_debug_nans  # type: ignore[attr-defined]
-    count = jnp.maximum(ended.episodes, 1) if watched else ended.episodes
-    return {
-        "episode_return": ended.returns / count,
-        "episode_length": ended.lengths / count,
-        "episodes": ended.episodes,
-    }

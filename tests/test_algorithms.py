@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from worlds import bandit, clock
 
-from jaxpg import Hyperparams, make_trainer, train
+from jaxpg import Hyperparams, data, make_trainer, train
 from jaxpg.algorithms import ALGORITHMS, Algorithm, algorithm
 from jaxpg.envs import Box, Env, MultiDiscrete, from_gymnax, from_mdp
 from jaxpg.estimators import (
@@ -43,9 +43,9 @@ def demonstrations(env, num_episodes=NUM_ENVS):
 def build(name, env, network="mlp", **settings):
     row = algorithm(name)
     agent = actor_critic(env, network, **({"hidden": (8,)} if network != "tabular" else {}))
-    num_steps = None if row.episodic else NUM_STEPS
+    num_steps = None if row.data.whole_episodes else NUM_STEPS
     trainer = make_trainer(env, agent, row, num_envs=NUM_ENVS, num_steps=num_steps, **settings)
-    return trainer, demonstrations(env) if row.imitates or row.guided else None
+    return trainer, demonstrations(env) if row.data.demonstrations else None
 
 
 def take(tree, i):
@@ -113,7 +113,9 @@ def test_every_row_learns_a_two_armed_bandit(name):
     env = from_mdp(bandit((0.0, 1.0)))
     row = algorithm(name)
     agent = actor_critic(env, "tabular")
-    trainer = make_trainer(env, agent, row, num_envs=32, num_steps=None if row.episodic else 4)
+    trainer = make_trainer(
+        env, agent, row, num_envs=32, num_steps=None if row.data.whole_episodes else 4
+    )
     demos = None
     if row.imitates or row.guided:
         demos = episodes(
@@ -246,12 +248,15 @@ TOO_FEW_STEPS = "num_envs x num_steps=9 is not a multiple of num_minibatches=4; 
         (algorithm("ppo"), {"num_envs": 0}, "num_envs=0 must be at least 1"),
         (algorithm("ppo"), {"num_steps": 0}, "num_steps=0 must be at least 1"),
         (algorithm("reinforce_baseline"), {"num_envs": 1}, "num_envs=1 must be at least 2"),
-        (algorithm("reinforce")._replace(episodic=False), {}, "total_return needs whole episodes"),
-        (Algorithm(PLAIN, episodic=False), {}, "per_episode needs whole episodes"),
+        # Structures under which the policy could never move.
+        (Algorithm(PLAIN._replace(baseline=baselines.batch_mean)), {"num_envs": 1}, "at least 2"),
+        (algorithm("ppo"), {"num_envs": 4, "num_steps": 1}, "standardises to an advantage of 0"),
+        (algorithm("reinforce")._replace(data=data.stream), {}, "total_return needs whole episodes"),
+        (Algorithm(PLAIN, data.stream), {}, "per_episode needs whole episodes"),
         (
             Algorithm(
                 PLAIN._replace(importance=FROM_START, reduce=surrogates.per_step),
-                episodic=False,
+                data.stream,
             ),
             {},
             r"from_start\(on_policy\) needs whole episodes",
@@ -334,7 +339,9 @@ def test_action_vectors_are_learnt(action, name):
     env = parts_env(action)
     row = algorithm(name)
     agent = actor_critic(env, hidden=(8,))
-    trainer = make_trainer(env, agent, row, num_envs=64, num_steps=None if row.episodic else 4)
+    trainer = make_trainer(
+        env, agent, row, num_envs=64, num_steps=None if row.data.whole_episodes else 4
+    )
     state = trainer.init(jax.random.key(0))
     hyperparams = Hyperparams(learning_rate=0.01, critic_learning_rate=0.01)
     _, metrics = jax.jit(lambda s: train(trainer, s, hyperparams, num_updates=300))(state)

@@ -9,13 +9,15 @@ import pytest
 
 from jaxpg import Hyperparams, episodes
 from jaxpg.algorithms import Algorithm
+from jaxpg.data import stream
 from jaxpg.envs import from_gymnax
 from jaxpg.estimators import Estimator, assess, baselines, credit, surrogates
 from jaxpg.estimators.estimator import Batch
-from jaxpg.gradients import divisor, gradient_of
+from jaxpg.gradients import gradient_of
 from jaxpg.improvement import improve, optimizers
 from jaxpg.optimizers import sgd
 from jaxpg.policies import Agent, AgentCarry, AgentParams, mlp
+from jaxpg.rollout import divisor
 
 SURROGATES = {
     "score": surrogates.score,
@@ -106,7 +108,7 @@ def test_an_epoch_uses_every_step_once(layout, parts, x64):
     # Minibatches of equal weight.
     trajectory = trajectory._replace(mask=jnp.ones_like(trajectory.mask))
     estimator = Estimator(surrogate=surrogates.ratio, reduce=surrogates.per_step)
-    row = Algorithm(estimator, policy_optimizer=sgd, num_minibatches=parts, episodic=False)
+    row = Algorithm(estimator, policy_optimizer=sgd, num_minibatches=parts, data=stream)
     numbers = Hyperparams(learning_rate=1e-8, max_grad_norm=1e9)
     batch = assess(estimator, trajectory, trajectory.log_prob, numbers)
     start, carry = AgentParams(params, ()), AgentCarry((), ())

@@ -6,16 +6,19 @@ from jaxpg.estimators.estimator import (
     Estimator,
     assess,
     coefficients,
-    describe,
     lane_gradients,
+    masked,
     objective,
-    uses,
+    rescaled,
 )
 from jaxpg.estimators.importance import Weights
+from jaxpg.estimators.slot import Facts, Slot, describe, facts_of, slot
 
 __all__ = [
     "Batch",
     "Estimator",
+    "Facts",
+    "Slot",
     "Weights",
     "assess",
     "baselines",
@@ -23,9 +26,12 @@ __all__ = [
     "control_variates",
     "credit",
     "describe",
+    "facts_of",
     "importance",
     "lane_gradients",
+    "masked",
     "objective",
+    "rescaled",
+    "slot",
     "surrogates",
-    "uses",
 ]

@@ -5,13 +5,13 @@ scores g_t = step_t grad log pi(a_t|s_t) that b will multiply; a baseline that d
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpg.estimators.slot import Slot, facts_of, slot
 from jaxpg.types import Array, Hyperparams, Trajectory
 
 
@@ -25,6 +25,7 @@ class Scores(NamedTuple):
 Baseline = Callable[[Array, Scores, Trajectory, Hyperparams], Array]
 
 
+@slot()
 def none(psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams) -> Array:
     """b = 0."""
     del scores, trajectory, hyperparams
@@ -33,7 +34,7 @@ def none(psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperp
 
 def constant(value: float) -> Baseline:
     """b = value, known before the data. Unbiased; it may also raise the variance."""
-    return partial(_constant, value)
+    return Slot(_constant, "constant", (value,))
 
 
 def _constant(value, psi, scores, trajectory, hyperparams):
@@ -52,7 +53,7 @@ def tabulated(table: Array | np.ndarray) -> Baseline:
             f"tabulated takes a table [steps, observations], got shape {table.shape}; for a b(s) without "
             "time write table[None, :]"
         )
-    return partial(_tabulated, table)
+    return Slot(_tabulated, "tabulated", (table,))
 
 
 def _tabulated(table, psi, scores, trajectory, hyperparams):
@@ -63,6 +64,7 @@ def _tabulated(table, psi, scores, trajectory, hyperparams):
     return jnp.asarray(table, psi.dtype)[step, trajectory.obs]
 
 
+@slot(couples=True, min_lanes=2)
 def batch_mean(
     psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
@@ -75,6 +77,7 @@ def batch_mean(
     return jnp.broadcast_to(psi.mean(axis=1, keepdims=True), psi.shape)
 
 
+@slot(couples=True, min_lanes=2)
 def leave_one_out(
     psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
@@ -89,6 +92,7 @@ def leave_one_out(
     return (psi.sum(axis=1, keepdims=True) - psi) / (psi.shape[1] - 1)
 
 
+@slot(couples=True, min_lanes=2)
 def time_mean(
     psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
@@ -105,6 +109,7 @@ def time_mean(
     return (alive.sum(axis=1, keepdims=True) - alive) / jnp.maximum(others, 1.0)
 
 
+@slot(couples=True, min_lanes=2)
 def weighted_mean(
     psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
@@ -124,13 +129,14 @@ def regularised(baseline: Baseline) -> Baseline:
 
     Holds the policy to where the samples have density (Levine and Koltun, 2013, equation 4).
     """
-    return partial(_regularised, baseline)
+    return Slot(_regularised, "regularised", (baseline,), facts_of(baseline))
 
 
 def _regularised(baseline, psi, scores, trajectory, hyperparams):
     return baseline(psi, scores, trajectory, hyperparams) - hyperparams.normaliser_coef
 
 
+@slot(couples=True, min_lanes=2)
 def optimal_constant(
     psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
@@ -147,6 +153,7 @@ def optimal_constant(
     return jnp.broadcast_to(_ratio_of_others(numerator, denominator), psi.shape)
 
 
+@slot(couples=True, min_lanes=2)
 def optimal_per_time(
     psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
@@ -161,6 +168,7 @@ def optimal_per_time(
     return _ratio_of_others(scores.inner(psi), scores.inner(jnp.ones_like(psi)))
 
 
+@slot(reads_critic=True)
 def critic(psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams) -> Array:
     """b_t = V(s_t), the critic's value when the data was gathered."""
     del psi, scores, hyperparams

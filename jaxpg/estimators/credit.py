@@ -10,11 +10,13 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxpg.estimators.slot import slot
 from jaxpg.types import Array, Hyperparams, Trajectory
 
 Credit = Callable[[Array, Trajectory, Hyperparams], Array]
 
 
+@slot()
 def reward_to_go(trace: Array, trajectory: Trajectory, hyperparams: Hyperparams) -> Array:
     """psi_t = sum_{k>=t} gamma^(k-t) r_k: the lambda-return with lambda = 1.
 
@@ -24,6 +26,7 @@ def reward_to_go(trace: Array, trajectory: Trajectory, hyperparams: Hyperparams)
     return _return(trace, trajectory, hyperparams.gamma, 1.0)
 
 
+@slot(reads_critic=True)
 def lambda_return(trace: Array, trajectory: Trajectory, hyperparams: Hyperparams) -> Array:
     """psi_t = V(s_t) + A_t with A_t = delta_t + gamma lambda (1-last_t) c_{t+1} A_{t+1}.
 
@@ -34,6 +37,7 @@ def lambda_return(trace: Array, trajectory: Trajectory, hyperparams: Hyperparams
     return _return(trace, trajectory, hyperparams.gamma, hyperparams.lambda_)
 
 
+@slot(whole_episodes=True)
 def total_return(trace: Array, trajectory: Trajectory, hyperparams: Hyperparams) -> Array:
     """psi_t = sum_k gamma^k r_k over the whole episode, for every t (REINFORCE; Williams, 1992).
 
@@ -43,6 +47,7 @@ def total_return(trace: Array, trajectory: Trajectory, hyperparams: Hyperparams)
     return jnp.broadcast_to(whole, trajectory.reward.shape)
 
 
+@slot()
 def unit(trace: Array, trajectory: Trajectory, hyperparams: Hyperparams) -> Array:
     """psi_t = 1: with the score surrogate, the maximum-likelihood gradient."""
     del trace, hyperparams
@@ -51,7 +56,9 @@ def unit(trace: Array, trajectory: Trajectory, hyperparams: Hyperparams) -> Arra
 
 def _return(trace: Array, trajectory: Trajectory, gamma, lambda_) -> Array:
     chex.assert_equal_shape([trace, trajectory.reward, trajectory.value])
-    delta = trajectory.reward + gamma * trajectory.discount * trajectory.next_value
+    # Nothing follows a terminated step: what a critic says of its successor may be NaN.
+    following = jnp.where(trajectory.discount > 0.0, trajectory.next_value, 0.0)
+    delta = trajectory.reward + gamma * trajectory.discount * following
     delta = jnp.where(trajectory.mask, delta - trajectory.value, 0.0)
     decay = gamma * lambda_ * (1.0 - trajectory.last)
 

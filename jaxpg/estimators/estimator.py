@@ -1,8 +1,7 @@
 """One equation: g = grad reduce_t [ surrogate(log pi(a_t|s_t), w_t (psi_t - b_t)) ], in five slots."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from jaxpg.estimators import baselines, credit, importance, surrogates
 from jaxpg.estimators.baselines import Baseline
 from jaxpg.estimators.credit import Credit
 from jaxpg.estimators.importance import Importance
+from jaxpg.estimators.slot import facts_of
 from jaxpg.estimators.surrogates import Reduce, Surrogate
 from jaxpg.policies import Distribution, Network
 from jaxpg.types import Array, Carry, Hyperparams, Params, Trajectory
@@ -32,6 +32,7 @@ class Batch(NamedTuple):
 
     trajectory: Trajectory
     advantage: Array  # [T, B] step weight times (psi - b)
+    resolution: Array  # [T, B] what rounding may have left of an advantage of 0
     target: Array  # [T, B] psi, what a critic regresses on
 
 
@@ -48,6 +49,7 @@ def assess(
     log_prob: [T, B] under the policy to improve (trajectory.log_prob itself when on-policy).
     policy, params: only read by the baselines that weigh by scores; lanes must be whole episodes then.
     """
+    trajectory = masked(trajectory)
     log_ratio = jnp.where(trajectory.mask, log_prob - trajectory.log_prob, 0.0)
     weights = estimator.importance(log_ratio, trajectory, hyperparams)
     psi = estimator.credit(weights.trace, trajectory, hyperparams)
@@ -55,7 +57,36 @@ def assess(
     scores = baselines.Scores(weights.step, inner)
     baseline = estimator.baseline(psi, scores, trajectory, hyperparams)
     advantage = jnp.where(trajectory.mask, weights.step * (psi - baseline), 0.0)
-    return jax.lax.stop_gradient(Batch(trajectory, advantage, psi))
+    # Sums over T steps carry rounding that grows with the root of T.
+    rounding = 4 * jnp.finfo(psi.dtype).eps * len(psi) ** 0.5
+    resolution = rounding * jnp.abs(weights.step) * (jnp.abs(psi) + jnp.abs(baseline))
+    return jax.lax.stop_gradient(Batch(trajectory, advantage, resolution, psi))
+
+
+def masked(trajectory: Trajectory) -> Trajectory:
+    """Zeros where steps do not count: there, an environment that has ended may have left NaN.
+
+    A NaN that is masked after a product poisons the gradient all the same, because 0 x NaN is NaN.
+    """
+
+    def kept(x):
+        mask = trajectory.mask.reshape(trajectory.mask.shape + (1,) * (x.ndim - 2))
+        return jnp.where(mask, x, jnp.zeros_like(x))
+
+    return jax.tree.map(kept, trajectory)
+
+
+def rescaled(estimator: Estimator, batch: Batch) -> tuple[Estimator, Batch]:
+    """The batch with its advantages as a wrapped surrogate rescales them, and the surrogate inside.
+
+    So that a batch can be rescaled as a whole and differentiated in parts.
+    """
+    rescale = facts_of(estimator.surrogate).rescale
+    if rescale is None:
+        return estimator, batch
+    advantage = rescale(batch.advantage, batch.resolution, batch.trajectory.mask)
+    inside = estimator._replace(surrogate=estimator.surrogate.arguments[0])
+    return rescaled(inside, batch._replace(advantage=advantage))
 
 
 def objective(
@@ -70,6 +101,7 @@ def objective(
 
     carry: the policy's carry at the first row of the batch.
     """
+    estimator, batch = rescaled(estimator, batch)
     trajectory = batch.trajectory
     _, distribution = policy.apply(params, carry, trajectory.obs, trajectory.first)
     log_prob = distribution.log_prob(trajectory.action)
@@ -84,6 +116,7 @@ def coefficients(
     estimator: Estimator, log_prob: Array, batch: Batch, hyperparams: Hyperparams
 ) -> Array:
     """w = B d reduce / d log pi(a|s) [T, B]: the objective's gradient is mean_i sum_t w_{t,i} u_{t,i}."""
+    estimator, batch = rescaled(estimator, batch)
     mask = batch.trajectory.mask
 
     def total(log_prob):
@@ -101,22 +134,6 @@ def lane_gradients(policy: Network, params: Params, trajectory: Trajectory, weig
         return ravel_pytree(pull(weight)[0])[0]
 
     return jax.vmap(of_one, in_axes=1)(trajectory, jnp.where(trajectory.mask, weight, 0.0))
-
-
-def describe(slot: Any) -> str:
-    """A slot value by name: `from_start(one_step)`, `constant(2.0)`."""
-    if isinstance(slot, partial):
-        inner = ", ".join(describe(x) for x in slot.args)
-        return f"{slot.func.__name__.lstrip('_')}({inner})"
-    return slot.__name__ if callable(slot) else repr(slot)
-
-
-def uses(slot: Any, value: Callable) -> bool:
-    """Whether a slot value is, or wraps, the given one."""
-    if isinstance(slot, partial):
-        wrapped = any(uses(x, value) for x in slot.args)
-        return wrapped or slot.func.__name__.lstrip("_") == value.__name__
-    return slot is value
 
 
 def _score_kernel(policy, params, trajectory, step, psi):

@@ -7,13 +7,13 @@ masked, is kept in log space until the last line.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from jaxpg.estimators.slot import Slot, describe, facts_of, slot
 from jaxpg.types import Array, Hyperparams, Trajectory
 
 
@@ -25,12 +25,14 @@ class Weights(NamedTuple):
 Importance = Callable[[Array, Trajectory, Hyperparams], Weights]
 
 
+@slot(corrects=False)
 def on_policy(log_ratio: Array, trajectory: Trajectory, hyperparams: Hyperparams) -> Weights:
     """step = trace = 1: the data is the policy's own."""
     del trajectory, hyperparams
     return Weights(jnp.ones_like(log_ratio), jnp.ones_like(log_ratio))
 
 
+@slot()
 def one_step(log_ratio: Array, trajectory: Trajectory, hyperparams: Hyperparams) -> Weights:
     """step = rho_t, trace = 1.
 
@@ -41,6 +43,7 @@ def one_step(log_ratio: Array, trajectory: Trajectory, hyperparams: Hyperparams)
     return Weights(jnp.exp(log_ratio), jnp.ones_like(log_ratio))
 
 
+@slot(whole_episodes=True)
 def trajectory(log_ratio: Array, trajectory: Trajectory, hyperparams: Hyperparams) -> Weights:
     """step_t = W = prod_k rho_k over the whole episode, trace = 1 (Kahn and Marshall, 1953).
 
@@ -50,6 +53,7 @@ def trajectory(log_ratio: Array, trajectory: Trajectory, hyperparams: Hyperparam
     return Weights(jnp.exp(_whole(log_ratio)), jnp.ones_like(log_ratio))
 
 
+@slot(whole_episodes=True)
 def per_decision(log_ratio: Array, trajectory: Trajectory, hyperparams: Hyperparams) -> Weights:
     """step_t = prod_{k<=t} rho_k, trace = rho: each reward weighs only what led to it (Precup et al., 2000).
 
@@ -60,6 +64,7 @@ def per_decision(log_ratio: Array, trajectory: Trajectory, hyperparams: Hyperpar
     return Weights(jnp.exp(_so_far(log_ratio)), jnp.exp(log_ratio))
 
 
+@slot(whole_episodes=True)
 def prefix(log_ratio: Array, trajectory: Trajectory, hyperparams: Hyperparams) -> Weights:
     """step_t = prod_{k<=t} rho_k, trace = 1: states as pi visits them, returns as beta earns them.
 
@@ -76,7 +81,7 @@ def truncated(ceiling: float) -> Importance:
     """
     if not ceiling > 0:
         raise ValueError(f"truncated(ceiling={ceiling}) must be positive; V-trace takes 1")
-    return partial(_truncated, ceiling)
+    return Slot(_truncated, "truncated", (ceiling,))
 
 
 def _truncated(ceiling, log_ratio, trajectory, hyperparams):
@@ -92,18 +97,19 @@ def self_normalised(importance: Importance) -> Importance:
     through its normaliser, is this with the baseline `weighted_mean`.
     Raises ValueError unless importance is trajectory, prefix or one_step.
     """
-    if importance not in _LOG_STEP:
+    if describe(importance) not in _LOG_STEP:
         raise ValueError(
-            f"self_normalised cannot wrap {getattr(importance, '__name__', importance)}; it wraps "
+            f"self_normalised cannot wrap {describe(importance)}; it wraps "
             "trajectory, prefix or one_step, and from_start goes outside"
         )
-    return partial(_self_normalised, importance)
+    facts = facts_of(importance)._replace(couples=True, min_lanes=2)
+    return Slot(_self_normalised, "self_normalised", (importance,), facts)
 
 
 def _self_normalised(importance, log_ratio, trajectory, hyperparams):
     # A lane that never counts is no episode: data that was dropped has no share.
     present = trajectory.mask.any(axis=0, keepdims=True)
-    log_step = jnp.where(present, _LOG_STEP[importance](log_ratio), -jnp.inf)
+    log_step = jnp.where(present, _LOG_STEP[describe(importance)](log_ratio), -jnp.inf)
     share = jax.nn.softmax(log_step, axis=1)
     return Weights(share * present.sum(), jnp.ones_like(log_ratio))
 
@@ -116,7 +122,11 @@ def _so_far(log_ratio):
     return jnp.cumsum(log_ratio, axis=0)
 
 
-_LOG_STEP = {trajectory: _whole, prefix: _so_far, one_step: lambda log_ratio: log_ratio}
+_LOG_STEP = {
+    "trajectory": _whole,
+    "prefix": _so_far,
+    "one_step": lambda log_ratio: log_ratio,
+}
 
 
 def from_start(importance: Importance) -> Importance:
@@ -125,7 +135,8 @@ def from_start(importance: Importance) -> Importance:
     Without it states count alike however late they are visited, which for gamma < 1 is not the gradient
     of any function (Nota and Thomas, 2020).
     """
-    return partial(_from_start, importance)
+    facts = facts_of(importance)._replace(whole_episodes=True)
+    return Slot(_from_start, "from_start", (importance,), facts)
 
 
 def _from_start(importance, log_ratio, trajectory, hyperparams):

@@ -5,17 +5,17 @@ log_prob is the current policy's, trajectory.log_prob the behaviour's. A reducti
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import cast
 
 import jax.numpy as jnp
 
+from jaxpg.estimators.slot import Slot, facts_of, slot
 from jaxpg.types import Array, Hyperparams, Trajectory
 
 Surrogate = Callable[[Array, Array, Trajectory, Hyperparams], Array]
 Reduce = Callable[[Array, Array], Array]
 
 
+@slot(corrects=False)
 def score(
     log_prob: Array, advantage: Array, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
@@ -24,6 +24,7 @@ def score(
     return log_prob * advantage
 
 
+@slot()
 def ratio(
     log_prob: Array, advantage: Array, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
@@ -32,6 +33,7 @@ def ratio(
     return jnp.exp(log_prob - trajectory.log_prob) * advantage
 
 
+@slot()
 def clipped(
     log_prob: Array, advantage: Array, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
@@ -44,6 +46,7 @@ def clipped(
     return jnp.minimum(rho * advantage, near * advantage)
 
 
+@slot()
 def kl_penalised(
     log_prob: Array, advantage: Array, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
@@ -56,44 +59,39 @@ def kl_penalised(
     return rho * advantage - hyperparams.kl_coef * (rho - 1.0 - log_rho)
 
 
-def standardised(surrogate: Surrogate) -> Surrogate:
+def standardised(surrogate: Surrogate) -> Slot:
     """The surrogate of (A - mean A) / std A over the steps of the (mini)batch.
 
-    Biased, and in the scale of the batch: it makes step sizes alike between tasks.
+    Biased, and in the scale of the batch: it makes step sizes alike between tasks. Advantages that are
+    equal to rounding become 0. A minibatch needs at least two steps, or its gradient is always 0.
     """
-    return partial(_standardised, surrogate)
+    facts = facts_of(surrogate)._replace(couples=True, rescale=_unit_scale)
+    return Slot(_standardised, "standardised", (surrogate,), facts)
 
 
 def _standardised(surrogate, log_prob, advantage, trajectory, hyperparams):
-    advantage = _unit_scale(advantage, trajectory.mask)
+    advantage = _unit_scale(advantage, jnp.zeros_like(advantage), trajectory.mask)
     return surrogate(log_prob, advantage, trajectory, hyperparams)
 
 
-def unwrapped(surrogate: Surrogate, advantage: Array, mask: Array) -> tuple[Surrogate, Array]:
-    """A standardised surrogate as the one inside and the advantages that it would see; others as they are.
-
-    So that a batch can be standardised as a whole and differentiated in parts.
-    """
-    if not is_standardised(surrogate):
-        return surrogate, advantage
-    return cast(partial, surrogate).args[0], _unit_scale(advantage, mask)
-
-
-def is_standardised(surrogate: Surrogate) -> bool:
-    return isinstance(surrogate, partial) and surrogate.func is _standardised
-
-
-def _unit_scale(advantage, mask):
+def _unit_scale(advantage, resolution, mask):
     mean = per_step(advantage, mask)
-    spread = jnp.sqrt(per_step((advantage - mean) ** 2, mask))
-    return (advantage - mean) / (spread + 1e-8)
+    centred = advantage - mean
+    spread = jnp.sqrt(per_step(centred**2, mask))
+    # What subtracting left of equal numbers, and what subtracting the mean leaves, is rounding.
+    rounding = jnp.sqrt(per_step(resolution**2, mask))
+    rounding = rounding + 4 * jnp.finfo(advantage.dtype).eps * jnp.abs(mean)
+    resolved = spread > rounding
+    return jnp.where(resolved, centred / jnp.where(resolved, spread, 1.0), 0.0)
 
 
+@slot(linear=True, whole_episodes=True)
 def per_episode(gain: Array, mask: Array) -> Array:
     """Sum over steps, mean over the B episodes: the gradient is that of J."""
     return jnp.where(mask, gain, 0.0).sum() / mask.shape[1]
 
 
+@slot(linear=True, ignores_lanes=True, couples=True)
 def per_step(gain: Array, mask: Array) -> Array:
     """Mean over the steps that count: long episodes weigh more; the PPO habit."""
     return jnp.where(mask, gain, 0.0).sum() / jnp.maximum(mask.sum(), 1)

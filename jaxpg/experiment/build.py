@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from jaxpg.adaptation import ADAPTATIONS, fixed
 from jaxpg.algorithms import Algorithm, algorithm
+from jaxpg.data import mixture, replay
 from jaxpg.envs import Env, from_gymnax, history, mask_observation, repeat_action
 from jaxpg.estimators.control_variates import CONTROL_VARIATES
 from jaxpg.estimators.importance import IMPORTANCES
@@ -79,8 +80,7 @@ def instructed(parts: Parts, config: Config) -> Parts:
             trainer, env, agent.policy, row, demonstrations, config.imitate, config.warm_start
         )
         trainer = trainer._replace(init=init)
-    needed = row.imitates or row.guided
-    return Parts(env, agent, trainer, demonstrations if needed else None)
+    return Parts(env, agent, trainer, demonstrations if row.data.demonstrations else None)
 
 
 def wrapped(env: Env, config: Config) -> Env:
@@ -95,21 +95,21 @@ def wrapped(env: Env, config: Config) -> Env:
 def build_algorithm(config: Config) -> Algorithm:
     """The row of the algorithm table with the configuration's settings. Raises ValueError."""
     row = algorithm(config.algorithm)
-    if (row.imitates or row.guided or config.imitate) and not config.demonstrations:
+    if (row.data.demonstrations or config.imitate) and not config.demonstrations:
         raise ValueError(
             f"{config.algorithm} learns from demonstrations; give --demonstrations FILE, as written "
             "by jaxpg record"
             if not config.imitate
             else f"imitate={config.imitate} imitates demonstrations; give --demonstrations FILE"
         )
-    if config.demonstrations and not (row.imitates or row.guided or config.imitate):
+    if config.demonstrations and not (row.data.demonstrations or config.imitate):
         raise ValueError(
             f"{config.algorithm} does not read demonstrations; use guided or behaviour_cloning, or "
             "--imitate UPDATES --warm-start"
         )
-    if config.imitate and not (row.guided or config.warm_start):
+    if config.imitate and not (row.data is mixture or config.warm_start):
         raise ValueError("imitate fits a policy that nothing uses; add --warm-start")
-    if row.guided and not config.imitate:
+    if row.data is mixture and not config.imitate:
         raise ValueError(
             "guided weighs its own episodes by the demonstrators' density, which behaviour cloning "
             "fits; give --imitate UPDATES, such as 200"
@@ -131,23 +131,23 @@ def build_algorithm(config: Config) -> Algorithm:
     variate = config.control_variate
     return row._replace(
         estimator=estimator,
+        data=row.data if config.num_batches is None else replay(row.data, config.num_batches),
         policy_optimizer=row.policy_optimizer if natural_row else optimizer,
         critic_optimizer=optimizer if row.critic_optimizer else None,
         num_epochs=config.num_epochs,
         num_minibatches=config.num_minibatches,
         critic_epochs=config.critic_epochs,
         critic_minibatches=config.critic_minibatches,
-        num_batches=row.num_batches if config.num_batches is None else config.num_batches,
         adaptation=adaptation,
         fisher_samples=config.fisher_samples,
         measure_kl=row.measure_kl or adaptation is not fixed,
-        schedule=_schedule(config, row.episodic),
+        schedule=_schedule(config, row.data.whole_episodes),
         control_variate=variate and known(CONTROL_VARIATES, "control variate", variate),
         measure_noise=config.measure_noise,
     )
 
 
-def _schedule(config, episodic):
+def _schedule(config, whole_episodes):
     schedule = known(SCHEDULES, "schedule", config.schedule)
     if not known(BATCH_SCALINGS, "batch scaling", config.batch_scaling):
         return schedule
@@ -156,7 +156,7 @@ def _schedule(config, episodic):
             f"batch_scaling={config.batch_scaling} scales from a batch that the learning rates fit; "
             "give reference_batch"
         )
-    batch = config.num_envs * (1 if episodic else config.num_steps or 128)
+    batch = config.num_envs * (1 if whole_episodes else config.num_steps or 128)
     return batch_scaled(schedule, config.batch_scaling, batch, config.reference_batch)
 
 

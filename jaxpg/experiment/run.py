@@ -223,7 +223,7 @@ def _recorded(experiment, saved: dict, record: dict, say) -> dict[str, int]:
 
 def _steps_per_update(config, parts) -> int:
     """Of one agent; of whole episodes, the most."""
-    usual = parts.env.horizon if build_algorithm(config).episodic else 128
+    usual = parts.env.horizon if build_algorithm(config).data.whole_episodes else 128
     return config.num_envs * (config.num_steps or usual)
 
 

@@ -18,13 +18,11 @@ from jaxpg.envs import Env
 from jaxpg.estimators import (
     Estimator,
     assess,
-    baselines,
     coefficients,
     describe,
+    facts_of,
     importance,
     lane_gradients,
-    surrogates,
-    uses,
 )
 from jaxpg.estimators.control_variates import ControlVariate
 from jaxpg.policies import Agent, AgentParams, Network
@@ -34,18 +32,6 @@ from jaxpg.types import Array, Hyperparams, Key, Params, Trajectory
 # Working memory of one chunk of trajectories. Small enough for a CPU's cache to help, large enough to
 # fill its vector units; a GPU holds it a thousand times over.
 CHUNK_BYTES = 2**25
-
-COUPLED = (
-    baselines.batch_mean,
-    baselines.leave_one_out,
-    baselines.time_mean,
-    baselines.optimal_constant,
-    baselines.optimal_per_time,
-    baselines.weighted_mean,
-    importance.self_normalised,
-    surrogates.standardised,
-    surrogates.per_step,
-)
 
 
 class Source(NamedTuple):
@@ -147,7 +133,7 @@ def _in_chunks(function, size: int, *trees) -> Array:
 
 def couples(estimator: Estimator) -> bool:
     """Whether a trajectory's gradient depends on the others of its batch."""
-    return any(uses(slot, value) for slot in estimator for value in COUPLED)
+    return any(facts_of(slot).couples for slot in estimator)
 
 
 def chunk_size(source: Source) -> int:
@@ -167,11 +153,11 @@ def check_source(source: Source, num_trajectories: int) -> None:
     """Raises ValueError for a request that makes no sense, before anything is compiled."""
     if num_trajectories < 1:
         raise ValueError(f"num_trajectories={num_trajectories} must be at least 1")
-    reads_critic = uses(source.estimator.baseline, baselines.critic)
+    reads_critic = facts_of(source.estimator.baseline).reads_critic
     if reads_critic and source.critic is None:
         raise ValueError("baseline critic reads a critic's values; pass critic= and critic_params=")
     slot = source.estimator.importance
-    if source.behaviour_params is None and not uses(slot, importance.on_policy):
+    if source.behaviour_params is None and facts_of(slot).corrects:
         raise ValueError(
             f"importance {describe(slot)} needs the log-probabilities of another behaviour; pass "
             "behaviour_params=, or use on_policy"

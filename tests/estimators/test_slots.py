@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpg.estimators import assess, baselines, credit, describe, importance, surrogates, uses
+from jaxpg.estimators import assess, baselines, credit, describe, facts_of, importance, surrogates
 from jaxpg.estimators.estimator import Estimator
 from jaxpg.types import Hyperparams, Trajectory
 
@@ -277,6 +277,55 @@ def test_slots_have_names():
     wrapped = importance.from_start(importance.one_step)
     assert describe(wrapped) == "from_start(one_step)"
     assert describe(baselines.constant(2.0)) == "constant(2.0)"
-    assert uses(wrapped, importance.one_step) and not uses(wrapped, importance.on_policy)
-    assert uses(surrogates.standardised(surrogates.clipped), surrogates.clipped)
-    assert uses(wrapped, importance.from_start)
+    assert describe(surrogates.standardised(surrogates.clipped)) == "standardised(clipped)"
+
+
+def test_wrappers_keep_the_facts_of_what_they_wrap():
+    assert facts_of(importance.from_start(importance.one_step)).corrects
+    assert not facts_of(importance.from_start(importance.on_policy)).corrects
+    assert facts_of(importance.from_start(importance.on_policy)).whole_episodes
+    assert facts_of(importance.self_normalised(importance.prefix)).whole_episodes
+    assert facts_of(baselines.regularised(baselines.critic)).reads_critic
+    assert not facts_of(surrogates.standardised(surrogates.score)).corrects
+    assert facts_of(lambda gain, mask: gain.sum()).couples, "a plain function may compare lanes"
+
+
+def test_what_a_value_says_of_coupling_is_what_it_does():
+    """Another lane's rewards and ratios change this lane's numbers if, and only if, the value says so."""
+    one = trajectory(20)
+    changed = one._replace(reward=one.reward.at[:, 1].add(1.0))
+    ratio = jnp.full((T, B), 0.1).at[:, 0].set(-0.2)
+    scores = baselines.Scores(jnp.ones((T, B)), lambda psi: psi * (1.0 + jnp.arange(B)[None]))
+    others = jnp.arange(B) != 1
+    inner = importance.self_normalised(importance.prefix)
+
+    def credits(slot, traj, ratio):
+        return slot(jnp.exp(ratio), traj, HP)
+
+    def subtracted(slot, traj, ratio):
+        return slot(traj.reward, scores._replace(step=jnp.exp(ratio)), traj, HP)
+
+    def weights(slot, traj, ratio):
+        return jnp.stack(slot(ratio, traj, HP))
+
+    def gains(slot, traj, ratio):
+        return slot(traj.log_prob + ratio, traj.reward, traj, HP)
+
+    cases = [
+        *((credits, getattr(credit, name)) for name in ("reward_to_go", "lambda_return", "unit")),
+        (credits, credit.total_return),
+        *((subtracted, getattr(baselines, name)) for name in ("none", "critic", "batch_mean")),
+        *((subtracted, getattr(baselines, name)) for name in ("leave_one_out", "time_mean")),
+        *((subtracted, getattr(baselines, name)) for name in ("weighted_mean", "optimal_constant")),
+        (subtracted, baselines.optimal_per_time),
+        (subtracted, baselines.constant(1.0)),
+        (subtracted, baselines.regularised(baselines.leave_one_out)),
+        *((weights, slot) for slot in (*importance.IMPORTANCES.values(), importance.on_policy)),
+        *((weights, importance.from_start(slot)) for slot in (inner, importance.one_step)),
+        *((gains, getattr(surrogates, n)) for n in ("score", "ratio", "clipped", "kl_penalised")),
+        (gains, surrogates.standardised(surrogates.clipped)),
+    ]
+    for apply, slot in cases:
+        before = apply(slot, one, ratio)[..., others]
+        after = apply(slot, changed, ratio.at[:, 1].add(0.3))[..., others]
+        assert facts_of(slot).couples == (not np.allclose(before, after)), describe(slot)

@@ -74,6 +74,21 @@ def test_five_routes_to_one_trace(route):
 
 
 @pytest.mark.slow
+def test_a_coupling_baseline_of_the_users_own_is_measured_by_batches_too():
+    """Nothing is known of a plain function: its rows are not taken for independent."""
+
+    def mine(psi, scores, trajectory, hyperparams):
+        del scores, trajectory, hyperparams
+        return (psi.sum(axis=1, keepdims=True) - psi) / (psi.shape[1] - 1)
+
+    own, built_in = (
+        measure(Estimator(baseline=slot, importance=ON), 4096, batch_size=16)
+        for slot in (mine, baselines.leave_one_out)
+    )
+    assert own.batch_size == 16 and own.num_trajectories == 4096
+    assert own.trace.value == pytest.approx(built_in.trace.value, rel=1e-4)
+
+
 def test_coupled_estimators_are_measured_by_replicated_batches():
     loo = Estimator(credit.total_return, baselines.leave_one_out)
     plain = Hyperparams(gamma=1.0)

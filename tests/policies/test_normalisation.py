@@ -116,7 +116,7 @@ def test_every_observation_counts_once(name):
     env = offset(horizon=10)
     row = algorithm(name)
     agent = actor_critic(env, hidden=(4,), normalise=True)
-    num_steps = None if row.episodic else 10
+    num_steps = None if row.data.whole_episodes else 10
     trainer = make_trainer(env, agent, row, num_envs=4, num_steps=num_steps)
     learn = jax.jit(lambda s: train(trainer, s, Hyperparams(), num_updates=3))
     after, metrics = learn(trainer.init(jax.random.key(0)))

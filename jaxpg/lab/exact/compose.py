@@ -1,13 +1,12 @@
 """Compose: from the slots of an Estimator to the coefficients of the exact recursions."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxpg.envs import Mdp
-from jaxpg.estimators import Estimator, baselines, credit, describe, importance, surrogates
+from jaxpg.estimators import Estimator, Slot, describe, facts_of
 from jaxpg.lab.exact.recursions import Coefficients, paired, whole
 from jaxpg.lab.exact.tables import Moments, Tables, action_values, discounts, tabulate
 from jaxpg.types import Hyperparams
@@ -43,7 +42,7 @@ def moments(
 def composed(world: Tables, estimator: Estimator, hyperparams: Hyperparams, critic=None) -> Moments:
     """moments of tables."""
     coefficients, weighted = compose(world, estimator, hyperparams, critic)
-    recursion = whole if estimator.credit is credit.total_return else paired
+    recursion = whole if describe(estimator.credit) == "total_return" else paired
     mean, covariance = recursion(world, coefficients, weighted)
     scale = _reduction(world, estimator.reduce)
     return Moments(scale * mean, scale**2 * covariance)
@@ -65,8 +64,7 @@ def compose(
 def _critic(world, estimator, gamma, critic):
     """V_t(s) [H, S], 0 where the episode has ended and where nobody asks for a critic."""
     if critic is None:
-        named = credit.lambda_return, baselines.critic
-        asked = estimator.credit in named or estimator.baseline in named
+        asked = any(facts_of(x).reads_critic for x in (estimator.credit, estimator.baseline))
         value = action_values(world, gamma)[0][:-1] if asked else np.zeros(1)
     else:
         value = np.asarray(critic, np.float64)
@@ -80,14 +78,16 @@ def _critic(world, estimator, gamma, critic):
 
 def _credit(slot, world, hyperparams, trace, value):
     """psi_t = r_t + gamma Y_{t+1} with Y_t = V_t + lambda c_t (psi_t - V_t)."""
-    if slot is credit.unit:
-        return Coefficients(reward=1.0, decay=0.0)
     lambdas = {
-        credit.reward_to_go: 1.0,
-        credit.total_return: 1.0,
-        credit.lambda_return: float(hyperparams.lambda_),
+        "unit": 0.0,
+        "reward_to_go": 1.0,
+        "total_return": 1.0,
+        "lambda_return": float(hyperparams.lambda_),
     }
-    mix = _entry(lambdas, slot, "credit") * np.broadcast_to(trace, world.ratio.shape)
+    lambda_ = _entry(lambdas, slot, "credit")
+    if describe(slot) == "unit":
+        return Coefficients(reward=1.0, decay=0.0)
+    mix = lambda_ * np.broadcast_to(trace, world.ratio.shape)
     return Coefficients(
         reward=world.reward,
         decay=float(hyperparams.gamma),
@@ -99,14 +99,13 @@ def _credit(slot, world, hyperparams, trace, value):
 
 def _baseline(slot, world, value):
     """b_t(s) [H, S, 1], or a number."""
-    function, arguments = _opened(slot)
-    table: dict[Callable, Callable] = {
-        baselines.none: lambda: 0.0,
-        baselines._constant: lambda b: float(b),
-        baselines._tabulated: lambda table: _by_step(table, world)[:, :, None],
-        baselines.critic: lambda: value[:, :, None],
+    table: dict[str, Callable] = {
+        "none": lambda: 0.0,
+        "constant": lambda b: float(b),
+        "tabulated": lambda table: _by_step(table, world)[:, :, None],
+        "critic": lambda: value[:, :, None],
     }
-    return _entry(table, function, "baseline", slot)(*arguments)
+    return _entry(table, slot, "baseline")(*slot.arguments)
 
 
 def _by_step(table, world):
@@ -115,25 +114,22 @@ def _by_step(table, world):
 
 
 def _importance(slot, world, gamma) -> _Factors:
-    function, arguments = _opened(slot)
     rho = world.ratio
-    table: dict[Callable, Callable] = {
-        importance.on_policy: lambda: _Factors(1.0),
-        importance.one_step: lambda: _Factors(rho),
-        importance.trajectory: lambda: _Factors(1.0, weighted=True),
-        importance.prefix: lambda: _Factors(rho, carry=rho),
-        importance.per_decision: lambda: _Factors(rho, carry=rho, trace=rho),
-        importance._truncated: lambda top: _Factors(
-            np.minimum(rho, top), trace=np.minimum(rho, top)
-        ),
-        importance._from_start: lambda inner: _from_start(_importance(inner, world, gamma)),
+    table: dict[str, Callable] = {
+        "on_policy": lambda: _Factors(1.0),
+        "one_step": lambda: _Factors(rho),
+        "trajectory": lambda: _Factors(1.0, weighted=True),
+        "prefix": lambda: _Factors(rho, carry=rho),
+        "per_decision": lambda: _Factors(rho, carry=rho, trace=rho),
+        "truncated": lambda top: _Factors(np.minimum(rho, top), trace=np.minimum(rho, top)),
+        "from_start": lambda inner: _from_start(_importance(inner, world, gamma)),
     }
 
     def _from_start(factors):
         start = discounts(gamma, world.horizon)[:, None, None]
         return factors._replace(step=factors.step * start)
 
-    return _entry(table, function, "importance", slot)(*arguments)
+    return _entry(table, slot, "importance")(*slot.arguments)
 
 
 def _surrogate(slot, world, hyperparams, c, factors) -> Coefficients:
@@ -143,10 +139,11 @@ def _surrogate(slot, world, hyperparams, c, factors) -> Coefficients:
             f"entropy_coef={hyperparams.entropy_coef} is not covered by the recursions; use 0, or "
             "lab.enumeration for a small world"
         )
-    if slot is surrogates.score:
+    name = describe(slot)
+    if name == "score":
         return c
     rho, live = world.ratio, ~world.terminal
-    if slot is surrogates.clipped:
+    if name == "clipped":
         epsilon, seen = float(hyperparams.clip_eps), rho[live]
         if (np.abs(seen - 1.0) > epsilon).any():
             raise ValueError(
@@ -154,7 +151,7 @@ def _surrogate(slot, world, hyperparams, c, factors) -> Coefficients:
                 "which ones depends on the sign of a sampled advantage, so no recursion covers it; use "
                 "exact.surrogate_moments (known advantages) or lab.enumeration for a small world"
             )
-    elif slot is surrogates.kl_penalised:
+    elif name == "kl_penalised":
         if factors.weighted or np.ndim(factors.carry):
             raise ValueError(
                 "kl_penalised adds a penalty that products of ratios do not weigh, which no recursion "
@@ -162,27 +159,24 @@ def _surrogate(slot, world, hyperparams, c, factors) -> Coefficients:
             )
         penalty = float(hyperparams.kl_coef) * (rho - 1.0)
         return c._replace(step=rho * c.step, shift=rho * c.shift + penalty)
-    elif slot is not surrogates.ratio:
+    elif name != "ratio":
         raise _refusal("surrogate", slot)
     return c._replace(step=rho * c.step, shift=rho * c.shift)
 
 
 def _reduction(world, slot) -> float:
-    if slot is surrogates.per_episode:
+    if describe(slot) == "per_episode":
         return 1.0
-    if slot is surrogates.per_step and not world.terminal.any():
+    if describe(slot) == "per_step" and not world.terminal.any():
         return 1.0 / world.horizon
     raise _refusal("reduction", slot)
 
 
-def _opened(slot) -> tuple[Any, tuple]:
-    return (slot.func, slot.args) if isinstance(slot, partial) else (slot, ())
-
-
-def _entry(table, function, kind, slot=None):
-    if function not in table:
-        raise _refusal(kind, function if slot is None else slot)
-    return table[function]
+def _entry(table, slot, kind):
+    """The formula of a slot value, found by its name; a user's own function has none."""
+    if not isinstance(slot, Slot) or slot.name not in table:
+        raise _refusal(kind, slot)
+    return table[slot.name]
 
 
 def _refusal(kind, slot) -> ValueError:

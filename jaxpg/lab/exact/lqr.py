@@ -10,7 +10,7 @@ Policies are u ~ Normal(k s + m, sigma^2); their parameters are (k, log sigma), 
 import numpy as np
 
 from jaxpg.envs import Lqr
-from jaxpg.estimators import Estimator, baselines, uses
+from jaxpg.estimators import Estimator
 from jaxpg.lab.exact.baselines import OptimalBaselines, controlled, minimisers
 from jaxpg.lab.exact.compose import composed
 from jaxpg.lab.exact.recursions import Coefficients, paired
@@ -88,7 +88,7 @@ def moments(regulator: Lqr, params, estimator: Estimator, hyperparams: Hyperpara
 
     Raises ValueError naming a slot that the recursions do not cover, tabulated among them.
     """
-    if uses(estimator.baseline, baselines.tabulated):
+    if getattr(estimator.baseline, "name", None) == "tabulated":
         raise ValueError("tabulated baselines need discrete observations; the regulator has none")
     return composed(_tables(regulator, params), estimator, hyperparams)
 

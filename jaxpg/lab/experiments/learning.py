@@ -45,7 +45,7 @@ def seeds(settings: Settings, progress: Progress) -> Result:
         for index, name in enumerate(names):
             progress(f"{settings.repeats} runs of {name} on {world.name}")
             row = algorithm(name)
-            steps = None if row.episodic else max(8, world.env.horizon)
+            steps = None if row.data.whole_episodes else max(8, world.env.horizon)
             run = learner(world, row, num_envs=num_envs, num_updates=num_updates, num_steps=steps)
             keys = jax.random.split(jax.random.fold_in(key_of(settings), index), settings.repeats)
             curves[name, world.name], steps = run(keys, numbers)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from worlds import bandit, random_mdp
 
-from jaxpg import Hyperparams, adaptation, make_trainer, sources, train
+from jaxpg import Hyperparams, adaptation, make_trainer, train
+from jaxpg import data as sources
 from jaxpg.algorithms import Algorithm, algorithm
 from jaxpg.envs import from_mdp
 from jaxpg.estimators import Estimator, assess, baselines, credit, importance, objective, surrogates
@@ -44,6 +45,10 @@ def remembered(env, agent, tables):
     return memory
 
 
+def own_data(trajectory, carry):
+    return sources.Gathered(trajectory, trajectory.log_prob, carry, trajectory, {})
+
+
 def gradient(env, agent, estimator, data, logits, hyperparams=NUMBERS):
     batch = assess(estimator, data.trajectory, data.log_prob, hyperparams)
     batch = sources.corrected(batch, data, whole=True)
@@ -73,7 +78,8 @@ def test_at_lag_zero_every_form_is_the_on_policy_gradient(name, x64):
     logits = np.random.default_rng(1).normal(size=(3, 2))
     memory = remembered(env, agent, [logits] * 4)
     slot, params = IMPORTANCES[name], {"logits": jnp.asarray(logits)}
-    data, metrics = sources.recalled(memory, K, slot, agent.policy, params, NUMBERS, jnp.int32(3))
+    data = sources.recalled(memory, K, slot, agent.policy, params, NUMBERS, jnp.int32(3))
+    metrics = data.metrics
     assert metrics["batches"] == K
     for lag in (1, 2):
         assert (
@@ -81,11 +87,11 @@ def test_at_lag_zero_every_form_is_the_on_policy_gradient(name, x64):
         )
     estimator = Estimator(credit.reward_to_go, baselines.time_mean, slot)
     plain = estimator._replace(importance=importance.on_policy)
-    own = sources.on_policy(memory.trajectory, memory.carry)
+    own = own_data(memory.trajectory, memory.carry)
     found = gradient(env, agent, estimator, data, logits)
     assert np.allclose(found, gradient(env, agent, plain, own, logits), atol=1e-6)
     # The control: with the weights of another policy it is not.
-    other, _ = sources.recalled(
+    other = sources.recalled(
         memory, K, slot, agent.policy, {"logits": params["logits"] * 3.0}, NUMBERS, jnp.int32(3)
     )
     assert not np.allclose(gradient(env, agent, estimator, other, logits), found, atol=1e-3)
@@ -107,15 +113,17 @@ def test_what_is_far_or_not_there_yet_does_not_count(name, x64):
         return sources.recalled(memory, K, slot, agent.policy, params, numbers, count)
 
     newest = batch_of(env, agent, logits, 2)
-    alone = sources.on_policy(newest, initial_carry(agent, B))
+    alone = own_data(newest, initial_carry(agent, B))
     expected = gradient(env, agent, estimator, alone, logits)
     # Weighed by a policy far from both old ones, only the newest is left.
-    data, metrics = recall([far, -far, logits])
+    data = recall([far, -far, logits])
+    metrics = data.metrics
     assert metrics["batches"] == 1 and data.share == pytest.approx(1 / K)
     assert np.allclose(gradient(env, agent, estimator, data, logits), expected, atol=1e-12)
-    data, metrics = recall([logits])
+    data = recall([logits])
+    metrics = data.metrics
     assert metrics["batches"] == 1 and np.isnan(metrics["ess_lag1"])
-    alone = sources.on_policy(batch_of(env, agent, logits, 0), initial_carry(agent, B))
+    alone = own_data(batch_of(env, agent, logits, 0), initial_carry(agent, B))
     expected = gradient(env, agent, estimator, alone, logits)
     assert np.allclose(gradient(env, agent, estimator, data, logits), expected, atol=1e-12)
 
@@ -125,7 +133,7 @@ def test_the_newest_batch_is_never_dropped():
     memory = remembered(env, agent, np.random.default_rng(3).normal(size=(3, 3, 2)) * 3)
     params = {"logits": jnp.zeros((3, 2))}
     numbers = NUMBERS._replace(ess_floor=1.0)
-    data, _ = sources.recalled(
+    data = sources.recalled(
         memory, K, importance.trajectory, agent.policy, params, numbers, jnp.int32(2)
     )
     assert data.trajectory.mask[:, 2 * B :].any() and not data.trajectory.mask[:, : 2 * B].any()
@@ -168,7 +176,7 @@ def test_the_regulariser_is_the_gradient_of_the_log_normaliser(x64):
     row = algorithm("guided").estimator
     params = {"logits": jnp.asarray(now)}
     log_prob = sources.log_prob_of(agent.policy, params, (), trajectory)
-    data = sources.Data(trajectory, log_prob, initial_carry(agent, B))
+    data = sources.Gathered(trajectory, log_prob, initial_carry(agent, B), trajectory, {})
     found = gradient(env, agent, row, data, now, numbers)
     discounts = 0.9 ** np.arange(4)[:, None]
     returns = (np.asarray(trajectory.reward) * discounts * np.asarray(trajectory.mask)).sum(axis=0)
@@ -194,7 +202,7 @@ def test_imitation_finds_the_demonstrators():
     row = algorithm("guided")
     trainer = make_trainer(env, agent, row, num_envs=4)
     start = jax.jit(informed(trainer, env, agent.policy, row, demos, 800, True))(jax.random.key(2))
-    for fitted in (start.memory, start.params.policy):
+    for fitted in (start.data, start.params.policy):
         found = np.asarray(jax.nn.softmax(fitted["logits"]))[:2, 0]
         exact = np.asarray(jax.nn.softmax(behaviour))[:2, 0]
         assert np.abs(found - exact).max() < 5 * 0.5 / 1000**0.5
@@ -213,10 +221,11 @@ def test_demonstrations_longer_than_episodes_are_refused():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (algorithm("reinforce_to_go")._replace(num_batches=2), "num_batches=2 reuses data"),
-        (algorithm("reinforce")._replace(guided=True), "demonstrations come from another policy"),
-        (algorithm("guided")._replace(num_batches=2), "guided joins demonstrations"),
-        (algorithm("off_policy")._replace(num_batches=0), "num_batches=0 must be at least 1"),
+        (
+            algorithm("reinforce_to_go")._replace(data=sources.replay(sources.episodes, 2)),
+            r"replay\(episodes, 2\) holds data of other policies",
+        ),
+        (algorithm("reinforce")._replace(data=sources.mixture), "mixture holds data of other"),
         (
             algorithm("ppo")._replace(adaptation=adaptation.learning_rate),
             "adaptation reads the KL",
@@ -227,6 +236,16 @@ def test_contradictions_about_data_are_refused(row, message):
     env = from_mdp(bandit())
     with pytest.raises(ValueError, match=message):
         make_trainer(env, actor_critic(env, "tabular"), row, num_envs=4, num_steps=4)
+
+
+def test_only_own_data_is_replayed():
+    for given in (sources.mixture, sources.demonstrations):
+        with pytest.raises(ValueError, match=f"the policy's own data, not {given.name}"):
+            sources.replay(given, 2)
+    with pytest.raises(ValueError, match="num_batches=0 must be at least 1"):
+        sources.replay(sources.episodes, 0)
+    twice = sources.replay(sources.replay(sources.stream, 4), 2)
+    assert twice.name == "replay(stream, 2)" and sources.replay(twice, 1) is sources.stream
 
 
 def test_numbers_adapt_to_the_divergence():
@@ -335,8 +354,8 @@ def test_a_row_of_the_users_own_uses_old_data():
     row = Algorithm(
         Estimator(credit.lambda_return, baselines.critic, importance.truncated(1.0),
                   surrogates.clipped, surrogates.per_step),
-        critic_optimizer=algorithm("ppo").critic_optimizer,
-        episodic=False, num_batches=3, num_epochs=2, num_minibatches=2,
+        sources.replay(sources.stream, 3),
+        critic_optimizer=algorithm("ppo").critic_optimizer, num_epochs=2, num_minibatches=2,
     )  # fmt: skip
     trainer = make_trainer(env, actor_critic(env, "tabular"), row, num_envs=16, num_steps=4)
     learn = jax.jit(partial(train, trainer, num_updates=60))

@@ -1,0 +1,60 @@
+"""Slot values: pure functions that carry what the rest of the package must know of them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxpg.types import Array
+
+# (advantage, resolution, mask), each [T, B] -> advantage in units of the batch
+Rescale = Callable[[Array, Array, Array], Array]
+
+
+class Facts(NamedTuple):
+    """What a slot value is, beyond the numbers it returns. A fact that is not stated has its default."""
+
+    couples: bool = False  # what one lane contributes depends on the other lanes of its batch
+    min_lanes: int = 1  # with fewer it is undefined, or its gradient is always 0
+    whole_episodes: bool = False  # undefined on a stream, which cuts episodes
+    reads_critic: bool = False
+    corrects: bool = True  # right for data that another policy gathered
+    linear: bool = False  # of a reduction: linear in the gain, so it may be taken in parts
+    ignores_lanes: bool = False  # of a reduction: blind to which lane a step stands in
+    rescale: Rescale | None = None  # of a wrapped surrogate: applied to a (mini)batch's advantages
+
+
+# A plain function may compare lanes, so nothing may take its rows for independent or cut its batch.
+UNKNOWN = Facts(couples=True)
+
+
+class Slot(NamedTuple):
+    """A slot value: call it like the function that it wraps."""
+
+    function: Callable
+    name: str
+    arguments: tuple = ()  # numbers, tables or the slot value inside, passed before the slot's own
+    facts: Facts = Facts()
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.function(*self.arguments, *inputs)
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return self.function.__doc__
+
+
+def slot(**facts: Any) -> Callable[[Callable], Slot]:
+    """Decorates a function whose facts these are: `@slot(couples=True, min_lanes=2)`."""
+    return lambda function: Slot(function, function.__name__, (), Facts(**facts))
+
+
+def facts_of(value: Any) -> Facts:
+    """The facts of a slot value; of a plain function the safe ones, that it couples the batch."""
+    return value.facts if isinstance(value, Slot) else UNKNOWN
+
+
+def describe(value: Any) -> str:
+    """A slot value by name: `from_start(one_step)`, `constant(2.0)`."""
+    if isinstance(value, Slot):
+        inner = ", ".join(describe(x) for x in value.arguments)
+        return f"{value.name}({inner})" if value.arguments else value.name
+    return getattr(value, "__name__", repr(value))

@@ -1,0 +1,130 @@
+"""A batch is one batch: however it is cut, kept or rolled out again, the estimate is the same."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from worlds import random_mdp
+
+from jaxpg import Hyperparams, episodes, make_trainer, rollout, train
+from jaxpg.algorithms import Algorithm, algorithm
+from jaxpg.envs import from_mdp
+from jaxpg.estimators import Estimator, baselines
+from jaxpg.natural import precondition_by_fisher
+from jaxpg.optimizers import sgd
+from jaxpg.policies import Agent, AgentParams, actor_critic, tabular
+
+NUMBERS = Hyperparams(learning_rate=1.0, max_grad_norm=1e9, gamma=0.9)
+
+
+@pytest.fixture
+def groups_of_four(monkeypatch):
+    monkeypatch.setattr(rollout, "GROUP", 4)
+
+
+def one_step(row, num_envs=12, network="tabular", **settings):
+    """The step of the policy, the metrics, and the state it started from."""
+    env = from_mdp(random_mdp(0, horizon=4))
+    agent = actor_critic(env, network, **({} if network == "tabular" else {"hidden": (4,)}))
+    trainer = make_trainer(env, agent._replace(critic=None), row, num_envs=num_envs, **settings)
+    state = trainer.init(jax.random.key(0))
+    after, metrics = jax.jit(partial(train, trainer, num_updates=1))(state, NUMBERS)
+    moved = jax.tree.map(jnp.subtract, after.params.policy, state.params.policy)
+    return moved, metrics, state
+
+
+@pytest.mark.parametrize("name", ["reinforce", "reinforce_baseline"])
+def test_every_episode_is_compared_with_all_others(name, x64, groups_of_four):
+    row = algorithm(name)._replace(policy_optimizer=sgd)
+    moved, metrics, state = one_step(row)
+    env = from_mdp(random_mdp(0, horizon=4))
+    agent = Agent(tabular(env.observation, env.action))
+    params = AgentParams(state.params.policy, ())
+    key, _ = jax.random.split(jax.random.fold_in(state.key, 0))
+    # A group draws from a key of its own, whatever the device.
+    lanes = [episodes(env, agent, params, jax.random.fold_in(key, i), 4)[0] for i in range(3)]
+    obs, action, reward, mask = (
+        np.concatenate([np.asarray(getattr(x, field)) for x in lanes], axis=1)
+        for field in ("obs", "action", "reward", "mask")
+    )
+    to_go, following = np.zeros_like(reward), 0.0
+    for t in reversed(range(4)):
+        following = to_go[t] = reward[t] + 0.9 * following
+    psi = to_go if name == "reinforce_baseline" else np.broadcast_to(to_go[:1], to_go.shape)
+    if name == "reinforce_baseline":
+        psi = psi - (psi.sum(axis=1, keepdims=True) - psi) / 11
+    total = np.zeros((3, 2))
+    for t in range(4):
+        for i in range(12):
+            if mask[t, i]:
+                score = np.full(2, -0.5)
+                score[action[t, i]] += 1.0
+                total[obs[t, i]] += score * psi[t, i] / 12
+    assert np.allclose(moved["logits"], total, atol=1e-12)
+    assert metrics["env_steps"][0] == mask.sum() and metrics["episodes"][0] == 12
+    assert metrics["episode_return"][0] == pytest.approx(reward.sum(axis=0).mean())
+    assert metrics["entropy"][0] == pytest.approx(np.log(2))
+    assert metrics["grad_norm"][0] == pytest.approx(np.linalg.norm(total))
+
+
+@pytest.mark.parametrize("network", ["tabular", "gru"])
+@pytest.mark.parametrize("baseline", [baselines.time_mean, baselines.optimal_constant])
+def test_how_it_is_computed_changes_no_estimate(baseline, network, monkeypatch):
+    """Groups one after another, side by side, and rolled out again: with memory and without."""
+    row = Algorithm(Estimator(baseline=baseline), policy_optimizer=sgd)
+    monkeypatch.setattr(rollout, "GROUP", 4)
+    expected, metrics, _ = one_step(row, network=network)
+    again = one_step(row, network=network, recompute=True)
+    monkeypatch.setattr(rollout, "GROUPS_AT_ONCE", {"cpu": 3})
+    beside = one_step(row, network=network)
+    for moved, others, _ in (again, beside):
+        for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(expected), strict=True):
+            assert np.allclose(a, b, atol=3e-6)
+        for name in metrics:
+            assert np.allclose(others[name], metrics[name], 1e-4, 1e-6, True), name
+    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected)) > 1e-2
+
+
+@pytest.mark.parametrize("num_envs", [8, 12])
+def test_an_optimizer_of_the_users_own_takes_any_number_of_episodes(num_envs, groups_of_four):
+    """It reads the divergence, which a batch that was taken in groups must have too."""
+
+    def natural(hyperparams):
+        return optax.chain(precondition_by_fisher(0.1), optax.sgd(hyperparams.learning_rate))
+
+    row = algorithm("reinforce_to_go")._replace(policy_optimizer=natural)
+    moved, *_ = one_step(row, num_envs)
+    plain, *_ = one_step(row._replace(policy_optimizer=sgd), num_envs)
+    assert 0 < np.abs(moved["logits"]).max() < np.inf
+    assert not np.allclose(moved["logits"], plain["logits"], rtol=0.1)
+
+
+def test_more_than_a_group_is_where_groups_begin():
+    """The numbers of a device decide how many groups run at once, never how large one is."""
+    assert rollout.lanes_at_once(1024) == 1024 and rollout.lanes_at_once(65536) == 1024
+    assert rollout.lanes_at_once(10_000) == 1000
+    assert rollout.lanes_at_once(7919) == 7919, "a prime has no groups of a fair size"
+
+
+def test_only_own_episodes_of_one_minibatch_are_rolled_out_again():
+    env = from_mdp(random_mdp(0))
+    for row in (algorithm("off_policy"), algorithm("ppo")):
+        with pytest.raises(ValueError, match="recompute rolls out own whole episodes"):
+            make_trainer(env, actor_critic(env, "tabular"), row, num_envs=8, recompute=True)
+
+
+def test_chunks_of_updates_are_invisible_in_groups_too(groups_of_four):
+    env = from_mdp(random_mdp(1))
+    trainer = make_trainer(env, actor_critic(env, "tabular"), algorithm("reinforce"), num_envs=8)
+    numbers = jax.tree.map(jnp.float32, Hyperparams(learning_rate=0.1))
+    states = jax.vmap(trainer.init)(jax.random.split(jax.random.key(0), 2))
+    two = jax.jit(jax.vmap(partial(train, trainer, num_updates=2), (0, None)))
+    four = jax.jit(jax.vmap(partial(train, trainer, num_updates=4), (0, None)))
+    halfway, _ = two(states, numbers)
+    end, _ = two(halfway, numbers)
+    whole, _ = four(states, numbers)
+    assert np.array_equal(end.params.policy["logits"], whole.params.policy["logits"])
+    assert np.abs(end.params.policy["logits"]).max() > 0.05
