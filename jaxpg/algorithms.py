@@ -146,8 +146,8 @@ def check_algorithm(algorithm: Algorithm, has_critic: bool) -> None:
     if reuses and not corrects:
         raise ValueError(
             f"{algorithm.num_epochs} epochs x {algorithm.num_minibatches} minibatches move the policy "
-            f"away from its data, which the {describe(estimator.surrogate)} surrogate cannot correct; use "
-            "ratio, clipped or kl_penalised, or one step per batch"
+            "away from its data, which the score surrogate cannot correct; use ratio, clipped or "
+            "kl_penalised, or one step per batch"
         )
     if source.reweighs and not facts_of(estimator.importance).corrects:
         raise ValueError(

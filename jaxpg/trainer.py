@@ -78,7 +78,7 @@ def make_trainer(
 ) -> Trainer:
     """The pure functions that train an agent.
 
-    num_envs: episodes per update when episodic, else parallel streams. num_steps: the longest episode
+    num_envs: whole episodes per update, or parallel streams. num_steps: the longest episode
     (the environment's horizon by default), or the steps per stream and update (128 by default).
     recompute: roll whole episodes out again for their gradient instead of keeping them, which bounds the
     memory and changes no number beyond rounding; by default where they would take more than KEPT_BYTES.

@@ -117,7 +117,7 @@ def test_every_row_learns_a_two_armed_bandit(name):
         env, agent, row, num_envs=32, num_steps=None if row.data.whole_episodes else 4
     )
     demos = None
-    if row.imitates or row.guided:
+    if row.data.demonstrations:
         demos = episodes(
             env, Agent(agent.policy), init_params(agent, jax.random.key(0)), jax.random.key(1), 64
         )[0]
@@ -136,7 +136,8 @@ def test_behaviour_cloning_is_maximum_likelihood_bit_for_bit():
     policy = mlp(env.observation, env.action, (8,))
     params = policy.init(jax.random.key(5))
     estimator = algorithm("behaviour_cloning").estimator
-    batch = Batch(demos, jnp.where(demos.mask, 1.0, 0.0), demos.reward)
+    ones = jnp.where(demos.mask, 1.0, 0.0)
+    batch = Batch(demos, ones, 0 * ones, demos.reward)
     hyperparams = Hyperparams()
 
     def surrogate(params):
@@ -344,6 +345,7 @@ def test_action_vectors_are_learnt(action, name):
     )
     state = trainer.init(jax.random.key(0))
     hyperparams = Hyperparams(learning_rate=0.01, critic_learning_rate=0.01)
-    _, metrics = jax.jit(lambda s: train(trainer, s, hyperparams, num_updates=300))(state)
+    # Without an entropy bonus sigma vanishes after 200 updates, and the last bits decide what then happens.
+    _, metrics = jax.jit(lambda s: train(trainer, s, hyperparams, num_updates=100))(state)
     assert metrics["episode_return"][-5:].mean() > 0.85
     assert metrics["episode_return"][0] < 0.5

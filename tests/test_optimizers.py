@@ -146,7 +146,7 @@ def test_every_preset_is_its_own_reference(environment, algorithm):
     config, _ = preset(environment, "ppo" if algorithm == "*" else algorithm)
     config = replace(config, batch_scaling="linear", schedule="constant")
     row = ALGORITHMS[config.algorithm]
-    if row.guided or row.imitates:
+    if row.data.demonstrations:
         config = replace(config, demonstrations="a file that nothing reads here")
     assert build_algorithm(config).schedule(jnp.float32(0)) == 1.0
 

@@ -109,7 +109,7 @@ def test_history_restarts_with_the_episode():
     state = trainer.init(jax.random.key(0))
     after, _ = jax.jit(lambda s: train(trainer, s, Hyperparams(), num_updates=1))(state)
     # Step 12 is the third of the third episode: its window reaches back to the reset and no further.
-    window = np.asarray(after.rollout.obs).reshape(4, 3, 4)
+    window = np.asarray(after.data.obs).reshape(4, 3, 4)
     assert window[:, :, 2].tolist() == [[0.0, 1.0, 2.0]] * 4, "times"
     assert (window[:, 0, :2] == 0).all() and (window[:, 1:, :2].sum(-1) == 1).all()
 

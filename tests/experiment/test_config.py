@@ -17,7 +17,7 @@ from jaxpg.policies.networks import ACTIVATIONS
 from jaxpg.types import Hyperparams
 
 TRAINABLE = [
-    name for name, row in ALGORITHMS.items() if not (row.imitates or row.guided)
+    name for name, row in ALGORITHMS.items() if not row.data.demonstrations
 ]  # which need demonstrations
 
 

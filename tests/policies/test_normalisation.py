@@ -96,7 +96,7 @@ def test_training_keeps_the_statistics_of_everything_seen(network):
     # What an update sees does not depend on the policy here, but for the key, which is the trainer's.
     gather = jax.jit(partial(unroll, env, agent, num_steps=25))
     alone = jax.tree.map(lambda x: x[1], states)
-    rollout, seen = alone.rollout, []
+    rollout, seen = alone.data, []
     for update in range(4):
         k_rollout, _ = jax.random.split(jax.random.fold_in(alone.key, update))
         rollout, (trajectory, _) = gather(alone.params, rollout, k_rollout)
