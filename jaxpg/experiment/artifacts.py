@@ -96,6 +96,12 @@ def lines(table: dict[str, list]) -> list[str]:
         shown.append(f"({len(chosen)} of {count} rows; all are in {CSV})")
     # One line for each estimator: its last warning stands for the others, which are in the files.
     warnings = {e: w for e, w in zip(table["estimator"], table["warning"], strict=True) if w}
+    said = {name: text.split("; ") for name, text in warnings.items()}
+    # What is said of every row is said once.
+    first = next((w or "" for w in table["warning"]), "").split("; ")[0]
+    if first and all((w or "").startswith(first) for w in table["warning"]):
+        shown.append(f"warning: {first}")
+        warnings = {name: "; ".join(parts[1:]) for name, parts in said.items() if parts[1:]}
     shown += [f"warning: {name}: {text}" for name, text in list(warnings.items())[:MOST_WARNINGS]]
     if len(warnings) > MOST_WARNINGS:
         shown.append(f"({len(warnings) - MOST_WARNINGS} more estimators have warnings)")

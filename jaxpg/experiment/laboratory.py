@@ -104,7 +104,8 @@ def _run(job: Job, folder: Path) -> None:
         progress(f"{job.name} on {settings.env}")
         result = job.experiment.run(settings, progress)
     seconds = time.perf_counter() - started
-    artifacts.write_table(folder, result.table)
+    table = _noted(result.table, _departure(settings))
+    artifacts.write_table(folder, table)
     artifacts.write_figure(folder, result.draw)
     summary = {
         "experiment": job.name,
@@ -114,17 +115,42 @@ def _run(job: Job, folder: Path) -> None:
         **_surroundings(),
     }
     artifacts.write_summary(folder, summary)  # last, because it says that the rest is there
-    headline = f"{job.name} on {settings.env}: {job.experiment.summary}"
-    print(textwrap.fill(headline, artifacts.WIDTH))
-    print("\n".join(f"  {line}"[: artifacts.WIDTH] for line in artifacts.lines(result.table)))
+    headline = f"{job.name} on {_where_from(settings)}: {job.experiment.summary}"
+    print(textwrap.fill(headline, artifacts.WIDTH, break_on_hyphens=False))
+    print("\n".join(f"  {line}"[: artifacts.WIDTH] for line in artifacts.lines(table)))
     print(f"{seconds:.1f} s, saved in {folder}")
 
 
 def _described(settings) -> dict[str, Any]:
-    """The settings, a checkpoint by what it was trained on."""
-    found = settings._asdict()
-    checkpoint = found.pop("checkpoint")
-    return {**found, "checkpoint": None if checkpoint is None else checkpoint.environment}
+    """The settings, a checkpoint by its run, and what they have otherwise than the run."""
+    found, checkpoint = settings._asdict(), settings.checkpoint
+    if settings.gamma is None:
+        found["gamma"] = 1.0 if checkpoint is None else checkpoint.hyperparams.gamma
+    found["checkpoint"] = None if checkpoint is None else checkpoint.origin
+    return found | {"not_the_runs": _departure(settings) or None}
+
+
+def _where_from(settings) -> str:
+    """The world, and whose policy acts in it."""
+    if settings.checkpoint is None:
+        return settings.env
+    origin = settings.checkpoint.origin
+    return f"{settings.env}, seed {origin['seed']} of {origin['run']} at update {origin['update']}"
+
+
+def _departure(settings) -> str:
+    """What is asked otherwise than a checkpoint's run has it, or nothing."""
+    if settings.checkpoint is None or settings.gamma is None:
+        return ""
+    own = settings.checkpoint.hyperparams.gamma
+    return "" if settings.gamma == own else f"--gamma {settings.gamma:g}, not the run's {own:g}"
+
+
+def _noted(table: dict[str, list], note: str) -> dict[str, list]:
+    """The table with a note on every row."""
+    if not note:
+        return table
+    return table | {"warning": ["; ".join(filter(None, (note, x))) for x in table["warning"]]}
 
 
 def _surroundings() -> dict[str, Any]:
@@ -220,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--checkpoint",
         metavar="RUN",
-        help="folder of a jaxpg train run: its final policy and critic",
+        help="folder of a jaxpg train run: its final policy and critic, and its numbers",
     )
     add("--replica", type=int, default=0, help="which of the run's agents; default: 0")
     add(
@@ -236,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--repeats", type=_count, metavar="N", help="independent batches or runs")
     add("--seed", type=int, help="of all randomness; default: 0")
-    add("--gamma", type=float, help="discount; default: 1")
+    add("--gamma", type=float, help="discount; default: the run's, or 1")
     add(
         "--out", metavar="DIR", help="folder to write, new or empty; default: a new one under runs/"
     )

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,11 +14,11 @@ import numpy as np
 from jaxpg.envs import Box, Env
 from jaxpg.experiment import checkpoint as checkpoints
 from jaxpg.experiment import folder as files
-from jaxpg.experiment.build import Parts, build
+from jaxpg.experiment.build import Parts, build, build_algorithm, settings_of
 from jaxpg.experiment.config import Config, Grid, load_config, points
 from jaxpg.experiment.folder import CHECKPOINTS, EVALUATION, PARAMS
 from jaxpg.experiment.replicas import make_replicas
-from jaxpg.lab.worlds import Checkpoint
+from jaxpg.lab.worlds import TABULATED, Checkpoint, tabulated
 from jaxpg.policies import Agent, AgentParams, Network, init_params
 from jaxpg.types import Array, Carry, Key
 
@@ -72,11 +74,28 @@ def load_policy(
 
 
 def load(run: str, replica: int = 0) -> Checkpoint:
-    """Policy and critic of one replica of a run, for the laboratory. Raises ValueError."""
+    """What a run knows of one of its replicas, for the laboratory. Raises ValueError."""
     found = read_run(run)
     chosen = choose(found, replica)
     params = jax.tree.map(lambda x: jnp.asarray(x[chosen]), found.params)
-    return Checkpoint(found.config.environment, found.parts.env, found.parts.agent, params)
+    config, env = found.config, found.parts.env
+    point, seed = points(found.grid)[chosen // config.seeds], chosen % config.seeds
+    wrapped = config.repeat > 1 or config.history is not None or bool(config.keep)
+    if build_algorithm(config).episodic and (config.num_steps or env.horizon) < env.horizon:
+        # Where training cuts its episodes, a step has no more ahead of it.
+        env, wrapped = env._replace(horizon=config.num_steps), True
+    tables = None
+    if config.environment in TABULATED and not wrapped:
+        tables = partial(tabulated, config.environment, **settings_of(config))
+    origin = {
+        "run": str(found.folder),
+        "update": _update_of(found),
+        "replica": chosen,
+        "seed": seed,
+        "config": asdict(config),
+        "hyperparameters": point._asdict(),
+    }
+    return Checkpoint(config.environment, env, found.parts.agent, params, point, tables, origin)
 
 
 def read_run(run: str | Path, update: int | str | None = None) -> Run:
@@ -198,6 +217,14 @@ def _policy(parts: Parts, params: AgentParams, greedy: bool, replica: int, seed:
         return action if obs.ndim > rank else action[0]
 
     return Policy(network.initial_carry, step, act, env, params, replica, seed)
+
+
+def _update_of(run: Run) -> int | None:
+    """How many updates its parameters have made; None where the file of an earlier version does not say."""
+    if run.update is not None:
+        return run.update
+    about = files.read_params(run.folder / PARAMS)[1]
+    return about and about["updates"]
 
 
 def _read_params(folder: Path, agent: Agent) -> AgentParams:

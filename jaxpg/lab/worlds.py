@@ -1,6 +1,7 @@
 """Worlds: what the experiments run on, an environment with a policy, and its tables where they exist."""
 
 import difflib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from jaxpg.lab.exact.tables import Moments, Tables, tabulate
 from jaxpg.lab.instances import INSTANCES
 from jaxpg.lab.regulators import PARAMS, gain_policy, value_critic
 from jaxpg.policies import NETWORKS, Agent, AgentParams, Network, actor_critic
-from jaxpg.types import Params
+from jaxpg.types import Hyperparams, Params
 
 REGULATOR = "LQR"
 TABULATED = ("FrozenLake-misc", "Catch-bsuite", "DiscountingChain-bsuite")
@@ -27,7 +28,7 @@ class World(NamedTuple):
     env: Env
     policy: Network
     params: Params
-    gamma: float
+    hyperparams: Hyperparams  # of the run that a checkpoint is of; else the defaults and a gamma
     # None where there are no tables; Any, because whoever reads them has made sure.
     mdp: Any = None  # Mdp
     logits: Any = None  # [O, A] what the policy says of every observation
@@ -39,38 +40,49 @@ class World(NamedTuple):
     critic_params: Params = ()
     regulator: Lqr | None = None  # whose exact answers are those of a gain_policy
 
+    @property
+    def gamma(self) -> float:
+        return float(self.hyperparams.gamma)
+
 
 class Checkpoint(NamedTuple):
-    """The final policy and critic of a run, loaded."""
+    """What a run knows of one of its agents: the final policy and critic, and what they learnt with."""
 
     environment: str
-    env: Env
+    env: Env  # as the agent met it
     agent: Agent
     params: AgentParams
+    hyperparams: Hyperparams
+    tables: Callable[[], Mdp] | None  # of env; None where there are none
+    origin: dict[str, Any]  # JSON-able: which run, update, replica and seed, and its settings
 
 
 def world(
-    name: str, policy: str | None = None, checkpoint: Checkpoint | None = None, gamma: float = 1.0
+    name: str,
+    policy: str | None = None,
+    checkpoint: Checkpoint | None = None,
+    gamma: float | None = None,
 ) -> World:
     """A world by name: A, T or C (small worked instances), LQR, or any gymnax environment.
 
     FrozenLake-misc, Catch-bsuite and DiscountingChain-bsuite are tabulated, so they have exact answers too.
     policy: a network's name, at its initial parameters; by default a table where observations are
-    discrete, an mlp elsewhere. Raises ValueError for unknown names, a network that does not fit, and a
-    checkpoint of another environment.
+    discrete, an mlp elsewhere. gamma: None is the checkpoint's, or 1. Raises ValueError for unknown names,
+    a network that does not fit, and a checkpoint of another environment.
     """
-    if not 0.0 <= gamma <= 1.0:
+    if gamma is not None and not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma={gamma} must lie in [0, 1]")
     if policy is not None and policy not in NETWORKS:
         raise ValueError(f"unknown policy {policy!r}; did you mean {_near(policy, NETWORKS)}?")
     if checkpoint is not None:
         return _trained(name, policy, checkpoint, gamma)
+    gamma = 1.0 if gamma is None else gamma
     if name in INSTANCES:
         return tabular_world(name, *INSTANCES[name](), gamma=gamma, policy=policy)
     if name == REGULATOR:
         return regulator_world(gamma=gamma, policy=policy)
     if name in TABULATED:
-        mdp = _tabulated(name)
+        mdp = tabulated(name)
         shape = (int(np.max(mdp.observation)) + 1, mdp.reward.shape[1])
         return tabular_world(name, mdp, np.zeros(shape), gamma=gamma, policy=policy)
     known = [*INSTANCES, REGULATOR, *gymnax_names()]
@@ -82,7 +94,7 @@ def world(
     env = from_gymnax(name)
     kind = policy or ("tabular" if isinstance(env.observation, Discrete) else "mlp")
     network = actor_critic(env, kind).policy
-    return World(name, env, network, network.init(_init_key()), gamma)
+    return World(name, env, network, network.init(_init_key()), Hyperparams(gamma=gamma))
 
 
 def tabular_world(
@@ -102,11 +114,14 @@ def tabular_world(
     env = from_mdp(mdp)
     if policy not in (None, "tabular"):
         network = actor_critic(env, policy).policy
-        return _tabled(World(name, env, network, network.init(_init_key()), gamma), mdp)
+        return _tabled(
+            World(name, env, network, network.init(_init_key()), Hyperparams(gamma=gamma)), mdp
+        )
     network = NETWORKS["tabular"](env.observation, env.action)
     params = table_params(logits)
     behaviour = None if behaviour_logits is None else table_params(behaviour_logits)
-    return World(name, env, network, params, gamma, mdp, logits, behaviour_logits, behaviour)
+    numbers = Hyperparams(gamma=gamma)
+    return World(name, env, network, params, numbers, mdp, logits, behaviour_logits, behaviour)
 
 
 def regulator_world(
@@ -128,7 +143,7 @@ def regulator_world(
     env = from_lqr(regulator)
     if policy is not None:
         network = actor_critic(env, policy).policy
-        return World(REGULATOR, env, network, network.init(_init_key()), gamma)
+        return World(REGULATOR, env, network, network.init(_init_key()), Hyperparams(gamma=gamma))
     network = gain_policy(std if fixed_std else None, offset=offset is not None)
     numbers = gain, np.log(std), offset or 0.0
     params = {
@@ -138,7 +153,8 @@ def regulator_world(
     }
     critic, table = value_critic(regulator, numbers, gamma)
     return World(
-        REGULATOR, env, network, params, gamma, critic=critic, critic_params=table, regulator=regulator
+        REGULATOR, env, network, params, Hyperparams(gamma=gamma), critic=critic, critic_params=table,
+        regulator=regulator,
     )  # fmt: skip
 
 
@@ -214,12 +230,14 @@ def _trained(name, policy, checkpoint, gamma) -> World:
             f"policy={policy} and a checkpoint contradict each other; leave out the policy"
         )
     agent, params = checkpoint.agent, checkpoint.params
-    found = World(name, checkpoint.env, agent.policy, params.policy, gamma)
+    numbers = checkpoint.hyperparams
+    numbers = numbers if gamma is None else numbers._replace(gamma=gamma)
+    found = World(name, checkpoint.env, agent.policy, params.policy, numbers)
     found = found._replace(critic=agent.critic, critic_params=params.critic)
-    if name not in TABULATED or not isinstance(checkpoint.env.observation, Discrete):
+    if checkpoint.tables is None:
         return found
     # The tabulated world shows what the environment shows, so what was trained in one acts in the other.
-    mdp = _tabulated(name)
+    mdp = checkpoint.tables()
     return _tabled(found._replace(env=from_mdp(mdp)), mdp)
 
 
@@ -244,10 +262,11 @@ def _tabled(found: World, mdp: Mdp) -> World:
     return found._replace(mdp=mdp, logits=logits, factor=factor, basis=basis)
 
 
-def _tabulated(name) -> Mdp:
+def tabulated(name: str, **settings) -> Mdp:
+    """The tables of one of TABULATED."""
     from jaxpg.envs.tabulate import mdp_from_gymnax  # gymnax takes seconds
 
-    return mdp_from_gymnax(name)
+    return mdp_from_gymnax(name, **settings)
 
 
 def _init_key():

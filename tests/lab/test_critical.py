@@ -146,7 +146,9 @@ def test_the_noise_scale_of_one_parameter_is_simple():
 def short_cartpole():
     env = from_gymnax("CartPole-v1", max_steps_in_episode=32)
     policy = mlp(env.observation, env.action, (8,))
-    return World("CartPole-v1", env, policy, policy.init(jax.random.key(0)), 0.99)
+    return World(
+        "CartPole-v1", env, policy, policy.init(jax.random.key(0)), Hyperparams(gamma=0.99)
+    )
 
 
 def test_rates_of_measured_worlds_are_in_units_of_a_trajectory(short_cartpole):

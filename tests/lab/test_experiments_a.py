@@ -9,8 +9,9 @@ import pytest
 from instances import instance_a, instance_c, instance_t
 
 from jaxpg.cli import main
+from jaxpg.experiment.policy import load
 from jaxpg.lab import exact
-from jaxpg.lab.experiments import EXPERIMENTS
+from jaxpg.lab.experiments import EXPERIMENTS, ladder
 from jaxpg.lab.experiments.estimators import available, batch_moments, form, gradient, lambda_form
 from jaxpg.lab.experiments.frame import COLUMNS, Settings
 from jaxpg.lab.experiments.sampling import measure
@@ -361,23 +362,63 @@ def test_the_command_writes_its_files(tmp_path, capsys):
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+FROZEN = "train FrozenLake-misc --algorithm reinforce --num-envs 8 --hidden 8 --quiet --updates 2"
+
+
 def test_a_checkpoint_is_measured_where_it_was_trained(tmp_path, capsys):
     run_folder, out = tmp_path / "run", tmp_path / "out"
-    arguments = (
-        "train FrozenLake-misc --algorithm reinforce --seeds 2 --updates 2 --num-envs 8 --quiet"
-    )
-    main([*arguments.split(), "--hidden", "8", "--run", str(run_folder)])
+    numbers = "--seeds 2 --gamma 0.8,0.9 --lambda 0.7"
+    main([*FROZEN.split(), *numbers.split(), "--run", str(run_folder)])
     with pytest.raises(SystemExit):
         main(["lab", "ladder", "--env", "A", "--checkpoint", str(run_folder)])
     assert "was trained on FrozenLake-misc, not on A" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main(["lab", "ladder", "--checkpoint", str(run_folder), "--replica", "2"])
-    assert "replicas 0 to 1, not 2" in capsys.readouterr().err
-    command = ["lab", "ladder", "--estimators", "rtg", "--trajectories", "4096", "--out", str(out)]
-    main([*command, "--checkpoint", str(run_folder), "--replica", "1"])
-    rows = json.loads((out / "summary.json").read_text())["summary"]["trace"]["rtg"]
+        main(["lab", "ladder", "--checkpoint", str(run_folder), "--replica", "4"])
+    assert "replicas 0 to 3, not 4" in capsys.readouterr().err
+    command = ["lab", "ladder", "--estimators", "rtg", "--trajectories", "4096", "--out"]
+    command += [str(out), "--checkpoint", str(run_folder), "--replica", "3"]
+    main(command)
+    summary = json.loads((out / "summary.json").read_text())
+    rows = summary["summary"]["trace"]["rtg"]
     # An mlp's parameters, and still an exact trace to compare with.
     assert rows["measured"] == pytest.approx(rows["exact"], rel=0.5) and rows["exact"] > 0
+    origin = summary["settings"]["checkpoint"]
+    assert [origin[k] for k in ("run", "update", "replica", "seed")] == [str(run_folder), 2, 3, 1]
+    assert summary["settings"]["gamma"] == 0.9 == origin["hyperparameters"]["gamma"]
+    assert f"seed 1 of {run_folder} at update 2" in " ".join(capsys.readouterr().out.split())
+    # Another gamma than the run's is said, in the terminal and on every row.
+    main([*command[:-5], str(tmp_path / "other"), *command[-4:], "--gamma", "0.5"])
+    assert "warning: --gamma 0.5, not the run's 0.9" in capsys.readouterr().out
+    with open(tmp_path / "other" / "table.csv") as file:
+        assert {r["warning"] for r in csv.DictReader(file)} == {"--gamma 0.5, not the run's 0.9"}
+    found = load(str(run_folder), 3)
+    here, there = (form("rtg", world("FrozenLake-misc", None, found, g)) for g in (None, 0.5))
+    assert rows["exact"] == pytest.approx(here.exact().trace, rel=1e-5)
+    assert there.exact().trace < 0.8 * here.exact().trace
+    # The estimators read all of the run's numbers, and its lambda is the ladder's.
+    assert here.hyperparams.lambda_ == 0.7
+    assert "gae_0.7" in ladder._default(world("FrozenLake-misc", None, found))
+
+
+def test_a_checkpoints_tables_are_those_of_its_own_environment(tmp_path):
+    """Where the run played another lake than the usual one, the usual one's table says nothing of it."""
+    usual = world("FrozenLake-misc").mdp
+    for i, (flags, transition) in enumerate(
+        (
+            ("--settings max_steps_in_episode=9", usual.transition),
+            ("--repeat 2", None),
+            ("--num-steps 5", None),
+        )
+    ):
+        folder = tmp_path / str(i)
+        main([*FROZEN.split(), "--seeds", "1", *flags.split(), "--run", str(folder)])
+        found = load(str(folder))
+        place = world("FrozenLake-misc", None, found)
+        if transition is None:
+            assert place.mdp is None
+            assert place.env.horizon == {1: 50, 2: 5}[i]
+        else:
+            assert place.mdp.horizon == place.env.horizon == 9
 
 
 def test_the_list_names_every_experiment(capsys):

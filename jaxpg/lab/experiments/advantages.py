@@ -40,6 +40,8 @@ def gae(settings: Settings, progress: Progress) -> Result:
     """
     world = world_of(settings)
     chosen = [0.0, 0.5, 0.9, 1.0] if settings.quick else [0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0]
+    if settings.checkpoint is not None:
+        chosen = sorted({*chosen, float(world.hyperparams.lambda_)})
     if world.mdp is None:
         return _gae_measured(world, chosen, settings, progress)
     truth = gradient(world)
@@ -69,7 +71,7 @@ def gae(settings: Settings, progress: Progress) -> Result:
 
 def _gae_measured(world, chosen, settings, progress) -> Result:
     """The trace and the distance to the mean of rewards to go, with the world's critic or a new one."""
-    if settings.quick:
+    if settings.quick and settings.checkpoint is None:
         world = world._replace(env=world.env._replace(horizon=min(world.env.horizon, QUICK_STEPS)))
     kind = "trained" if world.critic is not None else "untrained"
     if world.critic is None:

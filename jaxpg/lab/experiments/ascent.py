@@ -81,7 +81,7 @@ def ascend(
     """
     shape, theta = world.logits.shape, np.asarray(world.logits, np.float64).reshape(-1)
     m = np.eye(len(theta)) if matrix is None else matrix
-    numbers = _numbers(RATES.get(name, 0.0))
+    numbers = Hyperparams(learning_rate=RATES.get(name, 0.0), max_grad_norm=NO_CLIP)
     transform = OPTIMIZERS[name](numbers) if name in OPTIMIZERS else None
     state: Any = transform.init(jnp.zeros(len(theta))) if transform else None
     path = [theta]
@@ -123,10 +123,6 @@ def probabilities(logits):
     return weight / weight.sum(axis=-1, keepdims=True)
 
 
-def _numbers(rate, gamma=1.0) -> Hyperparams:
-    return Hyperparams(learning_rate=rate, gamma=gamma, max_grad_norm=NO_CLIP)
-
-
 def _sampled(world, name, scales, settings, num_updates) -> list[Curves]:
     """The same seeds for every scale of the rewards."""
     slots = Algorithm(Estimator(), policy_optimizer=OPTIMIZERS[name])
@@ -134,8 +130,9 @@ def _sampled(world, name, scales, settings, num_updates) -> list[Curves]:
     keys = jnp.tile(jax.random.split(key_of(settings), settings.repeats), len(scales))
     rate = RATES[name]
     if not has_exact(world):
-        rate = adam_rate(world) if name == "adam" else small_rate(world, key_of(settings))
-    curves = run(keys, _numbers(rate, world.gamma), np.repeat(scales, settings.repeats))
+        rate = small_rate(world, key_of(settings)) if name == "sgd" else adam_rate(settings, world)
+    numbers = world.hyperparams._replace(learning_rate=rate, max_grad_norm=NO_CLIP)
+    curves = run(keys, numbers, np.repeat(scales, settings.repeats))
     parts = [np.split(x, len(scales)) for x in curves]
     return [Curves(*each) for each in zip(*parts, strict=True)]
 

@@ -36,15 +36,16 @@ def clipping(settings: Settings, progress: Progress) -> Result:
     because what it cuts is not the tail of the noise but the side that has moved furthest.
     """
     lag = lag_of(settings)
-    epsilons = (None, 0.1, 0.2, 0.3)
+    numbers = lag.world.hyperparams
+    epsilons = (None, *sorted({0.1, 0.2, 0.3, float(numbers.clip_eps)}))
     lags = (0.5, 1.0, 1.5) if settings.quick else (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     if lag.world.mdp is None:
         centred = _centred_returns(lag, settings)
-        forms = [_clipped(centred, epsilon, lag.world.gamma) for epsilon in epsilons]
+        forms = [_clipped(centred, epsilon, numbers) for epsilon in epsilons]
         return measured_result(lag, forms, lags, settings, progress)
     grid = sorted({*np.linspace(0.0, 1.5, 31).round(3).tolist(), *lags})
     advantages = partial(known_advantage, value_tables_of_actions(lag.world, lag.behaviour))
-    forms = [_clipped(advantages, epsilon, lag.world.gamma) for epsilon in epsilons]
+    forms = [_clipped(advantages, epsilon, numbers) for epsilon in epsilons]
     found = measured_lags(lag, forms, lags, settings, progress)
     rows = []
     for x in grid:
@@ -82,7 +83,7 @@ def _centred_returns(lag: Lag, settings):
     world, key = lag.at(0.0), jax.random.fold_in(key_of(settings), 2)
     source = source_of(world, form("rtg", world), key)
     trajectory = jax.jit(partial(roll, source, 0, PILOT))()
-    hyperparams = Hyperparams(gamma=world.gamma)
+    hyperparams = world.hyperparams
     psi = credit.reward_to_go(jnp.ones(trajectory.mask.shape), trajectory, hyperparams)
     # An episode that has ended has nothing to go, and does not count.
     alive = np.asarray(trajectory.mask)
@@ -98,9 +99,9 @@ def _at(rows, name, x):
     return [r for r in rows if r["estimator"] == name and r["lag"] == x]
 
 
-def _clipped(advantages, epsilon, gamma) -> Form:
+def _clipped(advantages, epsilon, numbers: Hyperparams) -> Form:
     surrogate = surrogates.ratio if epsilon is None else surrogates.clipped
-    hyperparams = Hyperparams(gamma=gamma, clip_eps=1e9 if epsilon is None else epsilon)
+    hyperparams = numbers._replace(clip_eps=1e9 if epsilon is None else epsilon)
     name = "unclipped" if epsilon is None else f"clipped_{epsilon:g}"
     estimator = Estimator(advantages, surrogate=surrogate)
     return Form(name, estimator, hyperparams, None, off_policy=True)

@@ -112,7 +112,7 @@ def standardised_bandit() -> list[dict]:
 def _form(name, world) -> Form:
     if name != STANDARDISED:
         return form(name, world)
-    return Form(name, _STANDARDISED, Hyperparams(gamma=world.gamma), None, warning=_SCALED)
+    return Form(name, _STANDARDISED, world.hyperparams, None, warning=_SCALED)
 
 
 def _share(mean, true) -> float:
@@ -255,7 +255,7 @@ def _trace(world, logits):
 
 def _moments(world, logits) -> Moments:
     slots = Estimator(importance=importance.from_start(importance.per_decision))
-    return exact.moments(world.mdp, world.logits, slots, Hyperparams(gamma=world.gamma), logits)
+    return exact.moments(world.mdp, world.logits, slots, world.hyperparams, logits)
 
 
 def _bandit_world() -> World:

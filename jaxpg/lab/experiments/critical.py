@@ -40,7 +40,6 @@ from jaxpg.lab.experiments.training import (
 from jaxpg.lab.streaming import Estimate
 from jaxpg.lab.worlds import REGULATOR, World, has_exact, regulator_world
 from jaxpg.optimizers import sgd
-from jaxpg.types import Hyperparams
 
 NO_CLIP = 1e9  # max_grad_norm
 SHARE = 0.9  # of the runs that have to be at the target at once
@@ -80,8 +79,9 @@ def large_batch(settings: Settings, progress: Progress) -> Result:
     return Result(tidy(rows), summary, lambda figure: _draw(figure, rows, fronts, found, summary))
 
 
-def curved_world(gamma: float = 1.0) -> World:
+def curved_world(gamma: float | None = None) -> World:
     """The regulator with a gain and an offset to learn: a stiff and a soft direction around an optimum."""
+    gamma = 1.0 if gamma is None else gamma
     return regulator_world(gain=0.0, offset=-1.0, gamma=gamma, fixed_std=True)
 
 
@@ -110,7 +110,7 @@ def train_to_target(
         count = len(rates) * settings.repeats
         keys = jax.random.split(jax.random.fold_in(key_of(settings), index), count)
         repeated = np.repeat(rates, settings.repeats)
-        numbers = Hyperparams(learning_rate=repeated, gamma=world.gamma, max_grad_norm=NO_CLIP)
+        numbers = world.hyperparams._replace(learning_rate=repeated, max_grad_norm=NO_CLIP)
         shape = len(rates), settings.repeats, num_updates
         curves = Curves(*(x.reshape(shape) for x in run(keys, numbers)))
         target = _target(world, curves.score, grid.fraction) if np.isnan(target) else target

@@ -23,7 +23,6 @@ from jaxpg.lab.experiments.pairs import intervals, norm, paired, squares
 from jaxpg.lab.experiments.sampling import measure
 from jaxpg.lab.streaming import Moments, jackknife
 from jaxpg.lab.worlds import World, coordinates
-from jaxpg.types import Hyperparams
 
 GAMMAS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 NO_GRADIENT = "biased, and the gradient of no function (Nota and Thomas, 2020)"
@@ -33,12 +32,15 @@ NOISE = "at small gamma the gradient is not clear of the noise: use more traject
 def discount(settings: Settings, progress: Progress) -> Result:
     """Dropping gamma^t: the bias, the turn, and that the result is the gradient of no function."""
     world = world_of(settings)
-    forms = {each: _discounted(*each) for each in product(GAMMAS, (True, False))}
+    gammas = GAMMAS
+    if settings.checkpoint is not None and world.gamma < 1:
+        gammas = tuple(sorted({*GAMMAS, world.gamma}))
+    forms = {each: _discounted(world, *each) for each in product(gammas, (True, False))}
     measured = measure(
         world, list(forms.values()), key_of(settings), settings.trajectories, progress=progress
     )
     rows = []
-    for gamma in GAMMAS:
+    for gamma in gammas:
         true, other = (measured[forms[gamma, start].name] for start in (True, False))
         pairs = paired(true.levels[1], other.levels[1])
         known = {} if world.mdp is None else discount_bias(world, gamma)
@@ -51,7 +53,7 @@ def discount(settings: Settings, progress: Progress) -> Result:
         for name, warning in (("without_start", NO_GRADIENT), ("from_start", "")) if known else ():
             row = {"estimator": name, "quantity": "asymmetry", "gamma": gamma, "warning": warning}
             rows.append(row | {"exact": known[f"asymmetry_{name}"]})
-    known = {} if world.mdp is None else {g: discount_bias(world, g) for g in GAMMAS}
+    known = {} if world.mdp is None else {g: discount_bias(world, g) for g in gammas}
     found = {
         r["gamma"]: r["measured"] if np.isfinite(r["measured"]) else None
         for r in rows
@@ -108,10 +110,10 @@ def _field(world: World, gamma, from_start):
     return field
 
 
-def _discounted(gamma, from_start) -> Form:
+def _discounted(world, gamma, from_start) -> Form:
     slot = importance.from_start(importance.on_policy) if from_start else importance.on_policy
     name = f"{'from' if from_start else 'without'}_start_{gamma:g}"
-    return Form(name, Estimator(importance=slot), Hyperparams(gamma=gamma), None)
+    return Form(name, Estimator(importance=slot), world.hyperparams._replace(gamma=gamma), None)
 
 
 def _relative(moments: Moments) -> float:
@@ -142,7 +144,7 @@ def _draw_discount(figure, rows):
             drawing.line(axis, gammas, [r["exact"] for r in found], 0, "exact")
         drawing.points(axis, gammas, *intervals(found), 0, "measured")
         drawing.label(axis, title, r"discount $\gamma$ [per step]", y)
-        axis.set_xlim(min(GAMMAS) - 0.03, 1.0)  # also where few of them could be measured
+        axis.set_xlim(gammas[0] - 0.03, 1.0)  # also where few of them could be measured
     for i, (name, label) in enumerate(
         {"without_start": "$c_t = 1$", "from_start": r"$c_t = \gamma^t$"}.items()
     ):

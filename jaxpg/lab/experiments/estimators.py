@@ -35,7 +35,6 @@ from jaxpg.lab.experiments.forms import (
 )
 from jaxpg.lab.samples import couples
 from jaxpg.lab.worlds import World, coordinates, has_exact, lifted
-from jaxpg.types import Hyperparams
 
 __all__ = [
     "ESTIMATORS",
@@ -73,7 +72,7 @@ def form(name: str, world: World) -> Form:
             f"{name} needs {_NEEDS[named.needs]}, which {world.name} has not; these can be measured there: "
             f"{', '.join(available(world))}"
         )
-    fields = {"hyperparams": Hyperparams(gamma=world.gamma), "exact": None, "estimator": None}
+    fields = {"hyperparams": world.hyperparams, "exact": None, "estimator": None}
     fields |= named.make(world)
     estimator = fields["estimator"]
     if estimator is not None and fields["exact"] is None and has_exact(world):

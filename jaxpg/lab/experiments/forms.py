@@ -66,7 +66,7 @@ def known_advantage(table: np.ndarray, trace: Array, trajectory: Trajectory, hyp
 def lambda_form(world: World, lambda_: float, quality: float = 1.0, offset: float = 0.0) -> Form:
     """Generalised advantages with the critic quality V + offset, V exact (or the world's own critic)."""
     estimator = Estimator(LAMBDA, baselines.critic, _start(world, importance.on_policy))
-    hyperparams = Hyperparams(gamma=world.gamma, lambda_=lambda_)
+    hyperparams = world.hyperparams._replace(lambda_=lambda_)
     name = f"gae_{lambda_:g}"
     exact_critic = world.regulator is not None
     biased = "" if lambda_ == 1.0 or exact_critic else "biased where the critic is wrong"

@@ -36,8 +36,8 @@ class Settings(NamedTuple):
     repeats: int = 64  # independent batches or runs, where an experiment repeats something
     seed: int = 0
     quick: bool = False
-    gamma: float = 1.0
-    checkpoint: Checkpoint | None = None  # final parameters of a run
+    gamma: float | None = None  # None: the checkpoint's, or 1
+    checkpoint: Checkpoint | None = None  # final parameters of a run, and its numbers
 
 
 class Result(NamedTuple):

@@ -23,7 +23,6 @@ from jaxpg.lab.reliability import (
     probability_of_improvement,
 )
 from jaxpg.lab.worlds import has_exact
-from jaxpg.types import Hyperparams
 
 NO_CLIP = 1e9  # max_grad_norm
 
@@ -35,13 +34,12 @@ def seeds(settings: Settings, progress: Progress) -> Result:
     num_updates, num_envs = (50, 8) if settings.quick else (200, 16)
     curves, steps_taken = {}, {}
     for world in worlds:
-        rate = adam_rate(world)
-        numbers = Hyperparams(
-            learning_rate=rate,
-            critic_learning_rate=rate,
-            max_grad_norm=NO_CLIP,
-            gamma=world.gamma,
-        )
+        numbers = world.hyperparams
+        if settings.checkpoint is None:
+            rate = adam_rate(settings, world)
+            numbers = numbers._replace(
+                learning_rate=rate, critic_learning_rate=rate, max_grad_norm=NO_CLIP
+            )
         for index, name in enumerate(names):
             progress(f"{settings.repeats} runs of {name} on {world.name}")
             row = algorithm(name)

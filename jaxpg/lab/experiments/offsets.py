@@ -28,7 +28,6 @@ from jaxpg.lab.experiments.lags import QUICK_STEPS
 from jaxpg.lab.experiments.sampling import measure
 from jaxpg.lab.streaming import moments_of
 from jaxpg.lab.worlds import tables
-from jaxpg.types import Hyperparams
 
 OFFSETS = (0.0, 1.0, 10.0, 1e2, 1e3, 1e4, 1e5, 1e6)
 REWARDS = (1.0, -1.0)  # of the two arms, before the offset
@@ -62,7 +61,7 @@ def _exact_traces(world, settings, progress) -> tuple[list[dict[str, Any]], dict
     named = {f"none, {k:g}": ("none", k, -k) for k in OFFSETS} | {
         "optimal": ("optimal", None, best)
     }
-    hyperparams = Hyperparams(gamma=world.gamma)
+    hyperparams = world.hyperparams
     forms = [
         Form(name, Estimator(credit.total_return, baselines.constant(b)), hyperparams, None)
         for name, (_, _, b) in named.items()
@@ -84,7 +83,7 @@ def _exact_traces(world, settings, progress) -> tuple[list[dict[str, Any]], dict
 
 def _measured_traces(world, settings, progress) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """kappa added to every reward of the episode, so that its length counts too."""
-    hyperparams = Hyperparams(gamma=world.gamma)
+    hyperparams = world.hyperparams
     forms = [
         Form(f"none, {k:g}", Estimator(partial(_raised, k)), hyperparams, None) for k in OFFSETS
     ]
@@ -107,7 +106,7 @@ def _raised(kappa, trace, trajectory, hyperparams):
 
 def _quadratic(world) -> dict[str, float]:
     """tr(0), E[|U|^2 R] and E|U|^2: three traces determine them."""
-    hyperparams, found = Hyperparams(gamma=world.gamma), tables(world)
+    hyperparams, found = world.hyperparams, tables(world)
 
     def trace(kappa):
         slots = Estimator(credit.total_return, baselines.constant(-kappa))

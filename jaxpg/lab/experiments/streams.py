@@ -52,8 +52,9 @@ def long_short() -> World:
     logits[0, 0] = params["preference"]
     one = np.eye(8)[:, :1]
     return World(
-        LONG_SHORT, from_mdp(mdp), policy, params, 1.0, mdp, logits, factor=one, basis=np.eye(1)
-    )
+        LONG_SHORT, from_mdp(mdp), policy, params, Hyperparams(gamma=1.0), mdp, logits,
+        factor=one, basis=np.eye(1),
+    )  # fmt: skip
 
 
 def measure_windows(world: World, direction, key, num_envs: int, lengths) -> list[Lanes]:
@@ -72,7 +73,7 @@ def measure_windows(world: World, direction, key, num_envs: int, lengths) -> lis
             params = AgentParams(world.params, ())
             _, (whole, _) = unroll(world.env, agent, params, stream, k_steps, max(lengths))
             cuts = [jax.tree.map(lambda x, n=n: x[:n], whole) for n in lengths]
-            return [lane_sums(world.policy, world.params, direction, cut) for cut in cuts]
+            return [lane_sums(world, direction, cut) for cut in cuts]
 
         return jax.lax.map(chunk, jnp.arange(-(-num_envs // size)))
 
@@ -80,8 +81,12 @@ def measure_windows(world: World, direction, key, num_envs: int, lengths) -> lis
     return jax.tree.map(lambda x: np.asarray(x, np.float64).reshape(-1)[:num_envs], program(key))
 
 
-def lane_sums(policy, params, direction, trajectory) -> Lanes:
-    """Lanes of a trajectory that starts with fresh resets: one forward-mode pass for all scores."""
+def lane_sums(world: World, direction, trajectory) -> Lanes:
+    """Lanes of a trajectory that starts with fresh resets: one forward-mode pass for all scores.
+
+    Rewards and scores are discounted from the start of their episode: the exact gradient of its return.
+    """
+    policy, params, hyperparams = world.policy, world.params, world.hyperparams
     carry = policy.initial_carry(trajectory.reward.shape[1])
 
     def log_prob(params):
@@ -89,8 +94,10 @@ def lane_sums(policy, params, direction, trajectory) -> Lanes:
             trajectory.action
         )
 
-    score = jax.jvp(log_prob, (params,), (direction,))[1]
-    ones, hyperparams = jnp.ones_like(trajectory.reward), Hyperparams(gamma=1.0)
+    ones, row = jnp.ones_like(trajectory.reward), jnp.arange(len(trajectory.reward))[:, None]
+    age = row - jax.lax.cummax(jnp.where(trajectory.first, row, 0), axis=0)
+    discount = hyperparams.gamma**age
+    score = discount * jax.jvp(log_prob, (params,), (direction,))[1]
     to_go = credit.reward_to_go(ones, trajectory, hyperparams)
     endless = trajectory._replace(last=jnp.zeros_like(trajectory.last))
     across = credit.reward_to_go(ones, endless, hyperparams)
@@ -102,7 +109,7 @@ def lane_sums(policy, params, direction, trajectory) -> Lanes:
         started=(score * to_go).sum(axis=0),
         starts=starts,
         unmasked=(score * across).sum(axis=0),
-        returns=(complete * trajectory.reward).sum(axis=0),
+        returns=(complete * discount * trajectory.reward).sum(axis=0),
     )
 
 

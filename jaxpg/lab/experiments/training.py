@@ -14,6 +14,7 @@ from jaxpg.algorithms import Algorithm
 from jaxpg.envs import Env, check_mdp
 from jaxpg.lab import regulators
 from jaxpg.lab.experiments.estimators import form
+from jaxpg.lab.experiments.frame import Settings
 from jaxpg.lab.experiments.sampling import options_for
 from jaxpg.lab.samples import gradient_samples
 from jaxpg.lab.worlds import World, has_exact
@@ -145,11 +146,13 @@ def small_rate(world: World, key: Key) -> float:
     estimator = form("rtg", world).estimator
     assert estimator is not None
     rows = gradient_samples(
-        world.env, world.policy, estimator, world.params, key, 64, Hyperparams(gamma=world.gamma)
+        world.env, world.policy, estimator, world.params, key, 64, world.hyperparams
     )
     return 1 / 32 / float(np.sqrt((np.asarray(rows) ** 2).sum(axis=1).mean()))
 
 
-def adam_rate(world: World) -> float:
-    """A learning rate of Adam's: logits of a table may move faster than the weights of a network."""
+def adam_rate(settings: Settings, world: World) -> float:
+    """A learning rate of Adam's: a run's own; else logits of a table move faster than a network's weights."""
+    if settings.checkpoint is not None:
+        return settings.checkpoint.hyperparams.learning_rate
     return 0.05 if has_exact(world) else 3e-3

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jaxpg.estimators import Estimator, baselines
+from jaxpg.estimators import baselines
 from jaxpg.lab.experiments import drawing
-from jaxpg.lab.experiments.estimators import gradient
+from jaxpg.lab.experiments.estimators import form, gradient
 from jaxpg.lab.experiments.frame import (
     Experiment,
     Progress,
@@ -32,7 +32,6 @@ from jaxpg.lab.experiments.streams import (
 from jaxpg.lab.samples import gradient_samples
 from jaxpg.lab.streaming import jackknife
 from jaxpg.lab.worlds import World, lifted
-from jaxpg.types import Hyperparams
 
 WINDOWS = {
     "per_environment": "mean per environment",
@@ -47,7 +46,7 @@ POOLED_LENGTH, POOLED_SIZES = 8, (1, 2, 4, 16, 64)
 def windows(settings: Settings, progress: Progress) -> Result:
     """What windows of L steps of an auto-reset stream say about the gradient, by how they are averaged."""
     own = settings.env == LONG_SHORT
-    world = long_short() if own else world_of(settings._replace(gamma=1.0))
+    world = long_short() if own else world_of(settings)
     horizon = world.env.horizon
     lengths = (2, 4, 8, 16, 24) if own else [max(1, int(horizon * f)) for f in (0.5, 1, 2, 4)]
     k_truth, k_windows = jax.random.split(key_of(settings))
@@ -79,10 +78,12 @@ def _true_direction(world: World, key, num_trajectories):
         vector = lifted(world, gradient(world))
         size = float(np.linalg.norm(vector))
         return unravel(jnp.asarray(vector / size, flat.dtype)), row | {"exact": size}
+    estimator = form("rtg", world).estimator
+    assert estimator is not None
     sample = jax.jit(
         lambda key: gradient_samples(
-            world.env, world.policy, Estimator(baseline=baselines.leave_one_out), world.params,
-            key, number, Hyperparams(gamma=1.0),
+            world.env, world.policy, estimator._replace(baseline=baselines.leave_one_out),
+            world.params, key, number, world.hyperparams,
         )
     )  # fmt: skip
     vector, rows = (np.asarray(sample(k), np.float64) for k in jax.random.split(key))
