@@ -8,10 +8,11 @@ from scipy.special import stdtrit
 
 RESAMPLES = 2000
 ANY = (-np.inf, np.inf)
+NOT_RESOLVED = "not resolved"
 
 
 class Estimate(NamedTuple):
-    """A number with its confidence interval; not clipped, so an unbiased square may be negative."""
+    """A number with its confidence interval; see `ratio` for one that is not resolved."""
 
     value: Any  # floats, or arrays of one shape
     low: Any
@@ -44,6 +45,64 @@ def mean_interval(
             lambda x: x.mean(axis=-2), columns[:, beyond], confidence=confidence
         )
     return Estimate(*(x.reshape(values.shape[1:])[()] for x in found))
+
+
+def within(estimate: Estimate, lowest: float = 0.0, highest: float = np.inf) -> Estimate:
+    """The estimate with its interval in the range that the quantity is known to have.
+
+    The value is left: that of an unbiased square may be negative.
+    """
+    value, low, high = estimate
+    return Estimate(value, *(np.clip(end, lowest, highest) for end in (low, high)))
+
+
+def ratio(top: Estimate, bottom: Estimate, quotient: Estimate) -> Estimate:
+    """`quotient`, an estimate of top / bottom >= 0, where the interval of bottom >= 0 is clear of 0.
+
+    Elsewhere bottom may be as small as you like, and all that is known is a bound from below:
+    (nan, top.low / bottom.high, inf), whose bound is nan where top too may be 0. Fields may be arrays.
+    """
+    resolved = np.asarray(bottom.low) > 0
+    known = (np.asarray(top.low) > 0) & (np.asarray(bottom.high) > 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bound = np.where(known, np.asarray(top.low) / np.asarray(bottom.high), np.nan)
+    otherwise = np.nan, bound, np.inf
+    return Estimate(
+        *(np.where(resolved, x, y)[()] for x, y in zip(quotient, otherwise, strict=True))
+    )
+
+
+def unresolved(estimate: Estimate) -> bool:
+    """Whether `ratio` found only a bound."""
+    return bool(np.isnan(estimate.value) and estimate.high == np.inf)
+
+
+def told(bound: float) -> str:
+    """What is said of a ratio that is not resolved, of which a bound from below is known, or none (nan)."""
+    return NOT_RESOLVED if np.isnan(bound) else f"{NOT_RESOLVED}; above {bound:.4g}"
+
+
+def ratio_of_means(top: np.ndarray, bottom: np.ndarray, confidence: float = 0.95) -> Estimate:
+    """`ratio` of the means of n samples [..., n] in pairs; nothing is resolved with fewer than 2."""
+    count = top.shape[-1]
+    if count < 2:
+        none = np.full(top.shape[:-1], np.nan)
+        return Estimate(none, none, none + np.inf)
+    level = quantile(confidence, count)
+
+    def around(value, error):
+        return Estimate(value, value - level * error, value + level * error)
+
+    means = (
+        around(x.mean(axis=-1), x.std(axis=-1, ddof=1) / np.sqrt(count)) for x in (top, bottom)
+    )
+    one, other = means
+    with np.errstate(divide="ignore", invalid="ignore"):
+        left = (top.sum(axis=-1, keepdims=True) - top) / (
+            bottom.sum(axis=-1, keepdims=True) - bottom
+        )
+        error = np.sqrt((count - 1) * left.var(axis=-1))
+        return ratio(one, other, around(one.value / other.value, error))
 
 
 def attained(*values) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpg.experiment.folder import write_atomically, write_json
+from jaxpg.intervals import NOT_RESOLVED, told
 
 TABLE, CSV, SUMMARY, *_ = FILES = (
     "table.parquet",
@@ -94,14 +95,14 @@ def lines(table: dict[str, list]) -> list[str]:
     ]
     if len(chosen) < count:
         shown.append(f"({len(chosen)} of {count} rows; all are in {CSV})")
-    # One line for each estimator: its last warning stands for the others, which are in the files.
-    warnings = {e: w for e, w in zip(table["estimator"], table["warning"], strict=True) if w}
-    said = {name: text.split("; ") for name, text in warnings.items()}
-    # What is said of every row is said once.
-    first = next((w or "" for w in table["warning"]), "").split("; ")[0]
-    if first and all((w or "").startswith(first) for w in table["warning"]):
+    # What a flag does is said once for all rows, and what is not resolved is said in its place.
+    said = [w.split(NOT_RESOLVED)[0].strip("; ") if w else "" for w in table["warning"]]
+    first = said[0].split("; ")[0] if said else ""
+    if first.startswith("--") and all(w.startswith(first) for w in said):
         shown.append(f"warning: {first}")
-        warnings = {name: "; ".join(parts[1:]) for name, parts in said.items() if parts[1:]}
+        said = [w.removeprefix(first).strip("; ") for w in said]
+    # One line for each estimator: its last warning stands for the others, which are in the files.
+    warnings = {e: w for e, w in zip(table["estimator"], said, strict=True) if w}
     shown += [f"warning: {name}: {text}" for name, text in list(warnings.items())[:MOST_WARNINGS]]
     if len(warnings) > MOST_WARNINGS:
         shown.append(f"({len(warnings) - MOST_WARNINGS} more estimators have warnings)")
@@ -111,10 +112,14 @@ def lines(table: dict[str, list]) -> list[str]:
 def _cell(table, name, i) -> str:
     value = _plain(table[name][i])
     text = _number(value)
-    if name == "measured" and value is not None:
+    if name == "measured":
         low, high = _plain(table["low"][i]), _plain(table["high"][i])
-        if low is not None and high is not None and math.isfinite(high - low):
-            text += f" ±{(high - low) / 2:.1g}"
+        if value is None and high == math.inf:
+            return told(math.nan if low is None else low)
+        if value is not None and low is not None and high is not None and high < math.inf:
+            half = (high - low) / 2
+            even = abs(value - (high + low) / 2) <= 0.1 * half
+            text += f" ±{half:.1g}" if even else f" [{low:.3g}, {high:.3g}]"
     return text
 
 

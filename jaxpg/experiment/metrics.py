@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxpg.experiment.config import Config
 from jaxpg.experiment.folder import append_json, json_line, jsonable, write_atomically
+from jaxpg.experiment.statistics import noise_ratios
 from jaxpg.types import Hyperparams
 
 
@@ -59,14 +60,20 @@ def nan_mean(values: np.ndarray) -> np.ndarray:
 def means(records: Records, num_envs: int) -> dict[str, np.ndarray]:
     """[N] each: the chunk's means and, where noise is measured, ratios of them."""
     found = {name: nan_mean(values) for name, values in records.metrics.items()}
-    if {"noise", "signal"} <= found.keys():
-        # Ratios of averages: each update's own is too noisy to be averaged.
-        noise, signal = found["noise"], found["signal"]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            found |= {
-                "noise_scale": num_envs * noise / signal,  # in episodes, or lanes
-                "signal_to_noise": signal / noise,
-            }
+    return found | _ratios(records, num_envs, [[i] for i in range(len(records.env_steps))])
+
+
+def _ratios(records: Records, num_envs: int, groups: list[list[int]]) -> dict[str, np.ndarray]:
+    """[G] each, over a group's replicas and the chunk's updates; where not resolved NaN, and a bound."""
+    if not {"noise", "signal"} <= records.metrics.keys():
+        return {}
+    noise, signal = (
+        np.stack([records.metrics[name][rows].ravel() for rows in groups])
+        for name in ("noise", "signal")
+    )
+    found = {}
+    for name, (value, low, _) in noise_ratios(noise, signal, num_envs).items():
+        found |= {name: value, f"{name}_above": np.where(np.isnan(value), low, np.nan)}
     return found
 
 
@@ -296,14 +303,14 @@ def _settings(labels, columns) -> dict[str, list[int]]:
 
 
 def _by_setting(records, labels, columns, num_envs) -> dict[str, dict[str, float]]:
-    found = means(records, num_envs)
-    counts = {"env_steps": records.env_steps[:, -1].astype(float)}
-    return {
-        name: {
-            metric: float(mean)
-            for metric, values in (found | counts).items()
-            if not np.isnan(mean := nan_mean(values[None, rows])[0])
-        }
-        | {"seconds": float(records.seconds[-1])}
-        for name, rows in _settings(labels, columns).items()
-    }
+    settings = _settings(labels, columns)
+    ratios = _ratios(records, num_envs, list(settings.values()))
+    found = {name: nan_mean(values) for name, values in records.metrics.items()}
+    found["env_steps"] = records.env_steps[:, -1].astype(float)
+    scalars = {}
+    for place, (name, rows) in enumerate(settings.items()):
+        each = {metric: nan_mean(values[None, rows])[0] for metric, values in found.items()}
+        each |= {metric: values[place] for metric, values in ratios.items()}
+        scalars[name] = {metric: float(x) for metric, x in each.items() if not np.isnan(x)}
+        scalars[name]["seconds"] = float(records.seconds[-1])
+    return scalars

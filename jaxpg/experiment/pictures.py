@@ -29,7 +29,7 @@ def prepare(argv: Sequence[str]) -> Request:
 
     folders = [Path(name) for name in arguments.runs]
     series = read(folders)
-    metrics = sorted({name for s in series for name in s.metrics})
+    metrics = sorted({name for s in series for name in (*s.metrics, *s.ratios)})
     if arguments.metric not in metrics:
         near = difflib.get_close_matches(arguments.metric, metrics, n=3, cutoff=0.4) or metrics
         raise ValueError(f"unknown metric {arguments.metric!r}; did you mean {', '.join(near)}?")

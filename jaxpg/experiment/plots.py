@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxpg.experiment.records import Series
 from jaxpg.experiment.statistics import band, robust, scaled
-from jaxpg.intervals import bootstrap
-from jaxpg.lab.experiments.drawing import COLOURS, LINES, MARKERS, caption, label, panels
+from jaxpg.intervals import Estimate, bootstrap
+from jaxpg.lab.experiments.drawing import COLOURS, LINES, MARKERS, bounds, caption, label, panels
 from jaxpg.lab.reliability import (
     interquartile_mean,
     performance_profile,
@@ -29,7 +29,7 @@ BAND = "interquartile mean with 95 % bootstrap band"
 PROFILE_POINTS = 101
 RESAMPLES = 500  # of a profile, for an eye
 HANDLE = 3.5  # of a legend: long enough to show a dash pattern beside its marker
-NOT_DIAGNOSTICS = (RETURN, "episodes", "noise", "signal")  # the last two are drawn as ratios
+NOT_DIAGNOSTICS = (RETURN, "episodes")
 
 
 def curves(figure, series: list[Series], x: str = "env_steps", metric: str = RETURN) -> None:
@@ -51,17 +51,17 @@ def curves(figure, series: list[Series], x: str = "env_steps", metric: str = RET
 
 def diagnostics(figure, series: list[Series], x: str = "env_steps") -> None:
     """Every other metric that was logged, a small panel each."""
-    names = sorted({n for s in series for n in s.metrics} - {*NOT_DIAGNOSTICS})
+    names = sorted({n for s in series for n in (*s.metrics, *s.ratios)} - {*NOT_DIAGNOSTICS})
     if not names:
         raise ValueError("nothing was logged but returns")
     columns = min(3, len(names))
     axes = panels(figure, columns, -(-len(names) // columns), width=3.6, height=2.3)
     places = _places(series)
     for axis, name in zip(axes, names, strict=False):
-        having = [s for s in series if name in s.metrics]
+        having = [s for s in series if name in s.metrics or name in s.ratios]
         for s in having:
             _curve(axis, s, x, name, places[s.label])
-        if _spans_decades(np.concatenate([s.metrics[name].ravel() for s in having])):
+        if _spans_decades(np.concatenate([_values(s, name).ravel() for s in having])):
             axis.set_yscale("log")
         _heed_lines(axis)
         label(axis, words(name), "", "", legend=False)
@@ -147,14 +147,16 @@ def _lowest(scores):
 def _curve(axis, s: Series, x, metric, place):
     # Episodes differ in length, so seeds may differ in the steps they have taken by one update.
     at = {"env_steps": s.env_steps.mean(axis=0), "updates": s.update, "seconds": s.seconds}[x]
-    shown = band(s.metrics[metric])
+    shown = s.ratios[metric] if metric in s.ratios else band(s.metrics[metric])
     colour = COLOURS[place]
+    bounds(axis, at, Estimate(*shown), place)
     axis.plot(
         at, shown.value, color=colour, linestyle=LINES[place], linewidth=1.4, label=s.label,
         marker=MARKERS[place], markerfacecolor="white", markersize=4,
         markevery=(0.05 + 0.02 * place, 0.14),
     )  # fmt: skip
-    axis.fill_between(at, shown.low, shown.high, color=colour, alpha=0.18, linewidth=0)
+    resolved = np.where(np.isfinite(shown.value), [shown.low, shown.high], np.nan)
+    axis.fill_between(at, *resolved, color=colour, alpha=0.18, linewidth=0)
     if x != "seconds":
         axis.xaxis.set_major_formatter(_thousands())
 
@@ -252,6 +254,14 @@ def _rows(axis, names):
 def _places(series) -> dict[str, int]:
     """The line style of each label, the same in all panels."""
     return {name: i for i, name in enumerate(dict.fromkeys(s.label for s in series))}
+
+
+def _values(s: Series, name) -> np.ndarray:
+    """What is drawn of it, bounds included."""
+    if name not in s.ratios:
+        return s.metrics[name]
+    value, low, _ = s.ratios[name]
+    return np.where(np.isnan(value), low, value)
 
 
 def _spans_decades(values) -> bool:

@@ -224,7 +224,7 @@ def _update_of(run: Run) -> int | None:
     if run.update is not None:
         return run.update
     about = files.read_params(run.folder / PARAMS)[1]
-    return about and about["updates"]
+    return about["updates"] if about else None
 
 
 def _read_params(folder: Path, agent: Agent) -> AgentParams:

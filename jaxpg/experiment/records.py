@@ -8,9 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxpg.experiment.folder import CONFIG, EVALUATION, FIGURES, METRICS, TABLE
+from jaxpg.experiment.statistics import noise_ratios
+from jaxpg.intervals import Estimate
 
 SWEEP = "sweep.json"
 MOST_POINTS = 100  # of a curve: more are averaged over windows of updates
+LEAST_WINDOW = 10  # updates that noise and signal are averaged over before their ratio
+RATIOS = ("noise_scale", "signal_to_noise")  # as metrics.jsonl has them, of each chunk
 # Settings that make no other series of a run.
 UNSAID = ("environment", "run", "quiet", "seeds", "checkpoint_seconds", "tensorboard", "wandb",
           "debug_nans", "compilation_cache", "measure_noise", "evaluation_episodes")  # fmt: skip
@@ -28,6 +32,7 @@ class Series(NamedTuple):
     seconds: np.ndarray  # [T] of training, without compilation
     metrics: dict[str, np.ndarray]  # [R, T] each; NaN where there is no value
     final: np.ndarray | None  # [R] mean returns of the final evaluation
+    ratios: dict[str, Estimate] = {}  # noqa: RUF012  [T] each, of averages over seeds and updates
 
 
 def read(folders: list[Path]) -> list[Series]:
@@ -97,8 +102,10 @@ def _read(folder: Path) -> list[Series]:
         final = _final(folder, len(replicas))
     except (OSError, KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
         raise ValueError(f"cannot read the run in {folder}: {error!r}") from error
+    noise = [metrics.pop(name, None) for name in ("noise", "signal")]
+    metrics = {name: each for name, each in metrics.items() if not name.startswith(RATIOS)}
+    every = update
     update, env_steps, seconds, metrics = _windows(update, env_steps, seconds, metrics)
-    metrics = _with_ratios(metrics, structure)
     # Replicas that share every number are the seeds of one series.
     places: dict[tuple, list[int]] = {}
     for i, replica in enumerate(replicas):
@@ -114,6 +121,7 @@ def _read(folder: Path) -> list[Series]:
             seconds,
             {name: each[rows] for name, each in metrics.items()},
             None if final is None else final[rows],
+            _ratios(noise, rows, every, update, structure["num_envs"]),
         )
         for values, rows in places.items()
     ]
@@ -204,12 +212,24 @@ def _windows(update, env_steps, seconds, metrics):
     return update[ends], env_steps[:, ends], seconds[ends], averaged
 
 
-def _with_ratios(metrics, structure):
-    """The noise scale, a ratio of averages: each update's own would be too noisy."""
-    if not {"noise", "signal"} <= metrics.keys() or "noise_scale" in metrics:
-        return metrics
-    noise, signal = metrics["noise"], metrics["signal"]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = {"noise_scale": structure["num_envs"] * noise / signal,
-                  "signal_to_noise": signal / noise}  # fmt: skip
-    return metrics | ratios
+def _ratios(noise, rows, every, shown, num_envs) -> dict[str, Estimate]:
+    """The noise scale and signal to noise at the shown updates, of all seeds and the last updates until then.
+
+    noise: noise and signal [R, T] at `every` update.
+    """
+    if any(each is None for each in noise):
+        return {}
+    found: list[dict[str, Estimate]] = []
+    start = every[0] - 1
+    window = max(LEAST_WINDOW, (every[-1] - start) / MOST_POINTS)
+    for end in shown:
+        # A whole window, but for a run that is shorter.
+        whole = end - window >= start or end == every[-1]
+        inside = (every > end - window) & (every <= end) & whole
+        samples = np.stack([each[rows][:, inside].ravel() for each in noise])
+        above, below = samples[:, np.isfinite(samples).all(axis=0)]  # without what has diverged
+        found.append(noise_ratios(above, below, num_envs))
+    return {
+        name: Estimate(*(np.array(x) for x in zip(*(each[name] for each in found), strict=True)))
+        for name in found[0]
+    }

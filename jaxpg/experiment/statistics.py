@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxpg.intervals import ANY, Estimate, bootstrap, mean_interval
+from jaxpg.intervals import ANY, Estimate, bootstrap, mean_interval, ratio_of_means, within
 
 FEWEST = 0.5  # share of the seeds below which the others' statistic would be about survivors
 BAND_RESAMPLES = 500  # for an eye
@@ -90,6 +90,18 @@ def band(curves: np.ndarray) -> Band:
     for t in np.flatnonzero(~whole & (found.mean(axis=0) >= FEWEST)):
         shown[:, t] = robust(curves[:, t])
     return Band(*shown)
+
+
+def noise_ratios(noise: np.ndarray, signal: np.ndarray, num_envs: int) -> dict[str, Estimate]:
+    """The noise scale (episodes or lanes) and signal to noise of n measurements each, [..., n].
+
+    Ratios of averages, because each measurement's own is mostly noise; and where the average below is not
+    clear of 0 a bound (see intervals.ratio).
+    """
+    return {
+        "noise_scale": within(ratio_of_means(num_envs * noise, signal)),
+        "signal_to_noise": within(ratio_of_means(signal, noise)),
+    }
 
 
 def scaled(scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpg.intervals import Estimate, within
 from jaxpg.lab.samples import (
     Source,
     check_source,
@@ -18,9 +19,9 @@ from jaxpg.lab.samples import (
 )
 from jaxpg.lab.streaming import (
     GROUPS,
-    Estimate,
     Moments,
     jackknife,
+    jackknife_ratio,
     merge,
     merge_groups,
     moments_of,
@@ -38,7 +39,9 @@ class GradientStatistics(NamedTuple):
     trace: Estimate  # tr Cov g
     squared_norm: Estimate  # E|g|^2
     signal: Estimate  # |G|^2, unbiased: may be negative
-    noise_scale: Estimate  # B_simple = tr Cov g / |G|^2 (McCandlish et al., 2018), in units of g
+    # B_simple = tr Cov g / |G|^2 (McCandlish et al., 2018), in units of g; nan and a bound from below
+    # where |G|^2 is not clear of 0
+    noise_scale: Estimate
     cosine: Estimate | None  # of the mean of all samples to the reference
     layers: dict[
         str, Estimate
@@ -91,13 +94,24 @@ def gradient_statistics(
     return GradientStatistics(
         mean=whole.mean,
         variance=whole.squares / (whole.count - 1),
-        trace=estimate(_trace),
-        squared_norm=estimate(lambda m: _trace(m) * (m.count - 1) / m.count + m.mean @ m.mean),
+        trace=within(estimate(_trace)),
+        squared_norm=within(
+            estimate(lambda m: _trace(m) * (m.count - 1) / m.count + m.mean @ m.mean)
+        ),
         signal=estimate(_signal),
-        noise_scale=estimate(lambda m: _trace(m) / _signal(m)),
-        cosine=None if reference is None else estimate(lambda m: _cosine(m.mean, reference)),
+        noise_scale=within(jackknife_ratio(_trace, _signal, moments, confidence)),
+        cosine=None
+        if reference is None
+        else within(estimate(lambda m: _cosine(m.mean, reference)), -1.0, 1.0),
         layers={
-            name: estimate(lambda m, span=span: _signal(_part(m, span)) / _trace(_part(m, span)))
+            name: within(
+                jackknife_ratio(
+                    lambda m, span=span: _signal(_part(m, span)),
+                    lambda m, span=span: _trace(_part(m, span)),
+                    moments,
+                    confidence,
+                )
+            )
             for name, span in spans.items()
         },
         effective_sample_size=ess,

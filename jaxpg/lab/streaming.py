@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpg.intervals import Estimate, quantile
+from jaxpg.intervals import Estimate, quantile, ratio
 from jaxpg.types import Array
 
 GROUPS = 32
@@ -60,6 +60,17 @@ def jackknife(
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         return _jackknife(function, moments, confidence)
+
+
+def jackknife_ratio(
+    top: Callable[[Moments], Any],
+    bottom: Callable[[Moments], Any],
+    moments: Moments,
+    confidence: float = 0.95,
+) -> Estimate:
+    """`ratio` of two functions of moments."""
+    one, other = (jackknife(each, moments, confidence) for each in (top, bottom))
+    return ratio(one, other, jackknife(lambda m: top(m) / bottom(m), moments, confidence))
 
 
 def _jackknife(function, moments, confidence) -> Estimate:

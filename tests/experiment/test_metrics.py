@@ -85,10 +85,15 @@ def test_rewinding_leaves_what_a_checkpoint_knows(tmp_path):
 
 
 def test_ratios_are_of_averages():
-    values = {"noise": np.array([[1.0, 3.0]]), "signal": np.array([[-1.0, 2.0]])}
-    found = metrics.means(Records(np.arange(2), np.zeros((1, 2)), np.arange(2), values), 10)
-    np.testing.assert_allclose(found["noise_scale"], 10 * 2 / 0.5)
-    np.testing.assert_allclose(found["signal_to_noise"], 0.5 / 2)
+    values = {"noise": np.array([[1.0, 3.0] * 4]), "signal": np.array([[-1.0, 5.0] * 4])}
+    found = metrics.means(Records(np.arange(8), np.zeros((1, 8)), np.arange(8), values), 10)
+    # The mean of the updates' own ratios would be -20 / 10.
+    assert np.isnan(found["noise_scale"]) and np.isnan(found["signal_to_noise_above"])
+    np.testing.assert_allclose(found["signal_to_noise"], 2 / 2)
+    values["signal"] = np.array([[1.0, 2.0] * 4])
+    found = metrics.means(Records(np.arange(8), np.zeros((1, 8)), np.arange(8), values), 10)
+    np.testing.assert_allclose(found["noise_scale"], 10 * 2 / 1.5)
+    np.testing.assert_allclose(found["signal_to_noise"], 1.5 / 2)
 
 
 def events(folder):

@@ -25,7 +25,16 @@ def returns_of(rate, updates):
     return level * np.linspace(0, 1, updates)[None]
 
 
-def write_run(folder, algorithm="ppo", rates=(0.1, 0.2), updates=4, *, world="CartPole-v1", **more):
+def write_run(
+    folder,
+    algorithm="ppo",
+    rates=(0.1, 0.2),
+    updates=4,
+    *,
+    world="CartPole-v1",
+    measured=None,
+    **more,
+):
     """A run folder as jaxpg train leaves it, in one chunk of updates after the other."""
     config, grid = preset(world, algorithm)
     grid = Grid(*grid)._replace(learning_rate=rates)
@@ -48,7 +57,8 @@ def write_run(folder, algorithm="ppo", rates=(0.1, 0.2), updates=4, *, world="Ca
                 "grad_norm": 10.0 ** np.full((count, 1), k - 2.0),
                 "noise": np.full((count, 1), 6.0),
                 "signal": np.full((count, 1), 2.0),
-            },
+            }
+            | {name: values[:, k : k + 1] for name, values in (measured or {}).items()},
         )
         table.write(record)
         lines.write(record)
@@ -82,7 +92,8 @@ def test_both_files_tell_the_same_run(tmp_path, parquet):
     np.testing.assert_allclose(other.metrics["episode_return"], returns_of(0.2, 4))
     np.testing.assert_array_equal(np.isnan(one.metrics["kl"]), [[True] + [False] * 3] * SEEDS)
     np.testing.assert_allclose(one.final, 10 + np.arange(SEEDS))
-    np.testing.assert_allclose(one.metrics["noise_scale"], 16 * 3.0)  # num_envs of the preset
+    # Over all updates of a run that has fewer than ten: 16 is num_envs of the preset.
+    np.testing.assert_allclose(one.ratios["noise_scale"].value, [np.nan] * 3 + [16 * 3.0])
 
 
 def test_long_runs_are_averaged_over_windows(tmp_path):
@@ -94,6 +105,43 @@ def test_long_runs_are_averaged_over_windows(tmp_path):
     windows = zip(starts, series.update.astype(int), strict=True)
     means = np.stack([truth[:, a:b].mean(axis=1) for a, b in windows], axis=1)
     np.testing.assert_allclose(series.metrics["episode_return"], means)
+
+
+def test_the_noise_scale_is_a_ratio_of_averages_or_a_bound(tmp_path):
+    """Over seeds and ten updates; where the signal is not clear of 0 only a bound is drawn."""
+    rng = np.random.default_rng(0)
+    updates, clear = 40, np.arange(40) < 20
+    noise = rng.gamma(9.0, size=(SEEDS, updates))
+    signal = np.where(clear, 2.0, 0.0) + rng.normal(size=(SEEDS, updates))
+    measured = {"noise": noise, "signal": signal}
+    (series,) = read([write_run(tmp_path / "r", rates=(0.1,), updates=updates, measured=measured)])
+    found = series.ratios["noise_scale"]
+    for update in (10, 17, 20, 38):
+        some = slice(update - 10, update)
+        above, below = noise[:, some].mean(), signal[:, some].mean()
+        if update <= 20:
+            np.testing.assert_allclose(found.value[update - 1], 16 * above / below)
+            assert found.low[update - 1] < 16 * above / below < found.high[update - 1]
+        else:
+            assert np.isnan(found.value[update - 1]) and found.high[update - 1] == np.inf
+            # The smallest that the intervals of both allow.
+            n, reach = 10 * SEEDS, stats.t.ppf(0.975, 10 * SEEDS - 1)
+            low = above - reach * noise[:, some].std(ddof=1) / n**0.5
+            high = below + reach * signal[:, some].std(ddof=1) / n**0.5
+            np.testing.assert_allclose(found.low[update - 1], 16 * low / high)
+    assert np.isnan(found.value[:9]).all()
+    figure = Figure()
+    plots.diagnostics(figure, [series])
+    (axis,) = (a for a in figure.axes if a.get_title().startswith("noise scale"))
+    heights = np.concatenate([each.get_ydata() for each in axis.get_lines()])
+    assert np.nanmin(heights) > 0 and np.isfinite(found.low[30:]).all()
+    assert {*found.low[30:]} <= {*heights} and max(axis.get_ylim()) > found.low[30:].max()
+    # What the run itself writes has no number there either, in lines or in events.
+    record = metrics.Records(np.arange(30, 40), np.zeros((SEEDS, 10)), np.arange(10.0), {
+        name: each[:, 30:] for name, each in measured.items()
+    })  # fmt: skip
+    line = metrics.means(record, 16)
+    assert np.isnan(line["noise_scale"]).all() and (line["noise_scale_above"] > 0).any()
 
 
 def test_labels_are_what_differs(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxpg.envs import from_lqr
 from jaxpg.estimators import credit
+from jaxpg.intervals import Estimate, within
 from jaxpg.lab import exact
 from jaxpg.lab.experiments import drawing
 from jaxpg.lab.experiments.estimators import available, form, value_tables
@@ -25,7 +26,7 @@ from jaxpg.lab.experiments.pairs import grouped, intervals
 from jaxpg.lab.experiments.sampling import measure, options_for, source_of
 from jaxpg.lab.regulators import coefficients, value_critic
 from jaxpg.lab.samples import roll, rows_of, weigh
-from jaxpg.lab.streaming import Estimate, Moments, jackknife
+from jaxpg.lab.streaming import Moments, jackknife
 from jaxpg.lab.worlds import World, num_params, tabular_world
 
 PARTS = {"initial": "initial state", "action": "actions", "transition": "transitions, reward noise"}
@@ -115,7 +116,9 @@ def split_by_start(world: World, forms, key, num_trajectories) -> list[tuple[Est
     columns = [
         grouped(np.concatenate([np.asarray(x) for x in each])) for each in zip(*chunks, strict=True)
     ]
-    return [(jackknife(between, m), jackknife(lambda m: m.mean[-1], m)) for m in columns]
+    return [
+        (within(jackknife(between, m)), within(jackknife(lambda m: m.mean[-1], m))) for m in columns
+    ]
 
 
 def _mean_and_spread(source, trajectory):

@@ -5,6 +5,7 @@ from itertools import product
 import numpy as np
 
 from jaxpg.estimators import Estimator, importance
+from jaxpg.intervals import Estimate, within
 from jaxpg.lab import exact
 from jaxpg.lab.exact.tables import action_values, discounts, tabulate, visits
 from jaxpg.lab.experiments import drawing
@@ -21,7 +22,7 @@ from jaxpg.lab.experiments.frame import (
 )
 from jaxpg.lab.experiments.pairs import intervals, norm, paired, squares
 from jaxpg.lab.experiments.sampling import measure
-from jaxpg.lab.streaming import Moments, jackknife
+from jaxpg.lab.streaming import Moments, jackknife, jackknife_ratio
 from jaxpg.lab.worlds import World, coordinates
 
 GAMMAS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -47,7 +48,7 @@ def discount(settings: Settings, progress: Progress) -> Result:
         common = {"gamma": gamma, "trajectories": other.trajectories, "env_steps": other.env_steps}
         for quantity, function in (("relative_bias", _relative), ("cosine", _cosine)):
             row = {"estimator": "without_start", "quantity": quantity, "exact": known.get(quantity)}
-            value = jackknife(function, pairs)
+            value = function(pairs)
             warning = NO_GRADIENT if np.isfinite(value.value) else NOISE
             rows.append(estimated(value, **row, **common, warning=warning))
         for name, warning in (("without_start", NO_GRADIENT), ("from_start", "")) if known else ():
@@ -116,18 +117,22 @@ def _discounted(world, gamma, from_start) -> Form:
     return Form(name, Estimator(importance=slot), world.hyperparams._replace(gamma=gamma), None)
 
 
-def _relative(moments: Moments) -> float:
-    """|E(other - one)| / |E one|, by unbiased squares; nan where noise outweighs the gradient."""
-    one, _, difference = squares(moments)
-    return np.sqrt(max(difference, 0.0) / one) if one > 0 else np.nan
+def _relative(pairs: Moments) -> Estimate:
+    """|E(other - one)| / |E one|, the root of a ratio of unbiased squares."""
+    square = jackknife_ratio(lambda m: squares(m)[2], lambda m: squares(m)[0], pairs)
+    return Estimate(*(float(np.sqrt(np.maximum(x, 0.0))) for x in square))
 
 
-def _cosine(moments: Moments) -> float:
+def _cosine(pairs: Moments) -> Estimate:
     """By polarisation: <x, y> = (|x|^2 + |y|^2 - |y - x|^2) / 2, each square unbiased."""
-    one, other, difference = squares(moments)
-    if min(one, other) <= 0:
-        return np.nan
-    return (one + other - difference) / (2 * np.sqrt(one * other))
+
+    def cosine(m):
+        one, other, difference = squares(m)
+        return (one + other - difference) / (2 * np.sqrt(one * other))
+
+    if min(jackknife(lambda m, i=i: squares(m)[i], pairs).low for i in (0, 1)) <= 0:
+        return Estimate(np.nan, np.nan, np.inf)
+    return within(jackknife(cosine, pairs), -1.0, 1.0)
 
 
 def _draw_discount(figure, rows):

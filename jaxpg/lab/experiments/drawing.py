@@ -4,8 +4,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxpg.lab.streaming import Estimate
+
 COLOURS = ("#0b3c5d", "#c1440e", "#3b7a57", "#8a5a9e", "#b8860b", "#5f6a72", "#1d8a99", "#7b2d26")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+ARROW = np.array([(0, 0), (0, 2), (-0.5, 1.3), (0, 2), (0.5, 1.3), (0, 2), (0, 0)])
+BOUND = "not resolved: beyond the arrow's foot"
 LINES: tuple[Any, ...] = (
     "-",
     "--",
@@ -57,6 +61,22 @@ def points(axis, x, measured, low, high, index: int, label: str | None = None) -
         capsize=2.5,
         label=label,
     )
+    bounds(axis, x, Estimate(measured, low, high), index)
+
+
+def bounds(axis, x, estimate: Estimate, index: int, across: bool = False) -> None:
+    """An arrow up (or across) from the bound of every ratio that is not resolved, at x."""
+    measured, low, high = (np.atleast_1d(np.asarray(each, float)) for each in estimate)
+    some = np.isnan(measured) & (high == np.inf) & np.isfinite(low)
+    if not some.any():
+        return
+    known = {each.get_label() for each in axis.get_lines()}
+    place = [np.atleast_1d(x)[some], low[some]]
+    axis.plot(
+        *(place[::-1] if across else place), linestyle="none", markersize=14, markerfacecolor="none",
+        marker=ARROW[:, ::-1] if across else ARROW, color=COLOURS[index % len(COLOURS)],
+        markeredgewidth=1.4, label="_" if BOUND in known else BOUND,
+    )  # fmt: skip
 
 
 def plain_logarithms(axis) -> None:

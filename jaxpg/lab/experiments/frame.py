@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxpg.intervals import Estimate, told, unresolved
 from jaxpg.lab.worlds import TABLES, Checkpoint, World, world
 from jaxpg.types import Key
 
@@ -67,10 +68,19 @@ def key_of(settings: Settings) -> Key:
 
 def tidy(rows: Iterable[Mapping[str, Any]]) -> Table:
     """Rows as columns: those of COLUMNS that no row has are None, an experiment's own come first."""
-    rows = list(rows)
+    rows = [_told(row) for row in rows]
     own = [name for name in dict.fromkeys(k for row in rows for k in row) if name not in COLUMNS]
     names = [COLUMNS[0], *own, *COLUMNS[1:]]
     return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _told(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row, its warning with what is known of a ratio that is not resolved."""
+    measured, low, high = (row.get(name) for name in ("measured", "low", "high"))
+    if measured is None or low is None or not unresolved(Estimate(measured, low, high)):
+        return dict(row)
+    said = "; ".join(filter(None, (row.get("warning"), told(low))))
+    return {**row, "warning": said}
 
 
 def estimated(estimate, **rest) -> dict[str, Any]:

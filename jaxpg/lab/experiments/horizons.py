@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpg.intervals import Estimate, quantile, within
 from jaxpg.lab import exact
 from jaxpg.lab.experiments.drawing import caption, label, line, panels, points
 from jaxpg.lab.experiments.estimators import form
@@ -22,7 +23,7 @@ from jaxpg.lab.experiments.lags import Lag, lag_of
 from jaxpg.lab.experiments.sampling import group_size, source_of
 from jaxpg.lab.samples import log_probs, roll
 from jaxpg.lab.statistics import MIN_EFFECTIVE
-from jaxpg.lab.streaming import GROUPS, quantile
+from jaxpg.lab.streaming import GROUPS
 from jaxpg.lab.worlds import World, tabular_world
 
 SHIFT = 0.3  # between the means of two unit Gaussians, per step
@@ -146,11 +147,13 @@ def _rows(name, horizon, log_weight, known, env_steps) -> list[dict[str, Any]]:
         "trajectories": count,
         "env_steps": env_steps,
     }
+    share = within(Estimate(share, share - half, share + half), 0.0, 1.0)
+    mean = spread.mean()
+    spread = within(Estimate(mean, mean - spread_half, mean + spread_half))
     return [
-        estimated((share, share - half, share + half), quantity="ESS / N", exact=known and known.ess_fraction,
+        estimated(share, quantity="ESS / N", exact=known and known.ess_fraction,
                   warning=warning, **common),
-        estimated((spread.mean(), spread.mean() - spread_half, spread.mean() + spread_half),
-                  quantity="Var log W", exact=known and known.log_variance, **common),
+        estimated(spread, quantity="Var log W", exact=known and known.log_variance, **common),
     ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpg.intervals import within
 from jaxpg.lab.exact import bandits
 from jaxpg.lab.experiments.drawing import caption, label, line, panels, points
 from jaxpg.lab.experiments.estimators import form
@@ -49,7 +50,7 @@ def never_hurts(settings: Settings, progress: Progress) -> Result:
             row = {"estimator": name, "probability": p, "quantity": "variance", "exact": known}
             if p in chosen:
                 moments = _bandit(key_of(settings), count, p, rewards[0], rewards[1], baseline(p))
-                value = jackknife(lambda m: m.squares.sum() / (m.count - 1), moments)
+                value = within(jackknife(lambda m: m.squares.sum() / (m.count - 1), moments))
                 row = {**row, **estimated(value), "trajectories": count, "env_steps": count}
             rows.append(row)
     rows += _cases(settings, progress)

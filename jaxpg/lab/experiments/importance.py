@@ -116,7 +116,8 @@ def _seen_rows(each, x, measured: Measured, on_policy: Measured) -> list[dict]:
 
 def distance(measured: Measured, on_policy: Measured) -> Estimate:
     """|E g - E g'|^2 for two forms, unbiased, with the interval of their difference."""
-    return jackknife(lambda m: squares(m)[2], paired(on_policy.levels[1], measured.levels[1]))
+    pairs = paired(on_policy.levels[1], measured.levels[1])
+    return jackknife(lambda m: squares(m)[2], pairs)
 
 
 def lag_rows(name, x, moments: Moments, truth, measured: Measured | None, **more) -> list[dict]:

@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxpg.lab.experiments.drawing import COLOURS, label, panels
+from jaxpg.intervals import Estimate, told
+from jaxpg.lab.experiments.drawing import COLOURS, bounds, label, panels
 from jaxpg.lab.experiments.estimators import (
     Form,
     batch_moments,
@@ -110,7 +111,7 @@ def _rung(world: World, each: Form, measured: Measured | None, truth) -> list[di
 def _numbers(rows) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for row in rows:
-        one = {"measured": row.get("measured"), "exact": row["exact"]}
+        one = {name: row.get(name) for name in ("measured", "low", "high", "exact")}
         found.setdefault(row["quantity"], {})[row["estimator"]] = one
     return found
 
@@ -139,6 +140,10 @@ def _bars(axis, names, rows):
             color="0.82", edgecolor="0.45", linewidth=0.6, label="exact",
         )  # fmt: skip
     seen = [row for row in rows if row.get("measured") is not None]
+    for row in seen:
+        at, known = place[row["estimator"]], (row["measured"], row["low"], row["high"])
+        bounds(axis, at, Estimate(*known), 0, across=True)
+    seen = [row for row in seen if np.isfinite(row["measured"])]
     if seen:
         middle = np.array([row["measured"] for row in seen])
         error = np.array(
@@ -153,18 +158,31 @@ def _bars(axis, names, rows):
     axis.set_yticks(list(place.values()), [f"{n} (biased)" if n in biased else n for n in place])
     axis.set_ylim(-len(names) + 0.4, 0.6)
     shown = [row["exact"] if row["exact"] is not None else row["measured"] for row in rows]
-    if min(shown) > 0 and max(shown) > 50 * min(shown):
+    known = [x if np.isfinite(x) else row["low"] for x, row in zip(shown, rows, strict=True)]
+    known = [x for x in known if np.isfinite(x)]
+    if min(known, default=0) > 0 and max(known) > 50 * min(known):
         axis.set_xscale("log")
     for row, value in zip(rows, shown, strict=True):
-        reach = max(value, row.get("high") or value)
-        text = (
-            f"{value:.2e}" if value >= 1e6 else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-        )
+        text, reach = _text(value), max(value, row.get("high") or value)
+        if np.isnan(value):
+            reach = row["low"] if np.isfinite(row["low"]) else min(known, default=0.0)
+            text = told(row["low"])
+        elif row["exact"] is not None and np.isinf(reach):
+            reach = value
         where = reach, place[row["estimator"]]
         axis.annotate(
-            text, where, xytext=(6, 0), textcoords="offset points", fontsize=8, va="center"
+            text,
+            where,
+            xytext=(16 if np.isnan(value) else 6, 0),
+            textcoords="offset points",
+            fontsize=8,
+            va="center",
         )
     axis.margins(x=0.15)
+
+
+def _text(value: float) -> str:
+    return f"{value:.2e}" if value >= 1e6 else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 EXPERIMENTS = {

@@ -5,14 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpg.intervals import mean_interval
+from jaxpg.intervals import Estimate, mean_interval, within
 from jaxpg.lab.statistics import MIN_EFFECTIVE, heavy_tail
-from jaxpg.lab.streaming import (
-    Estimate,
-    Moments,
-    jackknife,
-    merge_groups,
-)
+from jaxpg.lab.streaming import Moments, jackknife, jackknife_ratio, merge_groups
 
 
 class Measured(NamedTuple):
@@ -27,7 +22,7 @@ class Measured(NamedTuple):
 
     def trace(self, size: int = 1) -> Estimate:
         """tr Cov of the mean over `size` trajectories."""
-        return self.estimate(_trace, size)
+        return within(self.estimate(_trace, size))
 
     def bias(self, truth: np.ndarray, size: int = 1) -> Estimate:
         """|E g - truth|^2, unbiased: it may be negative."""
@@ -38,10 +33,10 @@ class Measured(NamedTuple):
         return self.bias(np.zeros(self.levels[size].mean.shape[-1]), size)
 
     def noise_scale(self, size: int = 1) -> Estimate:
-        """size tr Cov / |E g|^2: B_simple in trajectories (McCandlish et al., 2018)."""
-        return self.estimate(
-            lambda m: size * _trace(m) / ((m.mean**2).sum() - _trace(m) / m.count), size
-        )
+        """size tr Cov / |E g|^2: B_simple in trajectories (McCandlish et al., 2018); see `ratio`."""
+        if self.effective_sample_size < MIN_EFFECTIVE:
+            return Estimate(*[float("nan")] * 3)
+        return within(jackknife_ratio(lambda m: size * _trace(m), _signal, self.levels[size]))
 
     def estimate(self, function: Callable[[Moments], Any], size: int = 1) -> Estimate:
         """Any function of moments, with its jackknife interval; none where the weights are degenerate."""
@@ -83,3 +78,7 @@ def need_effective(found: Measured, name: str) -> None:
 
 def _trace(moments: Moments):
     return moments.squares.sum() / (moments.count - 1)
+
+
+def _signal(moments: Moments):
+    return (moments.mean**2).sum() - _trace(moments) / moments.count

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpg.intervals import Estimate, ratio
 from jaxpg.lab import exact
 from jaxpg.lab.experiments import regulated
 from jaxpg.lab.experiments.drawing import caption, label, line, panels, points
@@ -48,12 +49,7 @@ def noise_scale(settings: Settings, progress: Progress) -> Result:
     rows += [*steps, *to_target]
     summary: dict[str, Any] = {
         "noise_scale": {
-            r["estimator"]: {
-                "measured": r["measured"],
-                "low": r["low"],
-                "high": r["high"],
-                "exact": r["exact"],
-            }
+            r["estimator"]: {name: r[name] for name in ("measured", "low", "high", "exact")}
             for r in rows
             if r["quantity"] == "noise scale"
         },
@@ -77,7 +73,9 @@ def _over_batches(world, forms, settings, progress) -> list[dict[str, Any]]:
     for each in forms:
         measured, known = found[each.name], batch_moments(each, world, 1)
         scale = None if known is None else known.trace / float(known.mean @ known.mean)
-        signal = measured.signal().value if truth is None else float(truth @ truth)
+        signal = measured.signal()
+        if truth is not None:
+            signal = Estimate(*[float(truth @ truth)] * 3)
         common: dict[str, Any] = {
             "estimator": each.name,
             "trajectories": measured.trajectories,
@@ -85,14 +83,13 @@ def _over_batches(world, forms, settings, progress) -> list[dict[str, Any]]:
             "warning": each.warning or None,
         }
         value = measured.noise_scale()
-        if value.low <= 0:
-            common["warning"] = "the signal is not clear of the noise: use more trajectories"
         rows.append(estimated(value, quantity="noise scale", exact=scale, **common))
-        rows += [
-            estimated([x / signal for x in measured.trace(n)], quantity="relative error", batch=n,
-                      exact=None if scale is None else scale / n, **common)
-            for n in sizes
-        ]  # fmt: skip
+        for n in sizes:
+            trace = measured.trace(n)
+            error = ratio(trace, signal, Estimate(*(x / signal.value for x in trace)))
+            known = None if scale is None else scale / n
+            row = {"quantity": "relative error", "batch": n, "exact": known, **common}
+            rows.append(estimated(error, **row))
     return rows
 
 

@@ -30,7 +30,7 @@ from jaxpg.lab.experiments.streams import (
     measure_windows,
 )
 from jaxpg.lab.samples import gradient_samples
-from jaxpg.lab.streaming import jackknife
+from jaxpg.lab.streaming import jackknife, jackknife_ratio
 from jaxpg.lab.worlds import World, lifted
 
 WINDOWS = {
@@ -105,22 +105,25 @@ def _window_rows(lanes: Lanes, length, known):
     common = {"steps": length, "num_envs": None, "trajectories": len(own)}
     common |= {"env_steps": len(own) * length}
     quantities = {
-        "per_environment": ("gradient", lambda m: m.mean[0], ""),
-        "pooled": ("gradient", lambda m: m.mean[3] / m.mean[5], "short episodes complete more often"),
-        "partial_as_full": ("gradient", lambda m: m.mean[1], "a cut episode's return is not its own"),
-        "unmasked": ("gradient", lambda m: m.mean[2], "the gradient of the reward per window"),
-        "pooled_return": ("return", lambda m: m.mean[4] / m.mean[5], "short episodes complete more often"),
+        "per_environment": ("gradient", 0, ""),
+        "pooled": ("gradient", 3, "short episodes complete more often"),
+        "partial_as_full": ("gradient", 1, "a cut episode's return is not its own"),
+        "unmasked": ("gradient", 2, "the gradient of the reward per window"),
+        "pooled_return": ("return", 4, "short episodes complete more often"),
     }  # fmt: skip
     rows = []
-    for name, (quantity, function, why) in quantities.items():
+    for name, (quantity, place, why) in quantities.items():
         if lanes.ends.sum() == 0:
             continue
+
+        def mean(m, place=place):
+            return m.mean[place]
+
+        value = jackknife(mean, moments)
+        if name.startswith("pooled"):
+            value = jackknife_ratio(mean, lambda m: m.mean[5], moments)
         row = {"estimator": name, "quantity": quantity, "exact": known.get(name), **common}
-        rows.append(
-            estimated(
-                jackknife(function, moments), **row, warning=BIASED.format(why) if why else ""
-            )
-        )
+        rows.append(estimated(value, **row, warning=BIASED.format(why) if why else ""))
     return rows
 
 
