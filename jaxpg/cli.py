@@ -75,12 +75,16 @@ def _train(argv):
     from jaxpg.experiment.cache import use_compilation_cache
     from jaxpg.experiment.health import Diverged
     from jaxpg.experiment.interrupt import Interrupted
-    from jaxpg.experiment.run import execute, prepare, prepare_resume
+    from jaxpg.experiment.run import execute, prepare, prepare_either, prepare_resume
 
     try:
-        experiment = (prepare_resume if asked.resume else prepare)(asked.config, asked.grid)
+        begin = {True: prepare_resume, False: prepare, None: prepare_either}[asked.resume]
+        experiment = begin(asked.config, asked.grid)
     except ValueError as error:
         _fail(str(error))
+    if experiment is None:
+        print(f"{asked.config.run} has finished its {asked.config.updates} updates")
+        return
     try:
         if asked.config.compilation_cache:
             use_compilation_cache()

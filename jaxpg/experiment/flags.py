@@ -7,9 +7,11 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from jaxpg.experiment.config import FREE, Config, Grid, load_config
+from jaxpg.experiment.config import CONFIG, FREE, Config, Grid, load_config
 from jaxpg.experiment.presets import preset
 from jaxpg.types import HYPERPARAM_HELP, Hyperparams
+
+EITHER = "--resume-or-start"
 
 
 class Request(NamedTuple):
@@ -17,7 +19,7 @@ class Request(NamedTuple):
 
     config: Config
     grid: Grid
-    resume: bool
+    resume: bool | None  # None: where there is something to go on with, and else a start
 
 
 def request(argv: Sequence[str], prog: str) -> Request:
@@ -28,10 +30,8 @@ def request(argv: Sequence[str], prog: str) -> Request:
     given = _peek(argv)
     if given.config and given.resume:
         raise ValueError("--config starts a new run and --resume goes on with one; use one of them")
-    if given.config:
-        config, grid = load_config(given.config)
-        base = replace(config, run=None, quiet=False), grid
-        return Request(*parse(argv, prog, base), False)
+    if given.resume and given.either:
+        raise ValueError("--resume goes on and never starts; name the folder with --run")
     if given.resume:
         saved = load_config(given.resume)
         if not Path(given.resume).is_dir():
@@ -40,7 +40,12 @@ def request(argv: Sequence[str], prog: str) -> Request:
         config, grid = parse(argv, prog, saved)
         _check_unchanged(saved, config, grid, given.resume)
         return Request(config, grid, True)
-    return Request(*parse(argv, prog), False)
+    base = None
+    if given.config:
+        config, grid = load_config(given.config)
+        base = replace(config, run=None, quiet=False), grid
+    config, grid = parse(argv, prog, base)
+    return _either(config, grid) if given.either else Request(config, grid, False)
 
 
 def parse(
@@ -57,7 +62,7 @@ def parse(
     # Positional, hence without a default: the usage line must call it required.
     required = {"environment": tyro.MISSING} if base is None else {}
     default = _Flags(
-        _Start(None, None),
+        _Start(None, None, False),
         _Config(**({f.name: getattr(config, f.name) for f in fields(Config)} | required)),
         _Hyperparams(**grid._asdict()),
     )
@@ -73,6 +78,21 @@ def parse(
     )
     structure = {f.name: getattr(flags.config, f.name) for f in fields(Config)}
     return Config(**structure), Grid(**vars(flags.hyperparameter))
+
+
+def _either(config, grid) -> Request:
+    """The run of the folder --run, which has to have these settings, or a new one there."""
+    if config.run is None:
+        raise ValueError("--resume-or-start needs the same folder each time; name it with --run")
+    if (Path(config.run) / CONFIG).is_file():
+        began = load_config(config.run)
+        ends = began[1].schedule_updates  # what 0 stood for
+        if len(grid.schedule_updates) == len(ends):
+            given = (new or end for new, end in zip(grid.schedule_updates, ends, strict=True))
+            grid = grid._replace(schedule_updates=tuple(given))
+        began = replace(began[0], run=config.run), began[1]
+        _check_unchanged(began, config, grid, config.run)
+    return Request(config, grid, None)
 
 
 def _check_unchanged(saved, config, grid, run) -> None:
@@ -92,18 +112,21 @@ class _Given(NamedTuple):
     algorithm: str
     config: str
     resume: str
+    either: bool
 
 
 def _peek(argv) -> _Given:
     """The arguments that decide the defaults of everything else."""
     bools = [f.name.replace("_", "-") for f in fields(Config) if f.type is bool]
     switches = {"-h", "--help", *(f"--{n}" for n in bools), *(f"--no-{n}" for n in bools)}
-    found, rest = _Given("", Config("").algorithm, "", ""), list(argv)
+    found, rest = _Given("", Config("").algorithm, "", "", False), list(argv)
     while rest:
         word = rest.pop(0)
         flag, equals, value = word.partition("=")
         if not word.startswith("-"):
             found = found._replace(environment=found.environment or word)
+        elif word == EITHER:
+            found = found._replace(either=True)
         elif word not in switches:
             value = value if equals else (rest.pop(0) if rest else "")
             name = flag.removeprefix("--")
@@ -154,6 +177,15 @@ _Start = make_dataclass(
         for name, text in (
             ("config", "start anew with the settings of this run; flags after it override them"),
             ("resume", "go on with this run; --updates N is then N in all"),
+        )
+    ]
+    + [
+        (
+            EITHER.strip("-").replace("-", "_"),
+            Annotated[
+                bool, tyro.conf.arg(help="go on with the run of the folder --run, or start it")
+            ],
+            field(),
         )
     ],
     frozen=True,

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import zipfile
@@ -21,34 +22,57 @@ import numpy as np
 
 from jaxpg.experiment.cache import processor
 from jaxpg.experiment.config import CONFIG, FREE, Config, Grid
-from jaxpg.experiment.lock import LOCK
+from jaxpg.experiment.lock import LOCK, locked
 
 METRICS, PARAMS, EVALUATION = "metrics.jsonl", "params.npz", "evaluation.json"
 TABLE = "metrics.parquet"  # a folder of parts, which readers of Parquet take for one table
 CHECKPOINTS, FIGURES = "checkpoints", "figures"
 BATCHES = "batches"  # of a sweep that goes on
 TENSORBOARD, WANDB = "tensorboard", "wandb"
+TEMPORARY = r"\..+\.\d+\.tmp"  # the names of files that are being written
 LONG = 16
 # Of a description, what may change the last digits of a result.
 COMPUTING = ("versions", "git", "device", "xla_flags", "precision", "lanes")
 PACKAGES = ("jaxpg", "jax", "jaxlib", "flax", "optax", "gymnax", "orbax-checkpoint")
 
 
-def create_folder(config: Config) -> Path:
-    """A new or empty folder for the run. Raises ValueError when it is in use or cannot be written."""
+def create_folder(config: Config, over: bool = False) -> Path:
+    """A new or empty folder for the run. Raises ValueError when it is in use or cannot be written.
+
+    over: what a run left that was killed before its first checkpoint is removed.
+    """
     if config.run is None:
         return _new_folder(Path("runs"), f"{config.environment}-{config.algorithm}")
     folder = Path(config.run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if over:
+            _clear(folder)
         if any(file.name != LOCK for file in folder.iterdir()):
             raise ValueError(
-                f"{folder} is not empty; name a new folder with --run, or leave it out"
+                f"{folder} is not empty; name a new folder with --run, or leave it out; "
+                "--resume-or-start goes on with a run of the same command"
             )
         _probe(folder)
     except OSError as error:
         raise _unwritable(folder, error) from error
     return folder
+
+
+def _clear(folder):
+    """Removes what a run left that was killed before its first checkpoint, if there is nothing else."""
+    with locked(folder):
+        check_links(folder)
+        began = (CONFIG, METRICS, TABLE, TENSORBOARD, WANDB, CHECKPOINTS)
+        ours = {".probe", *(began if (folder / CONFIG).is_file() else ())}
+        found = [file for file in folder.iterdir() if file.name != LOCK]
+        if any(file.name not in ours and not re.fullmatch(TEMPORARY, file.name) for file in found):
+            return
+        if any(file.name.isdecimal() for file in (folder / CHECKPOINTS).glob("*")):
+            return
+        # What says whose they are goes last.
+        for file in sorted(found, key=lambda file: file.name == CONFIG):
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
 
 
 def _new_folder(parent, name):

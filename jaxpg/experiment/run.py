@@ -54,14 +54,39 @@ class Experiment(NamedTuple):
     start: int | None = None  # the updates of the checkpoint to go on from; None: a new run
 
 
-def prepare(config: Config, grid: Grid) -> Experiment:
-    """Checks everything and makes the run's folder. Raises ValueError, leaving nothing behind."""
+def prepare(config: Config, grid: Grid, over: bool = False) -> Experiment:
+    """Checks everything and makes the run's folder. Raises ValueError, leaving nothing behind.
+
+    over: starts over what was killed before its first checkpoint.
+    """
     use_cpu_cores()
     grid = completed(config, grid)
     check(config, grid)
     metrics.check_sinks(config)
     parts = instructed(build(config), config)
-    return Experiment(config, grid, parts, files.create_folder(config))
+    return Experiment(config, grid, parts, files.create_folder(config, over))
+
+
+def prepare_either(config: Config, grid: Grid) -> Experiment | None:
+    """The run of the folder config.run: from its newest checkpoint, or else from its start.
+
+    None where it has finished. Raises ValueError.
+    """
+    folder = Path(str(config.run))
+    found = checkpoint.steps(folder / files.CHECKPOINTS)
+    if not found:
+        return prepare(config, grid, over=True)
+    done = found[-1] >= config.updates and _evaluated(folder, config.updates)
+    return None if done else prepare_resume(config, grid)
+
+
+def _evaluated(folder: Path, updates: int) -> bool:
+    """Whether there is an evaluation after so many updates or more."""
+    file = folder / files.EVALUATION
+    try:
+        return file.is_file() and json.loads(file.read_text()).get("update", updates) >= updates
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"cannot read {file}: {error}; remove it, to evaluate again") from error
 
 
 def prepare_resume(config: Config, grid: Grid) -> Experiment:
@@ -85,7 +110,7 @@ def prepare_resume(config: Config, grid: Grid) -> Experiment:
             f"updates={config.updates} in all, and {folder} has made {start} already; ask for more"
         )
     _check_schedule(folder, config, grid)
-    if config.updates == start and (folder / files.EVALUATION).is_file():
+    if config.updates == start and _evaluated(folder, start):
         raise ValueError(
             f"{folder} has finished its {start} updates; --updates {2 * start} goes on to "
             f"{2 * start} in all"

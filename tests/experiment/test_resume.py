@@ -16,10 +16,13 @@ import pytest
 from pyarrow import parquet
 from small_runs import FLAGS, ROOT, resume, start
 
+from jaxpg.cli import main
 from jaxpg.experiment import checkpoint, run
 from jaxpg.experiment.build import build
 from jaxpg.experiment.config import load_config, points
-from jaxpg.experiment.flags import request
+from jaxpg.experiment.flags import EITHER, request
+from jaxpg.experiment.folder import create_folder
+from jaxpg.experiment.lock import locked
 from jaxpg.experiment.playback import record
 from jaxpg.experiment.policy import read_run
 from jaxpg.experiment.presets import preset
@@ -429,3 +432,75 @@ def test_a_run_with_demonstrations_goes_on_with_the_same_ones(tmp_path):
     file.unlink()
     with pytest.raises(ValueError, match=r"shown\.npz"):
         resume(tmp_path / "other", "--updates", "6")
+
+
+def either(folder, *flags):
+    main(["train", *FLAGS.split(), "--updates", "4", "--run", str(folder), EITHER, *flags])
+
+
+def test_one_command_starts_goes_on_and_has_finished(half, tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    # As killed before the first checkpoint: one is being written, and so is a line of what was measured.
+    shutil.copy(half / "config.json", folder)
+    (folder / "metrics.jsonl").write_text("{}\n")
+    (folder / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
+    (folder / ".config.json.17.tmp").touch()
+    before = contents(folder)
+    for flags, message in (
+        (["--seeds", "3"], "keeps its seeds"),
+        (["--gamma", ".5"], "keeps its gamma"),
+        (["--resume", str(folder)], "name the folder with --run"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            either(folder, *flags)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and message in error and error.count("\n") == 1
+        assert contents(folder) == before
+    either(folder)
+    assert leaves(folder) == leaves(half) and curves(folder) == curves(half)
+    capsys.readouterr()
+    before = contents(folder)
+    either(folder)
+    assert capsys.readouterr().out == f"{folder} has finished its 4 updates\n"
+    assert contents(folder) == before
+    # As killed after a checkpoint.
+    shutil.rmtree(folder / "checkpoints" / "4")
+    (folder / "evaluation.json").unlink()
+    either(folder)
+    assert leaves(folder) == leaves(half) and curves(folder) == curves(half)
+    assert json.loads((folder / "config.json").read_text())["resumed"][0]["update"] == 1
+
+
+def test_settings_of_another_run_start_in_the_folder_that_was_named(half, tmp_path):
+    flags = ["--config", str(half), EITHER]
+    with pytest.raises(ValueError, match="needs the same folder each time"):
+        request(flags, "jaxpg train")
+    config, _, resumed = request([*flags, "--run", str(tmp_path)], "jaxpg train")
+    assert (resumed, config.run, config.hidden) == (None, str(tmp_path), (4,))
+
+
+def test_only_what_a_killed_run_left_is_started_over(half, tmp_path):
+    config, _ = load_config(half)
+    for name, content in (("notes.txt", "mine"), ("params.npz", "learnt")):
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(half / "config.json", folder)
+        (folder / name).write_text(content)
+        before = contents(folder)
+        with pytest.raises(ValueError, match="is not empty"):
+            create_folder(replace(config, run=str(folder)), over=True)
+        assert contents(folder) == before
+    folder = tmp_path / "used"
+    folder.mkdir()
+    shutil.copy(half / "config.json", folder)
+    with locked(folder), pytest.raises(ValueError, match="is being written by process"):
+        create_folder(replace(config, run=str(folder)), over=True)
+    assert (folder / "config.json").exists()
+
+
+def test_an_evaluation_of_fewer_updates_is_not_the_end(copy):
+    found = json.loads((copy / "evaluation.json").read_text())
+    (copy / "evaluation.json").write_text(json.dumps(found | {"update": 2}))
+    config, grid, _ = request(["--resume", str(copy)], "jaxpg train")
+    assert prepare_resume(config, grid).start == 4
