@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpg.envs import Env
+from jaxpg.envs import Env, check_action, check_env
 from jaxpg.policies import Agent, AgentCarry, AgentParams, Network, initial_carry
 from jaxpg.types import Array, Key, Params, Trajectory
 
@@ -242,6 +242,7 @@ def unroll(
     next_value is V of the true successor, also where a time limit cut the episode: the critic sees that
     successor, with its own carry, before the reset.
     """
+    check_env(env)
     num_envs = state.first.shape[0]
     critic = agent.critic
     # Without memory it can wait: one pass over all steps is cheaper than a small one in each.
@@ -416,12 +417,14 @@ def _act(agent: Agent, params: Params, carry, obs, first, noise, greedy=False):
 
 
 def _step(env: Env, key, env_state, action):
+    check_action(env, action)
     # XLA drops the split where the environment does not read its key.
     keys = jax.random.split(key, action.shape[0])
     return jax.vmap(env.step)(keys, env_state, action)
 
 
 def _reset(env: Env, key, num_lanes):
+    check_env(env)
     return jax.vmap(env.reset)(jax.random.split(key, num_lanes))
 
 

@@ -11,7 +11,7 @@ from jaxpg import adaptation
 from jaxpg.algorithms import Algorithm, check_algorithm
 from jaxpg.data import Moment, Task, corrected, episodes
 from jaxpg.devices import in_groups
-from jaxpg.envs import Env
+from jaxpg.envs import Env, check_env
 from jaxpg.estimators import assess, describe, facts_of
 from jaxpg.improvement import improve, noise, optimizers
 from jaxpg.optimizers import scheduled
@@ -84,6 +84,7 @@ def make_trainer(
     memory and changes no number beyond rounding; by default where they would take more than KEPT_BYTES.
     Raises ValueError for parts that do not fit together.
     """
+    check_env(env)
     if algorithm.critic_optimizer is None:
         agent = agent._replace(critic=None)
     if num_steps is None:

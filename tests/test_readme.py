@@ -7,6 +7,7 @@ README = Path(__file__).parent.parent / "README.md"
 SMALLER = {
     "num_updates=50": "num_updates=1",
     "jax.random.key(0), 64)": "jax.random.key(0), 2)",
+    "jnp.linspace(0.2, 2.0, 64)": "jnp.linspace(0.2, 2.0, 2)",
     "jax.random.key(1), 1000": "jax.random.key(1), 64",
 }
 

@@ -188,7 +188,7 @@ def test_evaluate_weighs_every_episode_alike():
         reward = jnp.where(over, jnp.where(long, 4.0, 1.0), 0.0)
         return state + 1, TimeStep(jnp.float32([0.0]), reward, over, jnp.zeros_like(over))
 
-    env = Env(reset, step, clock(1).observation, Discrete(2), 3)
+    env = Env(reset, step, Box(-np.ones(1), np.ones(1)), Discrete(2), 3)
     uniform = Network(
         lambda key: (),
         lambda lanes: (),

@@ -1,6 +1,6 @@
 """Environments: the protocol, tabular worlds, and one adapter file per outside suite."""
 
-from jaxpg.envs.env import Env
+from jaxpg.envs.env import Env, check_action, check_env
 from jaxpg.envs.gymnax import from_gymnax, gymnax_names
 from jaxpg.envs.lqr import Lqr, check_lqr, from_lqr
 from jaxpg.envs.mdp import Mdp, check_mdp, from_mdp
@@ -16,6 +16,8 @@ __all__ = [
     "Mdp",
     "MultiDiscrete",
     "Space",
+    "check_action",
+    "check_env",
     "check_lqr",
     "check_mdp",
     "from_gymnax",

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpg.envs.env import Env
-from jaxpg.envs.spaces import Box, Discrete, Space
+from jaxpg.envs.spaces import Box, Discrete, Space, check_space, limits
 from jaxpg.types import TimeStep
 
 # Importing these takes gymnax nearly two seconds.
@@ -31,20 +31,32 @@ def from_gymnax(environment, params=None, **settings) -> Env:
     constructor (`size=20` for DeepSea). Real-valued actions are clipped to the action space before the
     step, because several environments penalise them unclipped; the policy's log-probability stays that
     of the action as sampled. Where gymnax flags an end as both, termination wins.
-    Raises ValueError for an unknown name (with near matches), a setting that is unknown or cannot be, or a
-    data set that could not be fetched.
+    Parameters may be traced, so that each replica of a `vmap` has an environment of its own. A policy does
+    not know bounds that they decide: it takes actions for unbounded, and the step clips them.
+    Raises ValueError for an unknown name (with near matches), a setting that is unknown or cannot be, a
+    traced one that decides a shape, or a data set that could not be fetched.
     """
-    environment, params = _made(environment, params, settings)
-    with _refused(environment.name, settings):
-        observation = _space(environment.observation_space(params), environment.name)
-        action = _space(environment.action_space(params), environment.name)
+    with jax.ensure_compile_time_eval():  # inside jit, too, what is not traced stays a number
+        environment, params = _made(environment, params, settings)
+        with _refused(environment.name, settings):
+            observed, taken = (
+                environment.observation_space(params),
+                environment.action_space(params),
+            )
+            observation = _space(observed, f"{environment.name}'s observation space")
+            action = _space(taken, f"{environment.name}'s action space")
+    bounds = ()
+    if isinstance(action, Box):
+        pairs = zip((taken.low, taken.high), action, strict=True)
+        bounds = [x if _traced(x) else known for x, known in pairs]
 
     def reset(key):
         obs, state = environment.reset_env(key, params)
         return jax.tree.map(_strong, state), _observed(obs, observation)
 
     def step(key, state, chosen):
-        chosen = _clipped(chosen, action)
+        if isinstance(action, Box):
+            chosen = jnp.clip(jnp.asarray(chosen, jnp.float32), *bounds)
         obs, after, reward, terminated, _ = environment.step_env(key, state, chosen, params)
         # Some environments widen a dtype in a step (all of them in x64): hold them to the reset's.
         after = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), after, state)
@@ -95,6 +107,11 @@ def _made(environment, params, settings):
             )
     params = params.replace(**_checked(environment.name, settings, known))
     steps = params.max_steps_in_episode
+    if _traced(steps):
+        raise ValueError(
+            f"{environment.name}: max_steps_in_episode is traced, but it is the longest episode, a shape; "
+            "give a number"
+        )
     if not (1 <= steps < 2**31 and steps % 1 == 0):
         raise ValueError(
             f"{environment.name}: max_steps_in_episode={steps} must be a whole number of at least 1, and "
@@ -133,6 +150,11 @@ def _make(name, settings):
     # What the parameters do not name goes to the constructor, if it takes it.
     accepted = inspect.signature(type(environment)).parameters
     for_make = {k: v for k, v in settings.items() if not hasattr(params, k) and k in accepted}
+    traced = [k for k, v in for_make.items() if _traced(v)]
+    if traced:
+        raise ValueError(
+            f"{name}: {traced[0]} is traced, but an argument of the constructor; give a number"
+        )
     if for_make:
         checked = _checked(name, for_make, {k: accepted[k].default for k in for_make})
         with _refused(name, for_make):
@@ -150,26 +172,23 @@ def _space(space, name) -> Space:
     if 0 in (*space.shape, getattr(space, "n", 1)):
         raise ValueError(f"a {kind} space of shape {space.shape} is empty")
     if kind == "Discrete":
-        return Discrete(int(space.n))
-    if kind == "Box":
-        low, high = (
-            np.broadcast_to(np.asarray(x, np.float32), space.shape) for x in (space.low, space.high)
-        )
-        # gymnax writes the largest float for "unbounded".
-        unbounded = np.finfo(np.float32).max
-        low = np.where(low <= -unbounded, -np.inf, low)
-        return Box(low, np.where(high >= unbounded, np.inf, high))
-    raise ValueError(f"{name} has a {kind} space; jaxpg knows Discrete, Box and MultiDiscrete")
+        found = Discrete(int(space.n))
+    elif kind == "Box":
+        low = -np.inf if _traced(space.low) else np.asarray(space.low, np.float32)
+        high = np.inf if _traced(space.high) else np.asarray(space.high, np.float32)
+        found = Box(*(np.broadcast_to(np.float32(x), space.shape) for x in (low, high)))
+    else:
+        raise ValueError(f"{name} is a {kind}; jaxpg knows Discrete, Box and MultiDiscrete")
+    check_space(name, found)
+    return Box(*limits(found)) if isinstance(found, Box) else found
+
+
+def _traced(x) -> bool:
+    return isinstance(x, jax.core.Tracer)
 
 
 def _observed(obs, space):
     return jnp.asarray(obs, jnp.int32 if isinstance(space, Discrete) else jnp.float32)
-
-
-def _clipped(action, space):
-    if isinstance(space, Box):
-        return jnp.clip(jnp.asarray(action, jnp.float32), space.low, space.high)
-    return action
 
 
 def _strong(x):

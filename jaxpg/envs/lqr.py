@@ -28,14 +28,18 @@ class Lqr(NamedTuple):
 
 
 def check_lqr(lqr: Lqr) -> Lqr:
-    """The same regulator. Raises ValueError, naming the field, when it is not well formed."""
-    for name, value in lqr._asdict().items():
+    """The same regulator; what is traced but the horizon passes unchecked.
+
+    Raises ValueError, naming the field, when it is not well formed.
+    """
+    known = {k: v for k, v in lqr._asdict().items() if not isinstance(v, jax.core.Tracer)}
+    for name, value in known.items():
         if not np.isfinite(value):
             raise ValueError(f"Lqr.{name}={value} must be a finite number")
     for name in ("process_std", "initial_variance"):
-        if getattr(lqr, name) < 0:
-            raise ValueError(f"Lqr.{name}={getattr(lqr, name)} must not be negative")
-    if lqr.horizon < 1 or lqr.horizon != int(lqr.horizon):
+        if known.get(name, 0) < 0:
+            raise ValueError(f"Lqr.{name}={known[name]} must not be negative")
+    if "horizon" not in known or lqr.horizon < 1 or lqr.horizon != int(lqr.horizon):
         raise ValueError(f"Lqr.horizon={lqr.horizon} must be a whole number of steps, at least 1")
     return lqr
 

@@ -28,6 +28,11 @@ def check_mdp(mdp: Mdp) -> Mdp:
 
     Raises ValueError, naming the field, when it is not well formed.
     """
+    traced = [k for k, v in mdp._asdict().items() if isinstance(v, jax.core.Tracer)]
+    if traced:
+        raise ValueError(
+            f"Mdp.{traced[0]} is traced, but tables are checked when built: give numbers"
+        )
     fields = [np.asarray(x) for x in mdp[:6]]
     initial, transition, reward, variance, terminal, observation = fields
     num_states, num_actions = reward.shape if reward.ndim == 2 else (0, 0)

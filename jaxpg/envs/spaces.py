@@ -19,14 +19,17 @@ class Discrete(NamedTuple):
 
 
 class Box(NamedTuple):
-    """Real arrays of one shape, between low and high (either may be infinite)."""
+    """Real arrays of one shape, between low and high (either may be infinite).
+
+    An entry of an action with low = high is fixed: no policy chooses it.
+    """
 
     low: np.ndarray
     high: np.ndarray
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.low.shape
+        return np.shape(self.low)
 
 
 class MultiDiscrete(NamedTuple):
@@ -40,6 +43,61 @@ class MultiDiscrete(NamedTuple):
 
 
 Space = Discrete | Box | MultiDiscrete
+
+# The square of a larger float32 overflows, so as a bound it can only mean that there is none.
+LARGEST = float(np.sqrt(np.finfo(np.float32).max))
+
+
+def check_space(name: str, space: Space) -> None:
+    """Raises ValueError, with the name in it, for what is no space, or one without elements."""
+    if isinstance(space, Box):
+        return _check_bounds(name, space)
+    if not isinstance(space, Discrete | MultiDiscrete):
+        raise ValueError(
+            f"{name} is {_kind(space)}; it must be a Box, Discrete or MultiDiscrete: flatten several parts "
+            "into one vector"
+        )
+    sizes = (space.n,) if isinstance(space, Discrete) else tuple(space.nvec)
+    whole = all(isinstance(n, int | np.integer) and n >= 1 for n in sizes)
+    if not (sizes and whole):
+        raise ValueError(f"{name}={space} must count its values by whole numbers, at least 1")
+    return None
+
+
+def _check_bounds(name, space: Box) -> None:
+    bounds = {"low": space.low, "high": space.high}
+    for which, bound in bounds.items():
+        if isinstance(bound, jax.core.Tracer):
+            raise ValueError(
+                f"{name}: Box.{which} is traced; bounds must be known when a policy is built, so give "
+                "numbers, or -np.inf and np.inf where they vary"
+            )
+        if not isinstance(bound, np.ndarray | jax.Array) or bound.dtype.kind not in "iuf":
+            raise ValueError(
+                f"{name}: Box.{which}={bound!r} must be a real array of the space's shape, as in "
+                "Box(np.full(3, -1.0), np.full(3, 1.0))"
+            )
+    low, high = np.asarray(space.low), np.asarray(space.high)
+    if low.shape != high.shape:
+        raise ValueError(f"{name}: Box.low has shape {low.shape} and Box.high {high.shape}")
+    holds = (low <= high) & (low < LARGEST) & (high > -LARGEST)  # no NaN does
+    if not holds.all():
+        place = tuple(np.argwhere(~holds)[0].tolist())
+        raise ValueError(
+            f"{name}: Box.low={low[place]} and Box.high={high[place]} at {list(place)} leave nothing to "
+            "choose from; give low <= high, and infinite ones where there is no bound"
+        )
+
+
+def limits(space: Box) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds as float32, infinite where no float32 can use them, such as the largest floats."""
+    low, high = (np.asarray(bound) for bound in space)
+    low = np.where(low <= -LARGEST, -np.inf, low).astype(np.float32)
+    return low, np.where(high >= LARGEST, np.inf, high).astype(np.float32)
+
+
+def _kind(x) -> str:
+    return f"a {type(x).__name__}"
 
 
 def encoded_size(space: Space) -> int:

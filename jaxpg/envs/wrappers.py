@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpg.envs.env import Env
-from jaxpg.envs.spaces import Box, encode, encoded_size
+from jaxpg.envs.spaces import Box, check_space, encode, encoded_size
 
 
 def mask_observation(env: Env, keep: Sequence[int]) -> Env:
@@ -16,6 +16,7 @@ def mask_observation(env: Env, keep: Sequence[int]) -> Env:
     Raises ValueError for observations that are no vector, and for entries that are not there.
     """
     space = env.observation
+    check_space("Env.observation", space)
     if not isinstance(space, Box) or len(space.shape) != 1:
         raise ValueError(
             f"keep chooses entries of a vector, but observations are {type(space).__name__} of shape "
@@ -46,6 +47,8 @@ def history(env: Env, k: int) -> Env:
     """
     _at_least_one("history", k)
     taken, seen = env.action, env.observation
+    check_space("Env.action", taken)
+    check_space("Env.observation", seen)
     zeros = np.zeros(encoded_size(taken) + encoded_size(seen), np.float32)
     low, high = (np.concatenate([bound(taken), bound(seen)]) for bound in (_lowest, _highest))
     # Zero, before the episode, is an observation too.

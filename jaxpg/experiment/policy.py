@@ -81,7 +81,10 @@ def load(run: str, replica: int = 0) -> Checkpoint:
     config, env = found.config, found.parts.env
     point, seed = points(found.grid)[chosen // config.seeds], chosen % config.seeds
     wrapped = config.repeat > 1 or config.history is not None or bool(config.keep)
-    if build_algorithm(config).data.whole_episodes and (config.num_steps or env.horizon) < env.horizon:
+    if (
+        build_algorithm(config).data.whole_episodes
+        and (config.num_steps or env.horizon) < env.horizon
+    ):
         # Where training cuts its episodes, a step has no more ahead of it.
         env, wrapped = env._replace(horizon=config.num_steps), True
     tables = None

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpg.envs import Env
+from jaxpg.envs import Env, check_env
 from jaxpg.estimators import (
     Estimator,
     assess,
@@ -151,6 +151,7 @@ def chunk_size(source: Source) -> int:
 
 def check_source(source: Source, num_trajectories: int) -> None:
     """Raises ValueError for a request that makes no sense, before anything is compiled."""
+    check_env(source.env)
     if num_trajectories < 1:
         raise ValueError(f"num_trajectories={num_trajectories} must be at least 1")
     reads_critic = facts_of(source.estimator.baseline).reads_critic

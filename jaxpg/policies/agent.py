@@ -79,7 +79,8 @@ def check_agent(env: Env, agent: Agent) -> None:
     distribution = jax.eval_shape(outputs)
     action = env.action
     if isinstance(action, Box):
-        needed, fits = Gaussian, distribution[0].shape[2:] == action.shape
+        mode = jax.eval_shape(lambda found: found.mode(), distribution)
+        needed, fits = Gaussian, mode.shape[2:] == action.shape
     elif isinstance(action, Discrete):
         needed, fits = Categorical, distribution[0].shape[2:] == (action.n,)
     else:

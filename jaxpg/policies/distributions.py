@@ -11,6 +11,7 @@ from typing import NamedTuple, Union
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpg.types import Array, Key
 
@@ -130,6 +131,32 @@ class Gaussian(NamedTuple):
     def mode(self) -> Array:
         """The mean."""
         return self.mean
+
+
+def gaussian_beside(fixed: np.ndarray) -> type[Gaussian]:
+    """A Gaussian over the entries of an action that are NaN in `fixed` [D]; the others are always those.
+
+    Its actions are whole, [..., D]; its parameters, noise and density know the free entries alone.
+    """
+    free = np.isnan(fixed)
+    index, place = np.flatnonzero(free), np.clip(np.cumsum(free) - 1, 0, None)
+
+    def whole(chosen):
+        shape = (*chosen.shape[:-1], len(fixed))
+        values = jnp.broadcast_to(jnp.asarray(fixed, chosen.dtype), shape)
+        return jnp.where(jnp.broadcast_to(free, shape), chosen[..., place], values)
+
+    class Partial(Gaussian):
+        def draw(self, noise):
+            return whole(super().draw(noise))
+
+        def log_prob(self, action):
+            return super().log_prob(action[..., index])
+
+        def mode(self):
+            return whole(super().mode())
+
+    return Partial
 
 
 Distribution = Union[Categorical, MultiCategorical, Gaussian]  # noqa: UP007

@@ -20,6 +20,7 @@ from jaxpg.policies.distributions import (
     Distribution,
     Gaussian,
     MultiCategorical,
+    gaussian_beside,
 )
 from jaxpg.policies.initializers import orthogonal
 from jaxpg.types import Array, Carry, Key, Params
@@ -50,6 +51,7 @@ def tabular(observation: Space, action: Space | None) -> Network:
             f"tabular needs discrete observations and actions, got {_kind(observation)} and "
             f"{_kind(action)}; use linear or mlp"
         )
+    _check(observation, action)
     num_obs = observation.n
 
     def init(key):
@@ -91,6 +93,7 @@ def mlp(
     initial_std: of Gaussian actions, as a fraction of half the action range.
     precision: of matrix products; below "highest", GPUs and TPUs round to 10 or 7 mantissa bits.
     """
+    _check(observation, action)
     body, head = _body(hidden, activation, precision), _head(action, initial_std, precision)
     encode = partial(spaces.encode, observation)
 
@@ -118,6 +121,7 @@ def gru(
     precision: str = "highest",
 ) -> Network:
     """Dense layers, then a gated recurrent unit whose carry restarts before an episode's first row."""
+    _check(observation, action)
     body, head = _body(hidden, activation, precision), _head(action, initial_std, precision)
     encode = partial(spaces.encode, observation)
     cell = nn.GRUCell(
@@ -222,19 +226,7 @@ def _distribution_head(action: Space, initial_std) -> tuple[int, Callable[..., D
     if isinstance(action, Discrete):
         return action.n, lambda x, params: Categorical(x), {}
     if isinstance(action, Box):
-        if len(action.shape) != 1:
-            raise ValueError(f"Gaussian policies need vector actions, got shape {action.shape}")
-        # The network works in units of half the action range, so one initial std suits every task.
-        finite = np.isfinite(action.low) & np.isfinite(action.high)
-        low, high = np.where(finite, action.low, -1), np.where(finite, action.high, 1)
-        centre, scale = (low + high) / 2, (high - low) / 2
-        size = action.shape[0]
-
-        def gaussian(x, params):
-            mean = jnp.broadcast_to(centre, x.shape) + jnp.broadcast_to(scale, x.shape) * x
-            return Gaussian(mean, jnp.broadcast_to(params["log_std"] + np.log(scale), x.shape))
-
-        return size, gaussian, {"log_std": jnp.full(size, np.log(initial_std), jnp.float32)}
+        return _gaussian_head(action, initial_std)
     nvec, widest = action.nvec, max(action.nvec)
     valid = np.arange(widest)[None, :] < np.asarray(nvec)[:, None]
 
@@ -245,6 +237,36 @@ def _distribution_head(action: Space, initial_std) -> tuple[int, Callable[..., D
         )
 
     return len(nvec) * widest, multi, {}
+
+
+def _gaussian_head(action: Box, initial_std) -> tuple[int, Callable[..., Distribution], dict]:
+    if len(action.shape) != 1:
+        raise ValueError(f"Gaussian policies need vector actions, got shape {action.shape}")
+    low, high = spaces.limits(action)
+    free = low < high
+    if not free.any():
+        raise ValueError(
+            f"every entry of the action is fixed (low = high = {low}): there is nothing to choose"
+        )
+    distribution = Gaussian if free.all() else gaussian_beside(np.where(free, np.nan, low))
+    low, high = low[free], high[free]
+    # The network works in units of half the action range, so one initial std suits every task.
+    finite = np.isfinite(low) & np.isfinite(high)
+    ends = np.where(finite, low, -1), np.where(finite, high, 1)
+    centre = np.where(finite, (ends[0] + ends[1]) / 2, np.clip(np.float32(0), low, high))
+    scale, size = (ends[1] - ends[0]) / 2, len(low)
+
+    def gaussian(x, params):
+        mean = jnp.broadcast_to(centre, x.shape) + jnp.broadcast_to(scale, x.shape) * x
+        return distribution(mean, jnp.broadcast_to(params["log_std"] + np.log(scale), x.shape))
+
+    return size, gaussian, {"log_std": jnp.full(size, np.log(initial_std), jnp.float32)}
+
+
+def _check(observation: Space, action: Space | None) -> None:
+    spaces.check_space("the observation space", observation)
+    if action is not None:
+        spaces.check_space("the action space", action)
 
 
 def _example(space: Space) -> Array:
