@@ -52,14 +52,10 @@ def gradient_of(
         )
         return _sums(part, policy, params, carry, batch, hyperparams)
 
-    def again(index, cut):
-        batch, weight = cut
-        return batch._replace(trajectory=recall(index)), weight
-
     zero = jnp.zeros((), batch.advantage.dtype)
     like = params, (zero,) * 6
     gradient, sums = _over_lanes(
-        one, (batch, weight), carry, mask, block, like, again if recall else None
+        one, (batch, weight), carry, mask, block, like, recall and partial(_recalled, recall)
     )
     return gradient, _metrics(sums)
 
@@ -92,6 +88,11 @@ def critic_gradient(
         return gradient, value
 
     return _over_lanes(one, batch, carry, mask, block, (params, jnp.zeros((), batch.target.dtype)))
+
+
+def _recalled(recall, index, cut):
+    batch, weight = cut
+    return batch._replace(trajectory=recall(index)), weight
 
 
 def _block_size(total: int, block: int | None) -> int:

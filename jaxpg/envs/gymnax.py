@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxpg.envs.env import Env
 from jaxpg.envs.spaces import Box, Discrete, Space, check_space, limits
@@ -184,7 +185,7 @@ def _space(space, name) -> Space:
 
 
 def _traced(x) -> bool:
-    return isinstance(x, jax.core.Tracer)
+    return isinstance(x, Tracer)
 
 
 def _observed(obs, space):

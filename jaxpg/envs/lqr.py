@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxpg.envs.env import Env
 from jaxpg.envs.spaces import Box
@@ -32,7 +33,7 @@ def check_lqr(lqr: Lqr) -> Lqr:
 
     Raises ValueError, naming the field, when it is not well formed.
     """
-    known = {k: v for k, v in lqr._asdict().items() if not isinstance(v, jax.core.Tracer)}
+    known = {k: v for k, v in lqr._asdict().items() if not isinstance(v, Tracer)}
     for name, value in known.items():
         if not np.isfinite(value):
             raise ValueError(f"Lqr.{name}={value} must be a finite number")

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxpg.envs.env import Env
 from jaxpg.envs.spaces import Discrete
@@ -28,7 +29,7 @@ def check_mdp(mdp: Mdp) -> Mdp:
 
     Raises ValueError, naming the field, when it is not well formed.
     """
-    traced = [k for k, v in mdp._asdict().items() if isinstance(v, jax.core.Tracer)]
+    traced = [k for k, v in mdp._asdict().items() if isinstance(v, Tracer)]
     if traced:
         raise ValueError(
             f"Mdp.{traced[0]} is traced, but tables are checked when built: give numbers"

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from jaxpg.types import Array
 
@@ -67,7 +68,7 @@ def check_space(name: str, space: Space) -> None:
 def _check_bounds(name, space: Box) -> None:
     bounds = {"low": space.low, "high": space.high}
     for which, bound in bounds.items():
-        if isinstance(bound, jax.core.Tracer):
+        if isinstance(bound, Tracer):
             raise ValueError(
                 f"{name}: Box.{which} is traced; bounds must be known when a policy is built, so give "
                 "numbers, or -np.inf and np.inf where they vary"

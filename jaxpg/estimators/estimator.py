@@ -1,7 +1,7 @@
 """One equation: g = grad reduce_t [ surrogate(log pi(a_t|s_t), w_t (psi_t - b_t)) ], in five slots."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxpg.estimators import baselines, credit, importance, surrogates
 from jaxpg.estimators.baselines import Baseline
 from jaxpg.estimators.credit import Credit
 from jaxpg.estimators.importance import Importance
-from jaxpg.estimators.slot import facts_of
+from jaxpg.estimators.slot import Slot, facts_of
 from jaxpg.estimators.surrogates import Reduce, Surrogate
 from jaxpg.policies import Distribution, Network
 from jaxpg.types import Array, Carry, Hyperparams, Params, Trajectory
@@ -85,7 +85,8 @@ def rescaled(estimator: Estimator, batch: Batch) -> tuple[Estimator, Batch]:
     if rescale is None:
         return estimator, batch
     advantage = rescale(batch.advantage, batch.resolution, batch.trajectory.mask)
-    inside = estimator._replace(surrogate=estimator.surrogate.arguments[0])
+    wrapper = cast(Slot, estimator.surrogate)  # only a wrapper has a rescale
+    inside = estimator._replace(surrogate=wrapper.arguments[0])
     return rescaled(inside, batch._replace(advantage=advantage))
 
 

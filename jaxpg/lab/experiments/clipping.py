@@ -44,7 +44,7 @@ def clipping(settings: Settings, progress: Progress) -> Result:
         forms = [_clipped(centred, epsilon, numbers) for epsilon in epsilons]
         return measured_result(lag, forms, lags, settings, progress)
     grid = sorted({*np.linspace(0.0, 1.5, 31).round(3).tolist(), *lags})
-    advantages = partial(known_advantage, value_tables_of_actions(lag.world, lag.behaviour))
+    advantages = known_advantage(value_tables_of_actions(lag.world, lag.behaviour))
     forms = [_clipped(advantages, epsilon, numbers) for epsilon in epsilons]
     found = measured_lags(lag, forms, lags, settings, progress)
     rows = []

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpg.estimators import Estimator, baselines, credit, importance
+from jaxpg.estimators import Estimator, Slot, baselines, credit, importance
 from jaxpg.lab import exact, regulators
 from jaxpg.lab.exact import Coefficients, Moments, lqr, pair_moments
 from jaxpg.lab.exact.baselines import _projections, controlled, minimisers
@@ -55,8 +55,12 @@ def value_tables_of_actions(world: World, logits: np.ndarray) -> np.ndarray:
     return by_observation(world, action_value - value[:, :, None])
 
 
-def known_advantage(table: np.ndarray, trace: Array, trajectory: Trajectory, hyperparams) -> Array:
+def known_advantage(table: np.ndarray) -> Slot:
     """psi_t = table[step, observation, action], [H, O, A]: a credit that no data could give."""
+    return Slot(_known_advantage, "known_advantage", (table,))
+
+
+def _known_advantage(table, trace: Array, trajectory: Trajectory, hyperparams) -> Array:
     del hyperparams
     step = jnp.minimum(jnp.arange(trace.shape[0]), len(table) - 1)
     row = jnp.broadcast_to(step[:, None], trace.shape)
@@ -137,7 +141,7 @@ def _regulator_params(world: World) -> tuple[np.ndarray, list[int]]:
     return numbers, [regulators.PARAMS.index(name) for name in sorted(world.params)]
 
 
-def slots(credit_, baseline=baselines.none, **rest) -> Make:
+def slots(credit_, baseline: baselines.Baseline = baselines.none, **rest) -> Make:
     """A form with a baseline that needs nothing."""
 
     def make(world):
@@ -217,7 +221,7 @@ def exact_advantage(world):
         return coordinates(world, pair_moments(world.mdp, world.logits, c))
 
     start = _start(world, importance.on_policy)
-    table = partial(known_advantage, value_tables_of_actions(world, world.logits))
+    table = known_advantage(value_tables_of_actions(world, world.logits))
     return {"estimator": Estimator(table, importance=start), "exact": cache(moments)}
 
 

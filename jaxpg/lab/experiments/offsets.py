@@ -1,6 +1,5 @@
 """Offsets: what a constant added to every reward does, and when subtracting one hurts."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from jaxpg.estimators import Estimator, baselines, credit
+from jaxpg.estimators import Estimator, Slot, baselines, credit
 from jaxpg.lab.exact import bandits
 from jaxpg.lab.exact.baselines import minimisers
 from jaxpg.lab.exact.compose import composed
@@ -85,7 +84,8 @@ def _measured_traces(world, settings, progress) -> tuple[list[dict[str, Any]], d
     """kappa added to every reward of the episode, so that its length counts too."""
     hyperparams = world.hyperparams
     forms = [
-        Form(f"none, {k:g}", Estimator(partial(_raised, k)), hyperparams, None) for k in OFFSETS
+        Form(f"none, {k:g}", Estimator(Slot(_raised, "raised", (k,))), hyperparams, None)
+        for k in OFFSETS
     ]
     found = measure(world, forms, key_of(settings), settings.trajectories, (1,), progress)
     rows = [
