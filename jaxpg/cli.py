@@ -109,6 +109,7 @@ def _sweep(argv):
         print(SWEEP_HELP, end="")
         return
     from jaxpg.experiment.cache import use_compilation_cache
+    from jaxpg.experiment.health import Diverged
     from jaxpg.experiment.interrupt import Interrupted
     from jaxpg.experiment.sweep import execute, prepare
 
@@ -119,6 +120,8 @@ def _sweep(argv):
         execute(sweep)
     except ValueError as error:
         _fail(str(error))
+    except Diverged as error:
+        _leave(f"error: {_line(error)}", 1)
     except Interrupted as stop:
         _leave(str(stop), stop.status)
     except BrokenPipeError:

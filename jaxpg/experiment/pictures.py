@@ -24,6 +24,8 @@ def prepare(argv: Sequence[str]) -> Request:
     """Reads the runs that the arguments name. Raises ValueError for what cannot be drawn."""
     arguments = _parser().parse_args(list(argv))
     # Imported here, so that help does not wait for jax.
+    import numpy as np
+
     from jaxpg.experiment.folder import FIGURES
     from jaxpg.experiment.records import read
 
@@ -33,6 +35,11 @@ def prepare(argv: Sequence[str]) -> Request:
     if arguments.metric not in metrics:
         near = difflib.get_close_matches(arguments.metric, metrics, n=3, cutoff=0.4) or metrics
         raise ValueError(f"unknown metric {arguments.metric!r}; did you mean {', '.join(near)}?")
+    if not any(np.isfinite(each).any() for s in series for each in s.metrics.values()):
+        raise ValueError(
+            f"nothing to draw: all agents of {', '.join(arguments.runs)} diverged at their first update; "
+            "a smaller learning rate may help"
+        )
     worlds = sorted({s.environment for s in series})
     if len(worlds) == len(series) > 1:
         raise ValueError(
@@ -64,10 +71,15 @@ def execute(request: Request) -> None:
         figures["comparison"] = lambda figure: plots.comparison(figure, shown)
     except ValueError as error:
         notes.append(f"no comparison: {error}")
+    print("\n".join(_table(shown)), flush=True)
     out.mkdir(parents=True, exist_ok=True)
     for name, draw in figures.items():
         write_figure(out, draw, name)
-    print("\n".join(_table(shown)))
+    for s in (s for s in series if s.diverged):
+        notes.append(
+            f"diverged: {len(s.diverged)} of {len(s.env_steps)} seeds of {s.label}, the first at "
+            f"update {min(s.diverged)}; their curves end there"
+        )
     if len(shown) < len(series):
         notes.append(f"drawn: the best {len(shown)} of {len(series)} series")
     print("\n".join([*notes, f"saved {', '.join(figures)} (.png, .svg) in {out}"]))

@@ -25,6 +25,7 @@ AXES = {
 }
 MOST_SERIES = 8  # as many as there are markers
 MOST_PAIRED = 4  # series of which every pair is shown; of more, each against the best
+MOST_NAMED = 3  # series of which it is said in a caption that they diverged
 BAND = "interquartile mean with 95 % bootstrap band"
 PROFILE_POINTS = 101
 RESAMPLES = 500  # of a profile, for an eye
@@ -107,6 +108,11 @@ def final_scores(series: list[Series]) -> tuple[dict[str, np.ndarray], str]:
     """
     if len({s.label for s in series}) < 2:
         raise ValueError("there is one series; name several runs, or a run with a grid")
+    left = {s.label for s in series if s.final is None or np.isfinite(s.final).any()}
+    if len(left) < 2:
+        raise ValueError(f"of {len({s.label for s in series})} series, the agents of all "
+                         f"but {len(left)} have diverged")  # fmt: skip
+    series = [s for s in series if s.label in left]
     by_label: dict[str, dict[str, np.ndarray]] = {}
     for s in series:
         if s.final is None:
@@ -150,10 +156,11 @@ def _curve(axis, s: Series, x, metric, place):
     shown = s.ratios[metric] if metric in s.ratios else band(s.metrics[metric])
     colour = COLOURS[place]
     bounds(axis, at, Estimate(*shown), place)
+    # A line without a point has no length to space markers along.
+    every = (0.05 + 0.02 * place, 0.14) if np.isfinite(shown.value).any() else None
     axis.plot(
         at, shown.value, color=colour, linestyle=LINES[place], linewidth=1.4, label=s.label,
-        marker=MARKERS[place], markerfacecolor="white", markersize=4,
-        markevery=(0.05 + 0.02 * place, 0.14),
+        marker=MARKERS[place], markerfacecolor="white", markersize=4, markevery=every,
     )  # fmt: skip
     resolved = np.where(np.isfinite(shown.value), [shown.low, shown.high], np.nan)
     axis.fill_between(at, *resolved, color=colour, alpha=0.18, linewidth=0)
@@ -272,6 +279,11 @@ def _spans_decades(values) -> bool:
 def _seeds(series) -> str:
     least, most = (f(len(s.env_steps) for s in series) for f in (min, max))
     each = " each" if len(series) > 1 else ""
+    said = f"{most} seeds{each}" if least == most else f"{least} to {most} seeds{each}"
     if most == 1:
-        return f"one seed{each}"
-    return f"{most} seeds{each}" if least == most else f"{least} to {most} seeds{each}"
+        said = f"one seed{each}"
+    lost = [f"{len(s.diverged)} of {len(s.env_steps)} of {s.label}" for s in series if s.diverged]
+    if not lost:
+        return said
+    more = f" and of {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
+    return f"{said}\ndiverged: {', '.join(lost[:MOST_NAMED])}{more}"

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxpg.experiment import artifacts, responses
+from jaxpg.experiment import artifacts, health, responses
 from jaxpg.experiment import folder as files
 from jaxpg.experiment.config import Config, Grid
+from jaxpg.experiment.metrics import nan_mean
 from jaxpg.experiment.records import SWEEP
 from jaxpg.experiment.report import aligned
 from jaxpg.experiment.search import Options, Rung
@@ -20,6 +21,7 @@ from jaxpg.types import Hyperparams
 
 MOST_ROWS = 12
 WIDTH = 80
+DESCRIBED = ("return", "low", "high", "updates", "evaluated", "area", "tied", "diverged")
 
 
 class Search(NamedTuple):
@@ -40,6 +42,9 @@ class Outcomes(NamedTuple):
     )  # [P, S] final evaluation, or the last chunk of training where there is none
     updates: np.ndarray  # [P]
     evaluated: np.ndarray  # [P, S] bool
+    areas: np.ndarray  # [P, S] under the learning curve over its length: the mean return so far
+    ended: np.ndarray  # [P, S] updates in which an episode ended, of which that is the mean
+    diverged: np.ndarray  # [P, S] the first update whose numbers were not finite; 0: none
 
 
 class Costs(NamedTuple):
@@ -54,31 +59,72 @@ class Costs(NamedTuple):
 
 def nothing_yet(num_points: int, seeds: int) -> Outcomes:
     shape = num_points, seeds
-    return Outcomes(np.full(shape, np.nan), np.zeros(num_points, int), np.zeros(shape, bool))
+    return Outcomes(
+        np.full(shape, np.nan),
+        np.zeros(num_points, int),
+        np.zeros(shape, bool),
+        np.full(shape, np.nan),
+        np.zeros(shape, int),
+        np.zeros(shape, int),
+    )
+
+
+def note(outcomes: Outcomes, rows: np.ndarray, updates: int, measured: dict) -> None:
+    """Notes a chunk of these rows of [P x S] that ends at `updates`; measured: [rows, K] each."""
+    returns, area, ended, diverged = (
+        x.reshape(-1) for x in (outcomes.returns, outcomes.areas, outcomes.ended, outcomes.diverged)
+    )
+    found = measured["episode_return"]
+    at = updates - found.shape[1] + 1 + np.arange(found.shape[1])
+    first = np.array([update for update, _ in health.first_divergence(at, measured)])
+    diverged[rows] = np.where(diverged[rows] > 0, diverged[rows], first)
+    mean, count = nan_mean(found), (~np.isnan(found)).sum(axis=1)
+    ended[rows] += count
+    before = np.where(np.isnan(area[rows]), mean, area[rows])
+    with np.errstate(invalid="ignore"):
+        step = (mean - before) * count / ended[rows]
+    area[rows] = np.where(count > 0, before + step, area[rows])
+    returns[rows] = mean
+    for each in (returns, area):
+        each[rows] = np.where(diverged[rows] > 0, np.nan, each[rows])
+    outcomes.updates[rows // outcomes.returns.shape[1]] = updates
 
 
 def best_of(outcomes: Outcomes, alive: np.ndarray, count: int) -> np.ndarray:
     """The places in `alive` of the best points, best first. Raises ValueError when none has a return."""
-    found = _scores(outcomes)[alive]
+    found = _scores(outcomes.returns)[alive]
     if np.isnan(found).all():
         raise ValueError(
             f"no episode ended in the last chunk before update {outcomes.updates[alive[0]]}, so that "
             "halving has nothing to rank by; use more --updates or --num-steps, or no --halving"
         )
-    return np.argsort(-np.nan_to_num(found, nan=-np.inf), kind="stable")[:count]
+    areas = _scores(outcomes.areas)[alive]
+    return np.lexsort([-np.nan_to_num(x, nan=-np.inf) for x in (areas, found)])[:count]
 
 
 def order(outcomes: Outcomes) -> np.ndarray:
-    """The points that were run, best first; one that trained longer is before what halving dropped."""
-    found = np.nan_to_num(_scores(outcomes), nan=-np.inf)
-    return np.lexsort((-found, -outcomes.updates))[: (outcomes.updates > 0).sum()]
+    """The points that were run, best first; one that trained longer is before what halving dropped.
+
+    Of those that tie, the one with the larger area under its learning curve comes first; what has diverged
+    comes last.
+    """
+    found, areas = (_scores(x) for x in (outcomes.returns, outcomes.areas))
+    lost = outcomes.diverged.all(axis=1) | (outcomes.updates == 0)
+    keys = (np.nan_to_num(x, nan=-np.inf) for x in (areas, found))
+    return np.lexsort((*(-x for x in keys), -outcomes.updates, lost))[
+        : (outcomes.updates > 0).sum()
+    ]
 
 
 def table(search: Search, outcomes: Outcomes) -> dict[str, list]:
     """A column for each number, a row for each point that was run, best first."""
-    returns, places = _filled(outcomes), order(outcomes)
+    returns, places = _filled(outcomes.returns), order(outcomes)
     estimates = [robust(returns[i]) for i in places]
-    columns: dict[str, list] = {"rank": list(range(1, len(places) + 1))}
+    areas = _scores(outcomes.areas)
+    level = [(int(outcomes.updates[i]), e.value) for i, e in zip(places, estimates, strict=True)]
+    # What has no return has no rank.
+    ranks = [i if np.isfinite(e.value) else None for i, e in enumerate(estimates, start=1)]
+    columns: dict[str, list] = {"rank": ranks}
     columns |= {n.strip("_"): [getattr(search.points[i], n) for i in places] for n in search.swept}
     return columns | {
         "return": [e.value for e in estimates],
@@ -88,6 +134,9 @@ def table(search: Search, outcomes: Outcomes) -> dict[str, list]:
         "largest": [float(returns[i].max()) for i in places],
         "updates": [int(outcomes.updates[i]) for i in places],
         "evaluated": [bool(outcomes.evaluated[i].all()) for i in places],
+        "area": [float(areas[i]) for i in places],
+        "tied": [level.count(each) - 1 if np.isfinite(each[1]) else 0 for each in level],
+        "diverged": [int((outcomes.diverged[i] > 0).sum()) for i in places],
     }
 
 
@@ -109,14 +158,16 @@ def report(config: Config, search: Search, outcomes: Outcomes, costs: Costs) -> 
     """The best rows of the table, and what the sweep took."""
     found = table(search, outcomes)
     names = [n.strip("_") for n in search.swept]
-    thinned = len(set(found["updates"])) > 1
-    last = ["updates"] if thinned else []
+    thinned, lossy = len(set(found["updates"])) > 1, any(found["diverged"])
+    last = ["updates"] * thinned + ["diverged"] * lossy
     rows = [["rank", *names, "return", "95 % interval", *last]]
     for i in range(min(len(found["rank"]), MOST_ROWS)):
         numbers = [f"{found[n][i]:g}" for n in names]
         estimate = Estimate(found["return"][i], found["low"][i], found["high"][i])
         more = [f"{found['updates'][i]:,}"] * thinned
-        rows.append([str(i + 1), *numbers, number(estimate.value), interval(estimate), *more])
+        more += [f"{found['diverged'][i]} of {config.seeds}"] * lossy
+        rank = str(found["rank"][i] or "-")
+        rows.append([rank, *numbers, number(estimate.value), interval(estimate), *more])
     lines = [line[:WIDTH] for line in aligned(rows)]
     if len(found["rank"]) > MOST_ROWS:
         lines.append(f"  (the best {MOST_ROWS} of {len(found['rank']):,}; all are in table.csv)")
@@ -124,36 +175,37 @@ def report(config: Config, search: Search, outcomes: Outcomes, costs: Costs) -> 
     what = f"{config.evaluation_episodes} fresh episodes per agent" if evaluated else (
         "fresh episodes where training ended, else the last chunk of training"
     )  # fmt: skip
-    flags = [f"--{n.replace('_', '-')} {found[n][0]:g}" for n in names] if found["rank"] else []
+    flags = []
+    if found["rank"] and np.isfinite(found["return"][0]):
+        flags = [f"--{n.replace('_', '-')} {found[n][0]:g}" for n in names]
     return [
         f"interquartile mean over {config.seeds} seed{'s' * (config.seeds > 1)} of the return of",
         f"{what}:",
         *lines,
-        *(["best: " + " ".join(flags)] if flags else []),
+        *(["best: " + " ".join(flags), *_tie(found)] if flags else []),
         f"{costs.env_steps:,} steps in {costs.seconds:.1f} s, in batches of {costs.batch:,} agents, "
         f"after {costs.compile_seconds:.1f} s",
         "of compilation",
     ]
 
 
+def _tie(found) -> list[str]:
+    """What is said of points that tie with the best."""
+    others = found["tied"][0]
+    if not others:
+        return []
+    said = f"  ties with {others} other point{'s' * (others > 1)} at {number(found['return'][0])}; "
+    if found["area"][0] > found["area"][1]:
+        return [said + "it has the largest area under its", "  learning curve"]
+    return [said + "the areas under their", "  learning curves tie too, and it was listed first"]
+
+
 def write(
     folder: Path, config: Config, search: Search, outcomes: Outcomes, costs: Costs, complete: bool
 ) -> None:
-    """sweep.json, table.csv, table.parquet and figures/response; the first last, as it says all is there."""
+    """table.csv and table.parquet; sweep.json, which says that the results are there; then the figure."""
     found = table(search, outcomes)
     artifacts.write_table(folder, found)
-    figures = folder / files.FIGURES
-    figures.mkdir(exist_ok=True)
-    numbers = responses.Points(
-        {n: [getattr(p, n) for p in search.points] for n in search.swept},
-        _estimates(outcomes),
-        outcomes.updates == config.updates,
-        search.options.random is None,
-    )
-    title = f"{config.environment}, {config.algorithm}"
-    artifacts.write_figure(
-        figures, lambda figure: responses.draw(figure, numbers, title), "response"
-    )
     described = files.description(config, search.grid, [])
     del described["replicas"]
     record: dict[str, Any] = {
@@ -172,33 +224,45 @@ def write(
         "points": _described(search, outcomes, found),
     }
     files.write_json(folder / SWEEP, record)
+    figures = folder / files.FIGURES
+    figures.mkdir(exist_ok=True)
+    numbers = responses.Points(
+        {n: [getattr(p, n) for p in search.points] for n in search.swept},
+        _estimates(outcomes),
+        outcomes.updates == config.updates,
+        search.options.random is None,
+        np.all(outcomes.diverged, axis=1),
+    )
+    title = f"{config.environment}, {config.algorithm}"
+    artifacts.write_figure(
+        figures, lambda figure: responses.draw(figure, numbers, title), "response"
+    )
 
 
 def _described(search, outcomes, found) -> list[dict[str, Any]]:
     """Every point that was run, best first."""
     return [
         {
-            "rank": rank,
+            "rank": found["rank"][row],
             "hyperparameters": search.points[i]._asdict(),
-            **{n: found[n][rank - 1] for n in ("return", "low", "high", "updates", "evaluated")},
+            **{n: found[n][row] for n in DESCRIBED},
             "returns": outcomes.returns[i],
         }
-        for rank, i in enumerate(order(outcomes), start=1)
+        for row, i in enumerate(order(outcomes))
     ]
 
 
 def _estimates(outcomes) -> np.ndarray:
     """[3, P]: interquartile mean, low and high; NaN for a point that was not run."""
     found = np.full((3, len(outcomes.updates)), np.nan)
-    returns = _filled(outcomes)
+    returns = _filled(outcomes.returns)
     for i in np.flatnonzero(outcomes.updates):
         found[:, i] = robust(returns[i])
     return found
 
 
-def _filled(outcomes) -> np.ndarray:
+def _filled(returns) -> np.ndarray:
     """The returns; a seed that diverged, beside seeds that have a return, earns the least of all."""
-    returns = outcomes.returns
     found = np.isfinite(returns)
     if not found.any():
         return returns
@@ -206,5 +270,5 @@ def _filled(outcomes) -> np.ndarray:
     return np.where(beside, returns[found].min(), returns)
 
 
-def _scores(outcomes) -> np.ndarray:
-    return interquartile_mean(_filled(outcomes)[..., None])
+def _scores(returns) -> np.ndarray:
+    return interquartile_mean(_filled(returns)[..., None])

@@ -1,6 +1,7 @@
 """Records: runs as their folders tell them, as arrays over seeds for pictures and tables."""
 
 import json
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxpg.experiment.folder import CONFIG, EVALUATION, FIGURES, METRICS, TABLE
+from jaxpg.experiment.health import first_divergence
 from jaxpg.experiment.statistics import noise_ratios
 from jaxpg.intervals import Estimate
 
@@ -33,6 +35,9 @@ class Series(NamedTuple):
     metrics: dict[str, np.ndarray]  # [R, T] each; NaN where there is no value
     final: np.ndarray | None  # [R] mean returns of the final evaluation
     ratios: dict[str, Estimate] = {}  # noqa: RUF012  [T] each, of averages over seeds and updates
+    diverged: Sequence[
+        int
+    ] = ()  # of the seeds that did, the first update whose numbers are not finite
 
 
 def read(folders: list[Path]) -> list[Series]:
@@ -61,7 +66,10 @@ def labelled(series: list[Series]) -> list[Series]:
 
 
 def score(series: Series) -> np.ndarray:
-    """Of each seed, [R]: the final evaluation, or the last of the curve where there is none."""
+    """Of each seed, [R]: the final evaluation, or the last of the curve where there is none.
+
+    NaN of a seed that has diverged.
+    """
     if series.final is not None:
         return series.final
     return series.metrics["episode_return"][:, -1]
@@ -102,6 +110,12 @@ def _read(folder: Path) -> list[Series]:
         final = _final(folder, len(replicas))
     except (OSError, KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
         raise ValueError(f"cannot read the run in {folder}: {error!r}") from error
+    # From where a replica diverged on, nothing that it does is a result.
+    since = np.array([at or np.inf for at, _ in first_divergence(update, metrics)])
+    metrics = {
+        name: np.where(update[None] >= since[:, None], np.nan, each)
+        for name, each in metrics.items()
+    }
     noise = [metrics.pop(name, None) for name in ("noise", "signal")]
     metrics = {name: each for name, each in metrics.items() if not name.startswith(RATIOS)}
     every = update
@@ -122,6 +136,7 @@ def _read(folder: Path) -> list[Series]:
             {name: each[rows] for name, each in metrics.items()},
             None if final is None else final[rows],
             _ratios(noise, rows, every, update, structure["num_envs"]),
+            [int(at) for at in since[rows] if at < np.inf],
         )
         for values, rows in places.items()
     ]

@@ -16,6 +16,7 @@ class Points(NamedTuple):
     estimates: np.ndarray  # [3, P] return, low, high; NaN where a point was not run
     whole: np.ndarray  # [P] bool: trained to the end, not dropped before
     gridded: bool
+    diverged: np.ndarray | bool = False  # [P] bool: every seed did
 
 
 def draw(figure, points: Points, title: str) -> None:
@@ -38,6 +39,8 @@ def draw(figure, points: Points, title: str) -> None:
     said = "interquartile mean, 95 % intervals over seeds"
     if not points.whole.all():
         said += "; open: not trained to the end"
+    if np.any(points.diverged):
+        said += "; cross: diverged"
     caption(figure, said)
 
 
@@ -59,6 +62,9 @@ def _panel(axis, points, name):
     if len(points.numbers) == 1 and points.gridded:
         order = np.argsort(at)
         axis.plot(at[order], value[order], color=COLOURS[0], linewidth=1.0, zorder=1)
+    lost = at[np.broadcast_to(points.diverged, at.shape)]
+    axis.plot(lost, np.zeros(len(lost)), "x", color=COLOURS[1], transform=axis.get_xaxis_transform(),
+              clip_on=False)  # fmt: skip
     if _spread(at):
         axis.set_xscale("log")
 
@@ -67,21 +73,20 @@ def _heat_map(figure, points, title):
     (x, xs), (y, ys) = ((n, sorted(set(v))) for n, v in points.numbers.items())
     if len(ys) > len(xs):  # a landscape picture
         (x, xs), (y, ys) = (y, ys), (x, xs)
-    values, whole = np.full((len(ys), len(xs)), np.nan), np.zeros((len(ys), len(xs)), bool)
-    for a, b, value, done in zip(
-        points.numbers[x], points.numbers[y], points.estimates[0], points.whole, strict=True
-    ):
-        values[ys.index(b), xs.index(a)] = value
-        whole[ys.index(b), xs.index(a)] = done
+    values = np.full((len(ys), len(xs)), np.nan)
+    whole, lost = (np.zeros(values.shape, bool) for _ in range(2))
+    at = [ys.index(b) for b in points.numbers[y]], [xs.index(a) for a in points.numbers[x]]
+    values[at], whole[at], lost[at] = points.estimates[0], points.whole, points.diverged
     width, height = max(4.5, 0.78 * len(xs) + 2.2), max(2.6, 0.5 * len(ys) + 1.5)
     (axis,) = panels(figure, width=width, height=height)
     axis.grid(False)
     image = axis.imshow(values, cmap="Greys_r", aspect="auto", origin="lower")
     if values.size <= MOST_CELLS:
-        _write_cells(axis, values, whole, image.norm)
+        _write_cells(axis, values, whole, lost, image.norm)
     axis.set_xticks(range(len(xs)), [f"{v:.3g}" for v in xs])
     axis.set_yticks(range(len(ys)), [f"{v:.4g}" for v in ys])
-    figure.colorbar(image, label="return", fraction=0.05, pad=0.02).outline.set_visible(False)
+    if np.isfinite(values).any():
+        figure.colorbar(image, label="return", fraction=0.05, pad=0.02).outline.set_visible(False)
     label(axis, title, words(x), words(y), legend=False)
     said = "interquartile mean over seeds"
     if not points.whole.all():
@@ -89,12 +94,16 @@ def _heat_map(figure, points, title):
     caption(figure, said)
 
 
-def _write_cells(axis, values, whole, norm):
+def _write_cells(axis, values, whole, lost, norm):
+    for row, column in np.argwhere(lost):
+        axis.text(column, row, "diverged", ha="center", va="center", fontsize=7, color=COLOURS[1])
+    if not np.isfinite(values).any():
+        return
     low, high = np.nanmin(values), np.nanmax(values)
     digits = 0 if high - low > 20 else 1 if high - low > 2 else 2
-    best = np.unravel_index(
-        np.nanargmax(np.where(whole.any() & ~whole, -np.inf, values)), values.shape
-    )
+    finished = whole & np.isfinite(values)
+    ranked = np.where(finished.any() & ~finished, np.nan, values)
+    best = ranked == np.nanmax(ranked)  # all that tie
     for (row, column), value in np.ndenumerate(values):
         if np.isnan(value):
             continue
@@ -103,7 +112,7 @@ def _write_cells(axis, values, whole, norm):
         axis.text(
             column, row, text, ha="center", va="center", fontsize=8,
             color="black" if norm(value) > 0.5 else "white",
-            fontweight="bold" if (row, column) == best else "normal",
+            fontweight="bold" if best[row, column] else "normal",
         )  # fmt: skip
 
 

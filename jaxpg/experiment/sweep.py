@@ -18,7 +18,6 @@ from jaxpg.experiment.flags import request
 from jaxpg.experiment.interrupt import Interrupted, signals
 from jaxpg.experiment.lock import locked
 from jaxpg.experiment.loop import chunk_length, stopper, workers
-from jaxpg.experiment.metrics import nan_mean
 from jaxpg.experiment.progress import Show, Status, display
 from jaxpg.experiment.ranking import Costs, Outcomes, Search
 from jaxpg.experiment.replicas import use_cpu_cores
@@ -93,7 +92,8 @@ def execute(sweep: Sweep) -> None:
     """Trains all points, ranks them and fills the folder.
 
     Raises Interrupted after SIGINT or SIGTERM, with what is known by then saved; and ValueError where not
-    even one agent fits in memory, or nothing can be ranked.
+    even one agent fits in memory, or halving has nothing to rank by; and health.Diverged where every
+    agent did.
     """
     config, search, parts, folder = sweep
     outcomes = ranking.nothing_yet(len(search.points), config.seeds)
@@ -114,7 +114,13 @@ def execute(sweep: Sweep) -> None:
             raise
         show("drawing")
         ranking.write(sweep.folder, config, search, outcomes, costs, complete=not stopped())
+        gone = outcomes.diverged.all()
     print("\n".join(ranking.report(config, search, outcomes, costs)))
+    if gone:
+        raise health.Diverged(
+            f"nothing is ranked: all {len(search.points)} points diverged, the last seed at update "
+            f"{outcomes.diverged.max()}; smaller steps may help; the table is in {folder}"
+        )
     if stopped():
         done = int((outcomes.updates > 0).sum())
         said = f"before the end; {done} of {len(search.points)} points are ranked in {folder}"
@@ -134,8 +140,7 @@ def _climb(job: batches.Job, search: Search, outcomes: Outcomes, show: Show) -> 
     show(f"compiled in {compiled - started:.1f} s")
 
     def tick(rows, updates, measured):
-        outcomes.returns.reshape(-1)[rows] = nan_mean(measured["episode_return"])
-        outcomes.updates[rows // seeds] = updates
+        ranking.note(outcomes, rows, updates, measured)
         steps = costs[0].env_steps + int(measured["env_steps"].astype(np.int64).sum())
         costs[0] = costs[0]._replace(env_steps=steps, seconds=time.perf_counter() - compiled)
         chunks[0] += 1
@@ -145,6 +150,8 @@ def _climb(job: batches.Job, search: Search, outcomes: Outcomes, show: Show) -> 
 
     alive, states, before = np.arange(len(search.points)), None, 0
     for rung in search.rungs:
+        if outcomes.diverged.all():
+            return costs[0]
         if states is not None:
             chosen = ranking.best_of(outcomes, alive, rung.points)
             here = _rows(chosen, seeds)
@@ -160,7 +167,8 @@ def _climb(job: batches.Job, search: Search, outcomes: Outcomes, show: Show) -> 
                 return costs[0]
             if last:
                 found = batches.evaluated(job, programs, replicas, state, len(rows[some]))
-                outcomes.returns.reshape(-1)[rows[some]] = found
+                lost = outcomes.diverged.reshape(-1)[rows[some]] > 0
+                outcomes.returns.reshape(-1)[rows[some]] = np.where(lost, np.nan, found)
                 outcomes.evaluated.reshape(-1)[rows[some]] = True
             else:
                 kept.append(batches.kept(state, len(rows[some])))

@@ -14,7 +14,7 @@ from jaxpg.experiment import metrics, plots
 from jaxpg.experiment.config import Grid, points
 from jaxpg.experiment.folder import CONFIG, EVALUATION, METRICS, TABLE, write_json
 from jaxpg.experiment.presets import preset
-from jaxpg.experiment.records import MOST_POINTS, best, read
+from jaxpg.experiment.records import MOST_POINTS, best, read, score
 
 SEEDS = 5
 
@@ -285,6 +285,43 @@ def test_an_unfinished_run_has_curves_and_no_comparison(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "no comparison:" in out and "unfinished" in out
     assert not (folder / "figures" / "comparison.png").exists()
+
+
+def test_what_diverged_is_named_and_the_rest_is_drawn(tmp_path, capsys):
+    """One setting of three diverges as a whole at update 1, one in a seed at update 3."""
+    loss = np.ones((3 * SEEDS, 4))
+    loss[:SEEDS], loss[SEEDS, 2:] = np.nan, np.inf
+    folder = write_run(tmp_path / "r", rates=(0.1, 0.2, 0.3), measured={"objective": loss})
+    final = np.concatenate([returns_of(rate, 4)[:, -1] for rate in (0.1, 0.2, 0.3)])
+    final[: SEEDS + 1] = np.nan
+    write_json(folder / EVALUATION, {"mean_return": final})
+    gone, partly, well = read([folder])
+    assert (gone.diverged, partly.diverged, well.diverged) == ([1] * SEEDS, [3], [])
+    assert np.isnan(gone.metrics["episode_return"]).all()
+    curve = partly.metrics["episode_return"]
+    assert np.isfinite(curve[0, :2]).all() and np.isnan(curve[0, 2:]).all()
+    assert np.isnan(score(partly._replace(final=None))[0])
+    assert [s.label for s in best([gone, partly, well], 1)] == [well.label]
+    main(["plot", str(folder)])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "diverged: 5 of 5 seeds of learning_rate=0.1, the first at update 1" in out
+    assert "diverged: 1 of 5 seeds of learning_rate=0.2, the first at update 3" in out
+    names = {"curves", "diagnostics", "comparison"}
+    assert {f.name for f in (folder / "figures").iterdir()} == {
+        f"{name}.{kind}" for name in names for kind in ("png", "svg")
+    }
+    assert [*plots.final_scores([gone, partly, well])[0]] == [partly.label, well.label]
+    with pytest.raises(ValueError, match="of 2 series, the agents of all but 1 have diverged"):
+        plots.final_scores([gone, well])
+
+
+def test_a_run_that_diverged_at_once_is_refused(tmp_path, capsys):
+    bad = {"objective": np.full((SEEDS, 4), np.nan)}
+    folder = write_run(tmp_path / "r", rates=(0.1,), measured=bad)
+    with pytest.raises(SystemExit) as stop:
+        main(["plot", str(folder)])
+    assert stop.value.code == 2 and not (folder / "figures").exists()
+    assert "nothing to draw: all agents of" in capsys.readouterr().err
 
 
 BAD = {

@@ -4,6 +4,7 @@ import csv
 import json
 from concurrent import futures
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -290,7 +291,8 @@ def test_rungs(arguments, expected):
 
 def outcomes(returns, updates):
     returns = np.array(returns, float)
-    return ranking.Outcomes(returns, np.array(updates), np.zeros(returns.shape, bool))
+    empty = ranking.nothing_yet(*returns.shape)
+    return empty._replace(returns=returns, updates=np.array(updates))
 
 
 def test_the_order_of_points():
@@ -303,6 +305,78 @@ def test_the_order_of_points():
     assert ranking.best_of(found, np.array([0, 2, 3]), 2).tolist() == [1, 0]
     with pytest.raises(ValueError, match="no episode ended in the last chunk before update 8"):
         ranking.best_of(found, np.array([3]), 1)
+
+
+def test_ties_are_broken_by_the_area_under_the_learning_curve_and_said():
+    """Two chunks of two updates; an update in which no episode ended has no part in the area."""
+    nan = np.nan
+    curves = np.array([[10, 500, nan, 500], [500, 500, 400, nan], [nan, nan, 3, 5], [1, 1, 1, 1]])
+    loss = np.ones((4, 4))
+    loss[3, 1] = np.inf
+    found, rows = ranking.nothing_yet(4, 1), np.arange(4)
+    for k in (0, 2):
+        chunk = {"episode_return": curves[:, k : k + 2], "objective": loss[:, k : k + 2]}
+        ranking.note(found, rows, k + 2, chunk)
+    np.testing.assert_allclose(found.areas[:, 0], [1010 / 3, 1400 / 3, 4, nan], rtol=1e-12)
+    np.testing.assert_array_equal(found.returns[:, 0], [500, 400, 4, nan])
+    assert found.diverged[:, 0].tolist() == [0, 0, 0, 2]
+
+
+def swept(returns, areas, diverged):
+    """A search over learning rates of one seed each, with its outcomes and its configuration."""
+    config, grid = preset("CartPole-v1", "reinforce")
+    config = replace(config, seeds=1)
+    rates = tuple(0.1 * (1.0 + np.arange(len(returns))))
+    grid = grid._replace(learning_rate=rates)
+    points = choose(grid, Options({}, None, None), 0)
+    search = ranking.Search(grid, Options({}, None, None), ("learning_rate",), points, [])
+    found = outcomes(np.array(returns, float)[:, None], [config.updates] * len(returns))
+    found = found._replace(
+        areas=np.array(areas, float)[:, None], diverged=np.array(diverged)[:, None]
+    )
+    return config, search, found
+
+
+def test_a_sweep_with_ties_and_divergence(tmp_path):
+    nan, costs = np.nan, ranking.Costs(0, 0.0, 0.0, 1, None)
+    config, search, found = swept([500, 500, nan, 9], [300, 400, nan, 500], [0, 0, 7, 0])
+    assert ranking.order(found).tolist() == [1, 0, 3, 2]
+    assert ranking.best_of(found, np.arange(4), 1).tolist() == [1]
+    said = " ".join(" ".join(ranking.report(config, search, found, costs)).split())
+    assert "best: --learning-rate 0.2 ties with 1 other point at 500.0; it has the largest" in said
+    ranking.write(tmp_path, config, search, found, costs, True)
+    table = parquet.read_table(tmp_path / "table.parquet").to_pydict()
+    assert table["rank"] == [1, 2, 3, None] and table["tied"] == [1, 1, 0, 0]
+    assert table["area"][:3] == [400, 300, 500] and table["diverged"] == [0, 0, 0, 1]
+    best, *_, last = json.loads((tmp_path / "sweep.json").read_text())["points"]
+    assert (best["area"], best["tied"], best["rank"], last["rank"]) == (400, 1, 1, None)
+    # Even where nothing else trained so long, or earned anything, what diverged is not best.
+    config, search, found = swept([nan, nan], [nan, nan], [1, 2])
+    assert not any("best" in line for line in ranking.report(config, search, found, costs))
+    # All equal: that, too, is said.
+    config, search, found = swept([5, 5, 5], [2, 2, 2], [0, 0, 0])
+    said = " ".join(" ".join(ranking.report(config, search, found, costs)).split())
+    assert "ties with 2 other points at 5.0; the areas under their learning curves tie too" in said
+
+
+def test_a_sweep_that_diverges_everywhere_says_so_and_exits_1(tmp_path, monkeypatch, capsys):
+    """In process: all but training itself."""
+    found = sweep.prepare([*GRID.split(), "--run", str(tmp_path / "r")])
+
+    def climb(job, search, outcomes, show):
+        at = np.arange(outcomes.diverged.size).reshape(outcomes.diverged.shape)
+        ranking.note(outcomes, at.reshape(-1), 8, {
+            "episode_return": np.ones((at.size, 8)), "objective": np.full((at.size, 8), np.nan)
+        })  # fmt: skip
+        return ranking.Costs(0, 0.0, 0.0, 1, None)
+
+    monkeypatch.setattr(sweep, "_climb", climb)
+    with pytest.raises(health.Diverged, match="nothing is ranked: all 6 points diverged"):
+        sweep.execute(found)
+    assert "best:" not in capsys.readouterr().out
+    points = json.loads((tmp_path / "r" / "sweep.json").read_text())["points"]
+    assert [p["rank"] for p in points] == [None] * 6 and [p["diverged"] for p in points] == [2] * 6
+    assert (tmp_path / "r" / "figures" / "response.png").is_file()
 
 
 def test_a_grid_of_two_is_a_heat_map():

@@ -100,4 +100,5 @@ def label(axis, title: str, x: str, y: str, *, legend: bool = True, **place) -> 
 def caption(figure, text: str = "lines: exact; markers: measured, with 95 % intervals") -> None:
     """What lines and markers are, where the legend names only the series."""
     figure.text(0.995, 0.005, text, fontsize=7, color="0.35", ha="right", va="bottom")
-    figure.get_layout_engine().set(rect=(0, 0.025, 1, 0.975))
+    room = 0.025 if "\n" not in text else 0.035 * (1 + text.count("\n"))
+    figure.get_layout_engine().set(rect=(0, room, 1, 1 - room))
