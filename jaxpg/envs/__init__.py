@@ -1,14 +1,15 @@
 """Environments: the protocol, tabular worlds, and one adapter file per outside suite."""
 
-from jaxpg.envs.env import Env, check_action, check_env
+from jaxpg.envs.env import Actor, Env, check_action, check_env
 from jaxpg.envs.gymnax import from_gymnax, gymnax_names
 from jaxpg.envs.lqr import Lqr, check_lqr, from_lqr
 from jaxpg.envs.mdp import Mdp, check_mdp, from_mdp
 from jaxpg.envs.spaces import Box, Discrete, MultiDiscrete, Space
 from jaxpg.envs.tabulate import mdp_from_gymnax
-from jaxpg.envs.wrappers import history, mask_observation, repeat_action
+from jaxpg.envs.wrappers import history, mask_observation, repeat_action, unwrapped
 
 __all__ = [
+    "Actor",
     "Box",
     "Discrete",
     "Env",
@@ -28,4 +29,5 @@ __all__ = [
     "mask_observation",
     "mdp_from_gymnax",
     "repeat_action",
+    "unwrapped",
 ]

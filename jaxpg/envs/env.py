@@ -8,9 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpg.envs.spaces import Box, Space, check_space
-from jaxpg.types import Array, Key, TimeStep
+from jaxpg.types import Array, Carry, Key, TimeStep
 
 EnvState = Any
+
+
+class Actor(NamedTuple):
+    """What acts in an environment: pure, for B of them at once."""
+
+    initial_carry: Callable[[int], Carry]  # of B lanes
+    # (key, obs [B, ...], carry [B, ...], first [B]) -> (action [B, ...], carry)
+    step: Callable[[Key, Array, Carry, Array], tuple[Array, Carry]]
 
 
 class Env(NamedTuple):
@@ -21,6 +29,8 @@ class Env(NamedTuple):
     observation: Space
     action: Space
     horizon: int  # whole episodes and evaluations end after this many steps, one way or the other
+    # Of a wrapper: what it wraps, and how an actor of the wrapped environment acts in that.
+    wraps: tuple["Env", Callable[[Actor], Actor]] | None = None
 
 
 def check_env(env: Env) -> None:

@@ -108,6 +108,11 @@ def encoded_size(space: Space) -> int:
     return space.n if isinstance(space, Discrete) else sum(space.nvec)
 
 
+def clip(space: Space, x: Array) -> Array:
+    """The nearest element [*shape]; integers are elements already."""
+    return jax.numpy.clip(x, space.low, space.high) if isinstance(space, Box) else x
+
+
 def encode(space: Space, x: Array) -> Array:
     """Elements [..., *shape] as vectors [..., features]: real numbers flattened, integers one-hot."""
     if isinstance(space, Box):

@@ -1,13 +1,25 @@
-"""Wrappers: an environment in, an environment out. Time limits keep terminated and truncated apart."""
+"""Wrappers: an environment in, an environment out. Time limits keep terminated and truncated apart.
+
+Each also says how an actor of its environment acts in the one inside: a policy takes its wrappers with it.
+"""
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpg.envs.env import Env
-from jaxpg.envs.spaces import Box, check_space, encode, encoded_size
+from jaxpg.envs.env import Actor, Env
+from jaxpg.envs.spaces import Box, check_space, clip, encode, encoded_size
+
+
+def unwrapped(env: Env, actor: Actor) -> tuple[Env, Actor]:
+    """The environment inside all wrappers, and an actor that does there what this one does outside."""
+    while env.wraps:
+        env, inside = env.wraps
+        actor = inside(actor)
+    return env, actor
 
 
 def mask_observation(env: Env, keep: Sequence[int]) -> Env:
@@ -35,7 +47,14 @@ def mask_observation(env: Env, keep: Sequence[int]) -> Env:
         state, result = env.step(key, state, action)
         return state, result._replace(obs=result.obs[index])
 
-    return Env(reset, step, Box(space.low[index], space.high[index]), env.action, env.horizon)
+    def inside(actor):
+        def act(key, obs, carry, first):
+            return actor.step(key, obs[:, index], carry, first)
+
+        return actor._replace(step=act)
+
+    space = Box(space.low[index], space.high[index])
+    return Env(reset, step, space, env.action, env.horizon, (env, inside))
 
 
 def history(env: Env, k: int) -> Env:
@@ -49,24 +68,46 @@ def history(env: Env, k: int) -> Env:
     taken, seen = env.action, env.observation
     check_space("Env.action", taken)
     check_space("Env.observation", seen)
-    zeros = np.zeros(encoded_size(taken) + encoded_size(seen), np.float32)
+    before = np.zeros(encoded_size(taken), np.float32)
+    zeros = np.zeros((k, encoded_size(taken) + encoded_size(seen)), np.float32)
     low, high = (np.concatenate([bound(taken), bound(seen)]) for bound in (_lowest, _highest))
     # Zero, before the episode, is an observation too.
     space = Box(np.tile(np.minimum(low, 0), k), np.tile(np.maximum(high, 0), k))
 
+    def shown(window, action, obs):
+        row = jnp.concatenate([action, encode(seen, obs)])
+        return jnp.concatenate([window[1:], row[None].astype(window.dtype)])
+
+    def encoded(action):
+        return encode(taken, clip(taken, action))
+
     def reset(key):
         state, obs = env.reset(key)
-        window = jnp.tile(zeros, (k, 1)).at[-1, encoded_size(taken) :].set(encode(seen, obs))
+        window = shown(zeros, before, obs)
         return (state, window), window.ravel()
 
     def step(key, wrapped, action):
         state, window = wrapped
         state, result = env.step(key, state, action)
-        row = jnp.concatenate([encode(taken, _clipped(taken, action)), encode(seen, result.obs)])
-        window = jnp.concatenate([window[1:], row[None].astype(window.dtype)])
+        window = shown(window, encoded(action), result.obs)
         return (state, window), result._replace(obs=window.ravel())
 
-    return Env(reset, step, space, taken, env.horizon)
+    def inside(actor):
+        def initial_carry(num_lanes):
+            window, action = (jnp.zeros((num_lanes, *x.shape), x.dtype) for x in (zeros, before))
+            return window, action, actor.initial_carry(num_lanes)
+
+        def act(key, obs, carry, first):
+            window, last, inner = carry
+            start = jnp.zeros_like(window), jnp.zeros_like(last)
+            window, last = _where(first, start, (window, last))
+            window = jax.vmap(shown)(window, last, obs)
+            action, inner = actor.step(key, window.reshape(len(obs), -1), inner, first)
+            return action, (window, jax.vmap(encoded)(action).astype(window.dtype), inner)
+
+        return Actor(initial_carry, act)
+
+    return Env(reset, step, space, taken, env.horizon, (env, inside))
 
 
 def repeat_action(env: Env, k: int) -> Env:
@@ -92,7 +133,23 @@ def repeat_action(env: Env, k: int) -> Env:
         (state, total, result), _ = jax.lax.scan(once, (state, result.reward, result), keys[1:])
         return state, result._replace(reward=total)
 
-    return env._replace(step=step, horizon=-(-env.horizon // k))
+    def inside(actor):
+        def initial_carry(num_lanes):
+            kind = jnp.float32 if isinstance(env.action, Box) else jnp.int32
+            action = jnp.zeros((num_lanes, *env.action.shape), kind)
+            return jnp.zeros(num_lanes, jnp.int32), action, actor.initial_carry(num_lanes)
+
+        def act(key, obs, carry, first):
+            left, action, inner = carry
+            decides = first | (left == 0)
+            # Between two decisions, nothing inside moves.
+            decided = actor.step(key, obs, inner, first)
+            action, inner = _where(decides, decided, (action, inner))
+            return action, (jnp.where(decides, k, left) - 1, action, inner)
+
+        return Actor(initial_carry, act)
+
+    return env._replace(step=step, horizon=-(-env.horizon // k), wraps=(env, inside))
 
 
 def _at_least_one(name, k):
@@ -100,8 +157,9 @@ def _at_least_one(name, k):
         raise ValueError(f"{name}={k} must be at least 1")
 
 
-def _clipped(space, action):
-    return jnp.clip(action, space.low, space.high) if isinstance(space, Box) else action
+def _where(lanes, new, old):
+    """In these lanes the new, in the others the old."""
+    return jax.tree.map(partial(jax.vmap(jnp.where), lanes), new, old)
 
 
 def _lowest(space):

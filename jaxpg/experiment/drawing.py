@@ -20,7 +20,7 @@ def frame(environment: str, state: Any, obs: np.ndarray, caption: str) -> Image.
     draw = ImageDraw.Draw(image)
     known = DRAWERS.get(environment)
     if known is not None:
-        known(draw, _innermost(state))
+        known(draw, state)
     elif obs.ndim >= 2:
         _pixels(draw, obs)
     else:
@@ -32,13 +32,6 @@ def frame(environment: str, state: Any, obs: np.ndarray, caption: str) -> Image.
 def frames_per_second(environment: str) -> int:
     """Of worlds that move smoothly, and of those that move by squares."""
     return 30 if environment in SMOOTH else 6
-
-
-def _innermost(state):
-    """Of a wrapped environment, the state of what it wraps."""
-    while isinstance(state, tuple) and not hasattr(state, "time"):
-        state = state[0]
-    return state
 
 
 def _line(draw, points, width=3, fill=INK):

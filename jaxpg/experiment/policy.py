@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpg.envs import Box, Env
+from jaxpg.envs import Actor, Env, spaces, unwrapped
 from jaxpg.experiment import checkpoint as checkpoints
 from jaxpg.experiment import folder as files
 from jaxpg.experiment.build import Parts, build, build_algorithm, settings_of
@@ -24,10 +24,12 @@ from jaxpg.types import Array, Carry, Key
 
 
 class Policy(NamedTuple):
-    """A policy at fixed parameters, on observations as the environment gives them.
+    """A policy at fixed parameters, on observations as the environment without wrappers gives them.
 
-    step is pure. act hides the carry of a recurrent policy: it remembers what it has seen since an
-    observation that was first, so it is for one stream of observations and not for inside jit.
+    The run's wrappers are inside: entries are kept, histories filled and actions repeated here, one action
+    of that environment a step. step is pure. act hides the carry, of a recurrent network and of wrappers: it
+    remembers what it has seen since an observation that was first, lane by lane (and starts anew when the
+    number of lanes changes), so it is for one stream of observations and not for inside jit.
     """
 
     initial_carry: Callable[[int], Carry]  # of B lanes
@@ -36,7 +38,7 @@ class Policy(NamedTuple):
     act: Callable[
         ..., Array
     ]  # (key, obs, first=False): obs of one environment or [B, ...] of several
-    env: Env  # as the agent met it
+    env: Env  # without the run's wrappers
     params: AgentParams
     replica: int
     seed: int
@@ -185,17 +187,16 @@ def greedily(network: Network) -> Network:
 
 
 def _policy(parts: Parts, params: AgentParams, greedy: bool, replica: int, seed: int) -> Policy:
-    env, network = parts.env, parts.agent.policy
+    network = parts.agent.policy
 
     def step(key, obs, carry, first):
         carry, distribution = network.apply(params.policy, carry, obs[None], first[None])
         distribution = jax.tree.map(lambda x: x[0], distribution)
         action = distribution.mode() if greedy else distribution.sample(key)
-        if isinstance(env.action, Box):
-            action = jnp.clip(action, env.action.low, env.action.high)
-        return action, carry
+        return jax.vmap(partial(spaces.clip, parts.env.action))(action), carry
 
-    compiled = jax.jit(step)
+    env, actor = unwrapped(parts.env, Actor(network.initial_carry, step))
+    compiled = jax.jit(actor.step)
     memory: dict[str, Any] = {}
 
     def act(key, obs, first=False):
@@ -212,14 +213,14 @@ def _policy(parts: Parts, params: AgentParams, greedy: bool, replica: int, seed:
         lanes = obs if obs.ndim > rank else obs[None]
         carry = memory.get("carry")
         if carry is None or memory["lanes"] != len(lanes):
-            carry = network.initial_carry(len(lanes))
+            carry = actor.initial_carry(len(lanes))
         first = jnp.broadcast_to(jnp.asarray(first, bool), len(lanes))
         action, carry = compiled(key, lanes, carry, first)
         if jax.tree.leaves(carry):
             memory.update(carry=carry, lanes=len(lanes))
         return action if obs.ndim > rank else action[0]
 
-    return Policy(network.initial_carry, step, act, env, params, replica, seed)
+    return Policy(*actor, act, env, params, replica, seed)
 
 
 def _update_of(run: Run) -> int | None:

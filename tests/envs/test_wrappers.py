@@ -9,6 +9,7 @@ from worlds import clock, random_mdp
 from jaxpg import Hyperparams, make_trainer, train
 from jaxpg.algorithms import algorithm
 from jaxpg.envs import (
+    Actor,
     Box,
     Discrete,
     Env,
@@ -18,7 +19,9 @@ from jaxpg.envs import (
     history,
     mask_observation,
     repeat_action,
+    unwrapped,
 )
+from jaxpg.envs.spaces import encode
 from jaxpg.policies import actor_critic
 from jaxpg.types import TimeStep
 
@@ -168,6 +171,101 @@ def test_repeated_steps_draw_fresh_chances():
 
 
 VECTOR = "must name entries of the observation: 0 to 3"
+
+
+def moving(discrete) -> Env:
+    """Moves as it is pushed, by real numbers or modulo 11."""
+    bound = np.full(3, np.inf, np.float32)
+    if discrete:
+        observation, action = Discrete(11), Discrete(3)
+    else:
+        observation, action = Box(-bound, bound), Box(*np.float32([[-2], [2]]))
+
+    def shown(x):
+        return x if discrete else jnp.stack([x, jnp.sin(5 * x), x**2])
+
+    def step(key, x, chosen):
+        del key
+        x = (3 * x + chosen + 1) % 11 if discrete else 0.7 * x + jnp.clip(chosen[0], -2, 2)
+        return x, TimeStep(shown(x), jnp.float32(0), jnp.bool_(False), jnp.bool_(False))
+
+    def reset(key):
+        x = jax.random.randint(key, (), 0, 11) if discrete else jax.random.normal(key)
+        return x, shown(x)
+
+    return Env(reset, step, observation, action, 5)
+
+
+def remembering(env) -> Actor:
+    """Acts by the sum of all it has seen in the episode, beyond the action space too."""
+
+    def step(key, obs, carry, first):
+        del key
+        rows = encode(env.observation, obs).reshape(len(obs), -1)
+        weights = jnp.cos(jnp.arange(1.0, rows.shape[1] + 1))
+        carry = jnp.where(first, 0.0, carry) + rows @ weights
+        if isinstance(env.action, Box):
+            return 3 * jnp.sin(carry)[:, None], carry
+        return (jnp.abs(carry) * 7).astype(jnp.int32) % 3, carry
+
+    return Actor(jnp.zeros, step)
+
+
+def driven(env, actor, first):
+    """Actions [T, B, ...]; first [T, B] resets a lane to the start of its number."""
+    lanes = first.shape[1]
+    start = jax.vmap(env.reset)(jax.random.split(jax.random.key(1), lanes))
+    keys = jax.random.split(jax.random.key(0), lanes)
+
+    def step(loop, first):
+        now, carry = loop
+        state, obs = jax.tree.map(lambda a, b: jax.vmap(jnp.where)(first, a, b), start, now)
+        action, carry = actor.step(keys[0], obs, carry, first)
+        state, result = jax.vmap(env.step)(keys, state, action)
+        return ((state, result.obs), carry), action
+
+    return jax.lax.scan(step, (start, actor.initial_carry(lanes)), first)[1]
+
+
+@pytest.mark.parametrize(
+    ("discrete", "keep", "k", "repeat"),
+    [
+        (False, (2, 0), 0, 1),
+        (False, None, 1, 1),
+        (False, None, 3, 1),
+        (False, None, 0, 2),
+        (False, (1, 2), 3, 2),
+        (True, None, 3, 2),
+    ],
+)
+def test_an_actor_acts_inside_the_wrappers_as_it_does_outside(discrete, keep, k, repeat):
+    """Two episodes of 5 steps, the last repetition cut; inside, lane b starts b steps later."""
+    plain = env = moving(discrete)
+    if keep:
+        env = mask_observation(env, keep)
+    if repeat > 1:
+        env = repeat_action(env, repeat)
+    if k:
+        env = history(env, k)
+    lanes, decisions = 3, -(-5 // repeat)
+    raw, inside = unwrapped(env, remembering(env))
+    assert raw is plain
+
+    @jax.jit
+    def both():
+        first = jnp.arange(2 * decisions) % decisions == 0
+        expected = driven(env, remembering(env), jnp.stack([first] * lanes, 1))
+        delayed = jnp.arange(10 + lanes)[:, None] - jnp.arange(lanes)[None]
+        return expected, driven(raw, inside, delayed % 5 == 0)
+
+    expected, found = map(np.asarray, both())
+    for b in range(lanes):
+        of_decisions = expected[:, b].reshape(2, decisions, -1)
+        of_steps = np.repeat(of_decisions, repeat, axis=1)[:, :5]
+        np.testing.assert_allclose(
+            found[b : b + 10, b].reshape(2, 5, -1), of_steps, rtol=1e-4, atol=1e-4
+        )
+    assert len(np.unique(expected)) > 2
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,59 @@ def test_a_recurrent_policy_remembers_until_an_episode_is_first():
     assert not np.allclose(expected[2][1], expected[3][1])
 
 
+def test_a_policy_takes_the_wrappers_of_its_run_with_it():
+    """The wrapped environment with the run's network; beside it the plain one, with act and with step."""
+    limit, repeat, decisions = 5, 2, 3  # the last repetition is cut
+    config = Config(
+        "Pendulum-v1", settings=f"max_steps_in_episode={limit}", network="gru", hidden=(4,),
+        keep=(1, 2), history=3, repeat=repeat, normalise=True,
+    )  # fmt: skip
+    parts, plain = build(config), from_gymnax("Pendulum-v1")
+    network, params = parts.agent.policy, init_params(parts.agent, jax.random.key(2))
+    rows = jax.random.normal(jax.random.key(3), (20, 1, *parts.env.observation.shape))
+    assert network.observe is not None
+    seen = params._replace(policy=network.observe(params.policy, rows, jnp.ones((20, 1))))
+    # A larger last layer: an action tells of every number that it depends on.
+    params = jax.tree.map(lambda x: x * (20 if x.shape == (64, 1) else 1), seen)
+    policy = policies._policy(parts, params, False, 0, 0)
+    assert policy.env.observation.shape == (3,) and policy.env.horizon == limit
+
+    @jax.jit
+    def outer(key, state, obs, carry, first):
+        carry, distribution = network.apply(params.policy, carry, obs[None], first[None])
+        action = jnp.clip(distribution.sample(key)[0], -2, 2)
+        keys = jax.random.split(key, len(obs))
+        state, result = jax.vmap(parts.env.step)(keys, state, action)
+        return action, state, result.obs, carry
+
+    @jax.jit
+    def inner(key, state, obs, carry, first, action):
+        again, carry = policy.step(key, obs, carry, first)
+        state, result = jax.vmap(plain.step)(jax.random.split(key, len(obs)), state, action)
+        return again, state, result.obs, carry
+
+    for lanes in (1, 3):
+        memory, carry = network.initial_carry(lanes), policy.initial_carry(lanes)
+        chosen, one = [], lanes == 1
+        for episode in range(2):
+            keys = jax.random.split(jax.random.key(episode), lanes)
+            state, shown = jax.jit(jax.vmap(parts.env.reset))(keys)
+            base, obs = jax.jit(jax.vmap(plain.reset))(keys)
+            for t in range(limit):
+                key, first = jax.random.key(10 * episode + t), jnp.full(lanes, t == 0)
+                if t % repeat == 0:
+                    decided, state, shown, memory = outer(key, state, shown, memory, first)
+                    chosen.append(decided)
+                action = policy.act(key, obs[0] if one else obs, first=t == 0)
+                assert action.shape == ((1,) if one else (lanes, 1))
+                action = action[None] if one else action
+                again, base, obs, carry = inner(key, base, obs, carry, first, action)
+                np.testing.assert_allclose(action, chosen[-1], atol=1e-4)
+                np.testing.assert_allclose(again, chosen[-1], atol=1e-4)
+        assert len(chosen) == 2 * decisions
+        assert len(np.unique(chosen)) > decisions  # few are clipped
+
+
 def test_evaluate_repeats_the_runs_own_evaluation(run, capsys):
     saved = json.loads((run / "evaluation.json").read_text())["mean_return"]
     before = {f: f.stat().st_mtime_ns for f in run.rglob("*")}
