@@ -1,6 +1,7 @@
 """The console command. A user's mistake is one line on stderr and exit status 2."""
 
 import atexit
+import difflib
 import gc
 import os
 import sys
@@ -9,6 +10,8 @@ from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
+
+from jaxpg.experiment.console import Unheard, flush, say, tell
 
 HELP = """\
 usage: jaxpg COMMAND ...
@@ -31,10 +34,14 @@ options:
 
 example: jaxpg train CartPole-v1 --learning-rate 1e-3,3e-3
 """
+COMMANDS = ("train", "sweep", "evaluate", "record", "render", "plot", "lab")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command; exits with 0, 2 after a user's mistake, or 130 or 143 after a signal."""
+    """Runs the command.
+
+    Exits with 0; 2 after a user's mistake; 1 when it could not write; 130, 141 or 143 after a signal.
+    """
     # What is left at exit needs no collecting, which would take half a second.
     atexit.register(gc.freeze)
     # Nor does what is imported and traced: looking after every 700 objects took a twelfth of the whole.
@@ -42,48 +49,59 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     try:
-        if command in ("-h", "--help"):
-            print(HELP, end="")
-        elif command == "--version":
-            print(f"jaxpg {_version()}")
-        elif command == "train":
-            _train(rest)
-        elif command == "sweep":
-            _sweep(rest)
-        elif command in ("evaluate", "record", "render"):
-            _play(command, rest)
-        elif command == "plot":
-            _plot(rest)
-        elif command == "lab":
-            _lab(rest)
-        else:
-            _fail(f"unknown command {command!r}; use train, evaluate or lab (see jaxpg --help)")
+        try:
+            _run(command, rest)
+        finally:  # after help too, whose writer exits
+            flush()
     except KeyboardInterrupt:  # before training, which handles it itself
-        _leave("stopped before the first update; nothing was saved", 130)
-    except BrokenPipeError:  # `jaxpg train ... | head`
-        _leave("", 141)
+        trains = command in ("train", "sweep")
+        _leave("stopped" + trains * " before the first update; nothing was saved", 130)
+    except (Unheard, BrokenPipeError) as lost:
+        if BrokenPipeError in (type(lost), type(lost.__cause__)):  # `jaxpg train ... | head`
+            _leave("", 141)
+        _leave(f"error: cannot write to standard output: {lost}", 1)
+    except ValueError as error:
+        _fail(error)
+    except OSError as error:
+        what = "" if error.filename is None else f" {error.filename}"
+        _fail(f"cannot read or write{what}: {error.strerror or error}", status=1)
+
+
+def _run(command, rest):
+    if command in ("-h", "--help"):
+        say(*HELP.splitlines())
+    elif command == "--version":
+        say(f"jaxpg {_version()}")
+    elif command == "train":
+        _train(rest)
+    elif command == "sweep":
+        _sweep(rest)
+    elif command in ("evaluate", "record", "render"):
+        _play(command, rest)
+    elif command == "plot":
+        _plot(rest)
+    elif command == "lab":
+        _lab(rest)
+    else:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        meant = f"did you mean {near[0]}? The" if near else "the"
+        _fail(f"unknown command {command!r}; {meant} commands are {', '.join(COMMANDS)}")
 
 
 def _train(argv):
     # Imported here, so that help does not wait for jax.
     from jaxpg.experiment.flags import request
 
-    try:
-        asked = request(argv, prog="jaxpg train")
-    except ValueError as error:
-        _fail(str(error))
+    asked = request(argv, prog="jaxpg train")
     from jaxpg.experiment.cache import use_compilation_cache
     from jaxpg.experiment.health import Diverged
     from jaxpg.experiment.interrupt import Interrupted
     from jaxpg.experiment.run import execute, prepare, prepare_either, prepare_resume
 
-    try:
-        begin = {True: prepare_resume, False: prepare, None: prepare_either}[asked.resume]
-        experiment = begin(asked.config, asked.grid)
-    except ValueError as error:
-        _fail(str(error))
+    begin = {True: prepare_resume, False: prepare, None: prepare_either}[asked.resume]
+    experiment = begin(asked.config, asked.grid)
     if experiment is None:
-        print(f"{asked.config.run} has finished its {asked.config.updates} updates")
+        say(f"{asked.config.run} has finished its {asked.config.updates} updates")
         return
     try:
         if asked.config.compilation_cache:
@@ -91,13 +109,11 @@ def _train(argv):
         with _only_own_exceptions():
             execute(experiment)
     except ValueError as error:  # a folder in use, a damaged checkpoint
-        _leave(f"error: {_line(error)}", 2)
+        _leave(f"error: {error}", 2)
     except Diverged as error:
-        _leave(f"error: {_line(error)}", 1)
+        _leave(f"error: {error}", 1)
     except Interrupted as stop:
-        _leave(str(stop), stop.status)
-    except BrokenPipeError:
-        raise
+        _leave(stop, stop.status)
     except OSError as error:  # a full disk, a folder that went away
         _leave(f"error: cannot write {experiment.folder}: {error.strerror or error}", 1)
 
@@ -106,28 +122,24 @@ def _sweep(argv):
     from jaxpg.experiment.search import HELP as SWEEP_HELP
 
     if not argv or {"-h", "--help"} & {*argv}:
-        print(SWEEP_HELP, end="")
+        say(*SWEEP_HELP.splitlines())
         return
     from jaxpg.experiment.cache import use_compilation_cache
     from jaxpg.experiment.health import Diverged
     from jaxpg.experiment.interrupt import Interrupted
     from jaxpg.experiment.sweep import execute, prepare
 
+    sweep = prepare(argv)
     try:
-        sweep = prepare(argv)
         if sweep.config.compilation_cache:
             use_compilation_cache()
         execute(sweep)
-    except ValueError as error:
-        _fail(str(error))
     except Diverged as error:
-        _leave(f"error: {_line(error)}", 1)
+        _leave(f"error: {error}", 1)
     except Interrupted as stop:
-        _leave(str(stop), stop.status)
-    except BrokenPipeError:
-        raise
+        _leave(stop, stop.status)
     except OSError as error:
-        _leave(f"error: cannot write: {error.strerror or error}", 1)
+        _fail(f"cannot write {sweep.folder}: {error.strerror or error}", status=1)
 
 
 @contextmanager
@@ -155,14 +167,10 @@ def _play(command, argv):
     from jaxpg.experiment import playback
     from jaxpg.experiment.cache import use_compilation_cache
 
+    use_compilation_cache()
     try:
-        use_compilation_cache()
         with _only_own_exceptions():
             getattr(playback, command)(argv)
-    except ValueError as error:
-        _fail(str(error))
-    except BrokenPipeError:
-        raise
     except OSError as error:
         _fail(f"cannot write: {error.strerror or error}", status=1)
 
@@ -170,14 +178,11 @@ def _play(command, argv):
 def _plot(argv):
     from jaxpg.experiment.pictures import execute, prepare
 
+    request = prepare(argv)
     try:
-        execute(prepare(argv))
-    except ValueError as error:
-        _fail(str(error))
-    except BrokenPipeError:
-        raise
+        execute(request)
     except OSError as error:
-        _fail(f"cannot write: {error.strerror or error}", status=1)
+        _fail(f"cannot write: {error.strerror or error}: {request.out}", status=1)
 
 
 def _lab(argv):
@@ -195,13 +200,9 @@ def _lab(argv):
     signal.signal(signal.SIGTERM, terminate)  # which would leave a folder with nothing in it
     try:
         execute(prepare(argv))
-    except ValueError as error:
-        _fail(str(error))
     except KeyboardInterrupt as stop:
         status = 143 if isinstance(stop, _Terminated) else 130
-        _leave("stopped; the running experiment was not saved", status)
-    except BrokenPipeError:
-        raise
+        _leave(str(stop) or "stopped; the running experiment was not saved", status)
     except OSError as error:
         _fail(f"cannot write: {error.strerror or error}", status=1)
 
@@ -210,22 +211,17 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM, which is heeded like Ctrl-C."""
 
 
-def _fail(message: str, status: int = 2) -> NoReturn:
-    print(f"jaxpg: error: {_line(message)}", file=sys.stderr)
+def _fail(message: object, status: int = 2) -> NoReturn:
+    tell(f"error: {message}")
     raise SystemExit(status)
 
 
-def _line(message) -> str:
-    return " ".join(str(message).split())
-
-
-def _leave(message, status):
+def _leave(message: object, status: int) -> NoReturn:
     """Ends the process without waiting for threads that still compile."""
     if message:
-        print(f"jaxpg: {message}", file=sys.stderr)
-    sys.stderr.flush()
-    with suppress(BrokenPipeError):
-        sys.stdout.flush()
+        tell(message)
+    with suppress(Unheard):
+        flush()
     os._exit(status)
 
 

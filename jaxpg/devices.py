@@ -19,6 +19,29 @@ SIDE_BY_SIDE = 4
 HALVES = "halves"
 
 
+def prefer(option: str, value: Any, default: Any) -> None:
+    """Sets an option of jax, unless its user has: in the environment, or to other than jax's default.
+
+    Raises RuntimeError for an option that is too late, because jax is in use already.
+    """
+    if option.upper() not in os.environ and getattr(jax.config, option) == default:
+        jax.config.update(option, value)
+
+
+def check_devices() -> None:
+    """Raises ValueError where there is no device of the kind that JAX_PLATFORMS names."""
+    try:
+        jax.devices()
+    # A platform that jax does not know is the first, one that it has no plugin for the second.
+    except (RuntimeError, AssertionError) as error:
+        asked = jax.config.jax_platforms  # type: ignore[attr-defined]
+        reason = str(error).partition("(set JAX_PLATFORMS")[0] or "it has no such device"
+        raise ValueError(
+            f"JAX_PLATFORMS={asked or ''}: jax cannot start: {reason.strip().rstrip('.')}; leave it unset "
+            "for the best device there is, or set it to cpu"
+        ) from error
+
+
 def compiler_options(effort: int | None) -> dict[str, Any] | None:
     """Options of `jax.jit` for an optimisation effort of 0 (compiles fastest) to 3; None is the usual.
 

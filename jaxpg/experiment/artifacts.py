@@ -2,11 +2,14 @@
 
 import csv
 import io
+import logging
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxpg.experiment.console import warn
 from jaxpg.experiment.folder import write_atomically, write_json
 from jaxpg.intervals import NOT_RESOLVED, told
 
@@ -44,24 +47,53 @@ def write_summary(folder: Path, value: Any) -> None:
     write_json(folder / SUMMARY, value)
 
 
-def write_figure(folder: Path, draw: Callable[[Any], None], name: str = "figure") -> None:
-    """The figure, as PNG at 160 dots per inch and as SVG."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def write_figure(folder: Path, draw: Callable[[Any], None], name: str = "figure") -> bool:
+    """The figure, as PNG at 160 dots per inch and as SVG. Where it fails, one line says why: False.
 
-    # No display is asked for, and the same data gives the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "jaxpg", "svg.fonttype": "none"}):
-        figure = Figure()
-        FigureCanvasAgg(figure)
-        draw(figure)
-        write_atomically(
-            folder / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=160)
-        )
-        write_atomically(
-            folder / f"{name}.svg",
-            lambda file: figure.savefig(file, format="svg", metadata={"Date": None}),
-        )
+    Figures are drawn last: whatever goes wrong here must not cost what has been found.
+    """
+    try:
+        matplotlib = _matplotlib()
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        # No display is asked for, and the same data gives the same file.
+        with matplotlib.rc_context({"svg.hashsalt": "jaxpg", "svg.fonttype": "none"}):
+            figure = Figure()
+            FigureCanvasAgg(figure)
+            draw(figure)
+            folder.mkdir(exist_ok=True)
+            write_atomically(
+                folder / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=160)
+            )
+            write_atomically(
+                folder / f"{name}.svg",
+                lambda file: figure.savefig(file, format="svg", metadata={"Date": None}),
+            )
+    except Exception as error:  # a missing font, a full disk, numbers that have no picture
+        warn(f"no picture {folder / name}: {error or type(error).__name__}")
+        return False
+    return True
+
+
+def _matplotlib() -> Any:
+    """matplotlib, which without a home makes a folder for its fonts and says so in three lines.
+
+    Its import fails for a backend that is not installed, as a notebook's is not outside the notebook's own
+    environment. No backend is needed for a file.
+    """
+    log = logging.getLogger("matplotlib")
+    level, backend = log.level, os.environ.pop("MPLBACKEND", None)
+    log.setLevel(logging.ERROR)
+    try:
+        import matplotlib
+        import matplotlib.font_manager
+
+        return matplotlib
+    finally:
+        log.setLevel(level)
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
 
 
 def lines(table: dict[str, list]) -> list[str]:

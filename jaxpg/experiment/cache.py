@@ -9,29 +9,31 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from jaxpg.devices import prefer
+
 LARGEST = 2**30  # bytes
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs in a folder of the user's, or in that which JAX_COMPILATION_CACHE_DIR names.
+    """Keeps compiled programs in a folder of the user's, or in that which jax has been given already.
 
     Processes may share it, each waiting for its turn. In its own folder the entries not used for longest go
     when it exceeds a gigabyte; a named one may hold other programs' entries, so nothing is deleted there.
-    Without a folder that can be written nothing is kept.
+    Without a folder that can be written nothing is kept; and what the user has told jax about it stays.
     """
     # By default, only what takes more than a second is kept; a run has many programs that take less.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # jax reads it
+    prefer("jax_persistent_cache_min_compile_time_secs", 0, 1.0)
+    prefer("jax_persistent_cache_min_entry_size_bytes", -1, 0)
+    if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
-    folder = _folder()
     try:
+        folder = _folder()
         folder.mkdir(parents=True, exist_ok=True)
         _drop_unfinished(folder)
-    except OSError:
+    except (OSError, RuntimeError):  # the second where nothing says whose home is where
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", LARGEST)
+    prefer("jax_compilation_cache_max_size", LARGEST, -1)
     # Whatever was compiled before has fixed jax's opinion of whether there is a cache.
     compilation_cache.reset_cache()
 

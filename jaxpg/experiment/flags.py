@@ -1,5 +1,6 @@
 """Command-line flags, generated from Config and Hyperparams."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import field, fields, make_dataclass, replace
 from pathlib import Path
@@ -66,6 +67,8 @@ def parse(
         _Config(**({f.name: getattr(config, f.name) for f in fields(Config)} | required)),
         _Hyperparams(**grid._asdict()),
     )
+    if os.environ.get("NO_COLOR"):  # which tyro's help does not look at
+        vars(tyro).get("_experimental_options", {})["ansi_codes"] = False
     flags: Any = tyro.cli(
         _Flags,
         prog=prog,

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks, the second insists."""
+"""Ctrl-C and SIGTERM: the first asks, the second insists. A closed pipe asks, too."""
 
 import os
 import signal
@@ -6,6 +6,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from jaxpg.experiment.console import Unheard, terminal
 
 # Seconds within which signals are one: `timeout` and schedulers signal a process and then its group.
 SAME = 0.5
@@ -24,6 +27,7 @@ def signals() -> Iterator[Callable[[], int]]:
     """Yields a function that gives the number of the first signal so far, or 0; a second one aborts."""
     received: list[int] = []
     first = 0.0
+    show_cursor = b"\x1b[?25h" if terminal() else b""  # the live display hides it
 
     def handle(number, frame):
         # Little may be done here: the signal may have come in the middle of a print.
@@ -32,7 +36,6 @@ def signals() -> Iterator[Callable[[], int]]:
         if received and time.monotonic() - first < SAME:
             return
         if received:
-            show_cursor = b"\x1b[?25h" if os.isatty(2) else b""  # the live display had hidden it
             os.write(2, show_cursor + b"\njaxpg: aborted\n")
             os._exit(128 + number)
         received.append(number)
@@ -47,3 +50,22 @@ def signals() -> Iterator[Callable[[], int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def heeding(
+    show: Callable[[Any], None], stopped: Callable[[], int]
+) -> tuple[Callable[[Any], None], Callable[[], int]]:
+    """The same two; but a line of progress that nobody hears stops the run, as a signal does.
+
+    So what was learnt by then is saved.
+    """
+    lost: list[int] = []
+
+    def heard(status):
+        try:
+            if not lost:
+                show(status)
+        except Unheard:
+            lost.append(signal.SIGPIPE)
+
+    return heard, lambda: stopped() or sum(lost)

@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
+
+from rich.markup import escape
 
 from jaxpg.experiment import artifacts
+from jaxpg.experiment.console import parser, say, terminal
 
 FLAGS = ("env", "policy", "estimators", "trajectories", "repeats", "seed", "gamma", "checkpoint")
 LONGER = 8  # times as long are the episodes of a trained policy, about
@@ -39,8 +42,10 @@ def prepare(argv: Sequence[str]) -> Plan:
     if arguments.name == "list":
         return Plan([], None, False)
     # Imported here, so that help does not wait for jax.
+    from jaxpg.devices import check_devices
     from jaxpg.lab.experiments import EXPERIMENTS
 
+    check_devices()
     given = {k: getattr(arguments, k) for k in FLAGS if getattr(arguments, k) is not None}
     _check(given)
     if "estimators" in given:
@@ -72,32 +77,39 @@ def prepare(argv: Sequence[str]) -> Plan:
 def execute(plan: Plan) -> None:
     """Runs the jobs one after the other, each into its folder. Raises ValueError."""
     if not plan.jobs:
-        print("\n".join(_listing()))
+        say(*_listing())
         return
     started, parent = time.perf_counter(), None
     if plan.together:
         parent = _folder(plan.out, "lab-all")
     for job in plan.jobs:
         if job.refusal:
-            print(f"{job.name}: left out; {job.refusal}")
+            say(f"{job.name}: left out; {job.refusal}")
             continue
         folder = _folder(plan.out, f"lab-{job.name}") if parent is None else parent / job.name
         folder.mkdir(exist_ok=True)
         try:
-            _run(job, folder)
+            result, seconds = _run(job, folder)
         except ValueError as error:
             _discard(folder)
             if not plan.together:
                 raise
-            print(f"{job.name}: left out; {error}")
+            say(f"{job.name}: left out; {error}")
+            continue
         except BaseException:
             _discard(folder)
             raise
+        say(*_report(job, result), f"{seconds:.1f} s, saved in {folder}")
+        try:
+            artifacts.write_figure(folder, result.draw)
+        except KeyboardInterrupt as stop:
+            raise type(stop)(f"stopped while drawing; the numbers are in {folder}") from None
     if parent is not None:
-        print(f"all in {time.perf_counter() - started:.0f} s, saved in {parent}")
+        say(f"all in {time.perf_counter() - started:.0f} s, saved in {parent}")
 
 
-def _run(job: Job, folder: Path) -> None:
+def _run(job: Job, folder: Path) -> tuple[Any, float]:
+    """What the experiment found, saved, and the seconds that it took."""
     started = time.perf_counter()
     settings = job.settings
     with _progress() as progress:
@@ -106,7 +118,6 @@ def _run(job: Job, folder: Path) -> None:
     seconds = time.perf_counter() - started
     table = _noted(result.table, _departure(settings))
     artifacts.write_table(folder, table)
-    artifacts.write_figure(folder, result.draw)
     summary = {
         "experiment": job.name,
         "settings": _described(settings),
@@ -114,11 +125,14 @@ def _run(job: Job, folder: Path) -> None:
         "seconds": seconds,
         **_surroundings(),
     }
-    artifacts.write_summary(folder, summary)  # last, because it says that the rest is there
-    headline = f"{job.name} on {_where_from(settings)}: {job.experiment.summary}"
-    print(textwrap.fill(headline, artifacts.WIDTH, break_on_hyphens=False))
-    print("\n".join(f"  {line}"[: artifacts.WIDTH] for line in artifacts.lines(table)))
-    print(f"{seconds:.1f} s, saved in {folder}")
+    artifacts.write_summary(folder, summary)  # after the table, because it says that it is there
+    return result._replace(table=table), seconds
+
+
+def _report(job: Job, result) -> list[str]:
+    headline = f"{job.name} on {_where_from(job.settings)}: {job.experiment.summary}"
+    rows = (f"  {line}"[: artifacts.WIDTH] for line in artifacts.lines(result.table))
+    return [textwrap.fill(headline, artifacts.WIDTH, break_on_hyphens=False), *rows]
 
 
 def _described(settings) -> dict[str, Any]:
@@ -232,14 +246,13 @@ def _known(name, experiments) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="jaxpg lab",
-        description="Experiments on the variance of policy gradients. Each writes a table (Parquet and "
-        "CSV), a JSON summary and a figure (PNG and SVG).",
-        epilog="example: jaxpg lab ladder --env FrozenLake-misc --trajectories 100000",
-        allow_abbrev=False,
+    found = parser(
+        "lab",
+        "Experiments on the variance of policy gradients. Each writes a table (Parquet and CSV), a JSON "
+        "summary and a figure (PNG and SVG).",
+        "example: jaxpg lab ladder --env FrozenLake-misc --trajectories 100000",
     )
-    add = parser.add_argument
+    add = found.add_argument
     add("name", metavar="NAME", help="an experiment, `all`, or `list` to see them")
     add("--env", help="A, T or C (worked instances) or a gymnax environment; default: A")
     add("--policy", help="mlp, linear, gru or tabular, at its initial parameters")
@@ -267,12 +280,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="DIR", help="folder to write, new or empty; default: a new one under runs/"
     )
     add("--quick", action="store_true", help="small sizes, to see what comes out")
-    parser.error = _refuse  # type: ignore[method-assign]
-    return parser
-
-
-def _refuse(message: str) -> NoReturn:
-    raise ValueError(f"{message} (see jaxpg lab --help)")
+    return found
 
 
 def _count(text: str) -> int:
@@ -312,17 +320,15 @@ def _discard(folder: Path) -> None:
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """Shows what goes on: one line that changes in a terminal, a line now and then elsewhere."""
-    terminal, shown = sys.stderr.isatty(), [time.perf_counter()]
+    console, shown = terminal(), [time.perf_counter()]
+    if console is not None:
+        with console.status("", refresh_per_second=4) as status:
+            yield lambda line: status.update(escape(line[: artifacts.WIDTH - 3]))
+        return
 
     def show(line: str) -> None:
-        if terminal:
-            print(f"\r\x1b[K  {line[: artifacts.WIDTH - 3]}", end="", file=sys.stderr, flush=True)
-        elif time.perf_counter() - shown[0] > QUIET_SECONDS:
+        if time.perf_counter() - shown[0] > QUIET_SECONDS:
             shown[0] = time.perf_counter()
             print(f"  {line}", file=sys.stderr, flush=True)
 
-    try:
-        yield show
-    finally:
-        if terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    yield show

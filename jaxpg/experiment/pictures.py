@@ -5,7 +5,9 @@ import difflib
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
+
+from jaxpg.experiment.console import parser, say
 
 X = ("env_steps", "updates", "seconds")
 WIDTH = 80
@@ -54,7 +56,10 @@ def prepare(argv: Sequence[str]) -> Request:
 
 
 def execute(request: Request) -> None:
-    """Draws into the folder and says what is there. Raises ValueError, OSError where it cannot write."""
+    """Says what the runs reached and draws them into the folder.
+
+    Raises ValueError where not one picture could be drawn, and OSError where there can be no folder.
+    """
     from jaxpg.experiment import plots
     from jaxpg.experiment.artifacts import write_figure
     from jaxpg.experiment.records import best
@@ -65,24 +70,24 @@ def execute(request: Request) -> None:
         "curves": lambda figure: plots.curves(figure, shown, x, metric),
         "diagnostics": lambda figure: plots.diagnostics(figure, shown, x),
     }
-    notes = []
+    say(*_table(shown))
     try:
         plots.final_scores(shown)
         figures["comparison"] = lambda figure: plots.comparison(figure, shown)
     except ValueError as error:
-        notes.append(f"no comparison: {error}")
-    print("\n".join(_table(shown)), flush=True)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, draw in figures.items():
-        write_figure(out, draw, name)
+        say(f"no comparison: {error}")
     for s in (s for s in series if s.diverged):
-        notes.append(
+        say(
             f"diverged: {len(s.diverged)} of {len(s.env_steps)} seeds of {s.label}, the first at "
             f"update {min(s.diverged)}; their curves end there"
         )
     if len(shown) < len(series):
-        notes.append(f"drawn: the best {len(shown)} of {len(series)} series")
-    print("\n".join([*notes, f"saved {', '.join(figures)} (.png, .svg) in {out}"]))
+        say(f"drawn: the best {len(shown)} of {len(series)} series")
+    out.mkdir(parents=True, exist_ok=True)
+    saved = [name for name, draw in figures.items() if write_figure(out, draw, name)]
+    if not saved:
+        raise ValueError(f"no picture of {len(figures)} could be drawn into {out}")
+    say(f"saved {', '.join(saved)} (.png, .svg) in {out}")
 
 
 def _table(series) -> list[str]:
@@ -103,14 +108,13 @@ def _table(series) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="jaxpg plot",
-        description="Draws runs: learning curves, diagnostics, and a comparison of their final "
-        "evaluations, with 95%% bootstrap intervals over seeds. Files are PNG and SVG.",
-        epilog="example: jaxpg plot runs/mine runs/other --x seconds",
-        allow_abbrev=False,
+    found = parser(
+        "plot",
+        "Draws runs: learning curves, diagnostics, and a comparison of their final evaluations, with "
+        "95%% bootstrap intervals over seeds. Files are PNG and SVG.",
+        "example: jaxpg plot runs/mine runs/other --x seconds",
     )
-    add = parser.add_argument
+    add = found.add_argument
     add("runs", metavar="RUN", nargs="+", help="folder of a jaxpg train run; several are compared")
     add("--x", choices=X, default=X[0], help="what curves are drawn against; default: env_steps")
     add("--metric", default="episode_return", help="of the curves; default: episode_return")
@@ -119,9 +123,4 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder to write; default: RUN/figures, of several runs a new one",
     )
-    parser.error = _refuse  # type: ignore[method-assign]
-    return parser
-
-
-def _refuse(message: str) -> NoReturn:
-    raise ValueError(f"{message} (see jaxpg plot --help)")
+    return found

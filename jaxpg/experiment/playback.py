@@ -1,6 +1,5 @@
 """What a trained policy does: evaluated, recorded, rendered. The commands of the same names."""
 
-import argparse
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -10,11 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxpg.devices import check_devices
 from jaxpg.envs import Env, from_gymnax
 from jaxpg.experiment import health
 from jaxpg.experiment import policy as policies
 from jaxpg.experiment.build import settings_of
 from jaxpg.experiment.config import Config, points
+from jaxpg.experiment.console import parser, say
 from jaxpg.experiment.experts import expert
 from jaxpg.experiment.folder import write_atomically
 from jaxpg.experiment.policy import Policy, Run, choose, load_policy, read_run
@@ -31,9 +32,9 @@ MOST_FRAMES = 2000
 
 def evaluate(argv: Sequence[str]) -> None:
     """`jaxpg evaluate RUN`: fresh episodes of every replica; nothing is written. Raises ValueError."""
-    parser = _parser("evaluate", "Evaluate every policy of a run over fresh episodes.")
-    parser.add_argument("--episodes", type=int, metavar="N", help="for each; as the run had")
-    given = parser.parse_args(list(argv))
+    options = _parser("evaluate", "Evaluate every policy of a run over fresh episodes.")
+    options.add_argument("--episodes", type=int, metavar="N", help="for each; as the run had")
+    given = options.parse_args(list(argv))
     use_cpu_cores()
     run = read_run(given.run, _update(given.update))
     count = run.config.evaluation_episodes if given.episodes is None else given.episodes
@@ -41,15 +42,14 @@ def evaluate(argv: Sequence[str]) -> None:
         raise ValueError(f"--episodes {count} must be at least 1")
     found = evaluation(run, count, given.greedy, given.seed)
     how = "greedy" if given.greedy else "sampled"
-    print(
-        f"{run.config.environment}, {run.config.algorithm}: {count} fresh episodes, {how} actions"
-    )
     shape = -1, run.config.seeds
     diverged = ~health.finite(run.params)
     attainable = attained(found.smallest, found.largest)
     returns = np.asarray(found.mean).reshape(shape)
-    lines = table(run.grid, returns, diverged.reshape(shape), attainable)
-    print("\n".join(lines))
+    say(
+        f"{run.config.environment}, {run.config.algorithm}: {count} fresh episodes, {how} actions",
+        *table(run.grid, returns, diverged.reshape(shape), attainable),
+    )
 
 
 def evaluation(run: Run, count: int, greedy: bool, seed: int = 0) -> Evaluation:
@@ -71,17 +71,18 @@ def record(argv: Sequence[str]) -> None:
 
     `jaxpg record ENV --expert ...`: of a scripted expert.
     """
-    parser = _parser("record", "Record whole episodes of a run's policy, as demonstrations.")
-    parser.add_argument(
+    options = _parser("record", "Record whole episodes of a run's policy, as demonstrations.")
+    options.add_argument(
         "--expert", action="store_true", help="RUN is an environment: record its scripted expert"
     )
-    parser.add_argument("--settings", help="of the expert's environment, as in size=16")
-    parser.add_argument("--episodes", type=int, metavar="N", required=True)
-    _add_out(parser, ".npz")
-    given = parser.parse_args(list(argv))
+    options.add_argument("--settings", help="of the expert's environment, as in size=16")
+    options.add_argument("--episodes", type=int, metavar="N", required=True)
+    _add_out(options, ".npz")
+    given = options.parse_args(list(argv))
     out = _writable(given.out, (".npz",))
     if given.episodes < 1:
         raise ValueError(f"--episodes {given.episodes} must be at least 1")
+    check_devices()
     actor = _expert(given) if given.expert else _trained(given)
     roll = jax.jit(lambda key: episodes(actor.env, actor.agent, actor.params, key, given.episodes))
     trajectory, _ = jax.device_get(roll(jax.random.key(given.seed)))
@@ -89,7 +90,7 @@ def record(argv: Sequence[str]) -> None:
     trajectory = jax.tree.map(lambda x: x[:steps], trajectory)
     write_trajectories(out, trajectory, actor.environment)
     mean = float((trajectory.reward * trajectory.mask).sum() / given.episodes)
-    print(
+    say(
         f"{given.episodes} episodes of {actor.name}, {int(trajectory.mask.sum()):,} steps, mean "
         f"return {mean:.4g}: {out}"
     )
@@ -124,11 +125,12 @@ def _expert(given) -> _Actor:
 
 def render(argv: Sequence[str]) -> None:
     """`jaxpg render RUN --out FILE.gif`: one episode as GIF or MP4. Raises ValueError."""
-    parser = _parser("render", "Draw one episode of a run's policy.")
-    _add_out(parser, ".gif or .mp4")
-    given = parser.parse_args(list(argv))
+    options = _parser("render", "Draw one episode of a run's policy.")
+    _add_out(options, ".gif or .mp4")
+    given = options.parse_args(list(argv))
     out = _writable(given.out, (".gif", ".mp4"))
     encoder = _encoder() if out.suffix == ".mp4" else ""
+    check_devices()
     policy = load_policy(
         given.run, _replica(given.replica), greedy=given.greedy, update=_update(given.update)
     )
@@ -138,7 +140,7 @@ def render(argv: Sequence[str]) -> None:
 
     save = _save_mp4 if encoder else _save_gif
     save(out, frames, frames_per_second(run.environment), encoder)
-    print(f"{len(frames)} frames of replica {policy.replica}, return {total:.1f}: {out}")
+    say(f"{len(frames)} frames of replica {policy.replica}, return {total:.1f}: {out}")
 
 
 def film(policy: Policy, environment: str, key: Any) -> tuple[list, float]:
@@ -211,19 +213,18 @@ def _encoder() -> str:
 
 
 def _parser(name, description):
-    parser = argparse.ArgumentParser(prog=f"jaxpg {name}", description=description)
-    parser.add_argument("run", metavar="RUN", help="folder of a jaxpg train run")
-    parser.add_argument("--greedy", action="store_true", help="the likeliest action, not a sample")
-    parser.add_argument(
-        "--update", metavar="N", help="of the checkpoint of N updates, or best; the end of the run"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the episodes")
-    return parser
+    found = parser(name, description)
+    add = found.add_argument
+    add("run", metavar="RUN", help="folder of a jaxpg train run")
+    add("--greedy", action="store_true", help="the likeliest action, not a sample")
+    add("--update", metavar="N", help="of the checkpoint of N updates, or best; the end of the run")
+    add("--seed", type=int, default=0, help="of the episodes")
+    return found
 
 
-def _add_out(parser, kinds):
-    parser.add_argument("--out", metavar="FILE", required=True, help=f"ends in {kinds}")
-    parser.add_argument(
+def _add_out(options, kinds):
+    options.add_argument("--out", metavar="FILE", required=True, help=f"ends in {kinds}")
+    options.add_argument(
         "--replica", metavar="R", default="best", help="a number, or best by the final evaluation"
     )
 

@@ -14,6 +14,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from jaxpg.experiment.console import say, terminal
 from jaxpg.experiment.statistics import interval, number, summarise
 from jaxpg.intervals import ANY
 
@@ -39,10 +40,8 @@ def display(quiet: bool) -> AbstractContextManager[Show]:
     """A context that gives the function to call after every chunk."""
     if quiet:
         return nullcontext(lambda status: None)
-    console = Console(stderr=True)
-    if console.is_terminal and not console.is_dumb_terminal:
-        return _live(console)
-    return nullcontext(_plain())
+    console = terminal()
+    return nullcontext(_plain()) if console is None else _live(console)
 
 
 def steps_per_second(status: Status) -> float:
@@ -55,16 +54,15 @@ def _plain() -> Show:
     def show(status):
         nonlocal shown
         if isinstance(status, str):
-            print(status, flush=True)
+            say(status)
             return
         due = status.updates * PLAIN_LINES // status.total_updates
         if due > shown:
             shown = due
-            print(
+            say(
                 f"{status.updates}/{status.total_updates} updates  {status.env_steps:,} steps  "
                 f"{number(steps_per_second(status), 0)} steps/s  return {_return(status)}  "
-                f"{_left(status)} left",
-                flush=True,
+                f"{_left(status)} left"
             )
 
     return show

@@ -203,7 +203,7 @@ def _tie(found) -> list[str]:
 def write(
     folder: Path, config: Config, search: Search, outcomes: Outcomes, costs: Costs, complete: bool
 ) -> None:
-    """table.csv and table.parquet; sweep.json, which says that the results are there; then the figure."""
+    """table.csv, table.parquet and then sweep.json, which says that they are there."""
     found = table(search, outcomes)
     artifacts.write_table(folder, found)
     described = files.description(config, search.grid, [])
@@ -224,8 +224,10 @@ def write(
         "points": _described(search, outcomes, found),
     }
     files.write_json(folder / SWEEP, record)
-    figures = folder / files.FIGURES
-    figures.mkdir(exist_ok=True)
+
+
+def draw(folder: Path, config: Config, search: Search, outcomes: Outcomes) -> None:
+    """figures/response; where it cannot be drawn, a line says why."""
     numbers = responses.Points(
         {n: [getattr(p, n) for p in search.points] for n in search.swept},
         _estimates(outcomes),
@@ -235,7 +237,7 @@ def write(
     )
     title = f"{config.environment}, {config.algorithm}"
     artifacts.write_figure(
-        figures, lambda figure: responses.draw(figure, numbers, title), "response"
+        folder / files.FIGURES, lambda figure: responses.draw(figure, numbers, title), "response"
     )
 
 

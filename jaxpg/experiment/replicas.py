@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxpg.algorithms import algorithm
-from jaxpg.devices import HALVES, compiler_options, group_size
+from jaxpg.devices import HALVES, check_devices, compiler_options, group_size, prefer
 from jaxpg.experiment.build import Parts
 from jaxpg.experiment.config import Config
 from jaxpg.rollout import evaluate
@@ -42,13 +42,16 @@ class Programs(NamedTuple):
 
 
 def use_cpu_cores() -> None:
-    """Makes a CPU device of every core, before jax is first used; one device keeps one core busy."""
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # When jax is in use already, as in a notebook, its devices stay as they are.
-    with suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", cores or 1)
+    """Makes a CPU device of every core, before jax is first used; one device keeps one core busy.
+
+    Not where the user has said how many. Raises ValueError where there is no device as asked for.
+    """
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        # When jax is in use already, as in a notebook, its devices stay as they are.
+        with suppress(RuntimeError):
+            prefer("jax_num_cpu_devices", cores or 1, -1)
+    check_devices()
 
 
 def make_replicas(config: Config, points: list[Hyperparams]) -> Replicas:

@@ -5,18 +5,17 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxpg.experiment import checkpoint, health, metrics
+from jaxpg.experiment import checkpoint, console, health, metrics
 from jaxpg.experiment import folder as files
 from jaxpg.experiment.build import Parts, build, build_algorithm, instructed
 from jaxpg.experiment.config import Config, Grid, check, completed, load_config, points, varying
-from jaxpg.experiment.interrupt import signals
+from jaxpg.experiment.interrupt import heeding, signals
 from jaxpg.experiment.lock import locked
 from jaxpg.experiment.loop import (
     Job,
@@ -143,17 +142,22 @@ def execute(experiment: Experiment, sinks: Sequence[Sink] = ()) -> None:
     ValueError when another process has the folder, or a checkpoint cannot be read.
     """
     config, grid, parts, folder, _ = experiment
-    say = (lambda text: None) if config.quiet else partial(print, flush=True)
+    say = (lambda text: None) if config.quiet else console.say
     with ExitStack() as stack:
         stack.enter_context(locked(folder))
         stopped = stack.enter_context(signals())
         executor = stack.enter_context(workers())
         replicas = make_replicas(config, points(grid))
-        say(headline(config, grid))
-        state, progress = _begin(experiment, replicas, say)
-        show = stack.enter_context(display(config.quiet))
-        job = Job(config, grid, parts, folder, replicas, executor, stopped, show)
-        programs, seconds = _compiled(job, state is None, progress.updates, say)
+        try:
+            say(headline(config, grid))
+            state, progress = _begin(experiment, replicas, say)
+            show, stopped = heeding(stack.enter_context(display(config.quiet)), stopped)
+            job = Job(config, grid, parts, folder, replicas, executor, stopped, show)
+            programs, seconds = _compiled(job, state is None, progress.updates, say)
+        except BaseException:
+            if experiment.start is None:
+                files.discard_folder(folder)
+            raise
         recorder = _recorder(job, sinks, progress.updates)
         stack.callback(_close, recorder)
         if programs.init is not None:
@@ -177,8 +181,7 @@ def execute(experiment: Experiment, sinks: Sequence[Sink] = ()) -> None:
         returns = np.where(diverged, np.nan, evaluation.mean)
         _write_evaluation(folder, evaluation, returns, replicas, progress)
     attainable = attained(evaluation.smallest, evaluation.largest)
-    print("\n".join(summary(config, grid, status, returns, diverged, attainable)))
-    print(f"saved in {folder}")
+    console.say(*summary(config, grid, status, returns, diverged, attainable), f"saved in {folder}")
 
 
 def _begin(experiment, replicas, say) -> tuple[Any, Progress]:
@@ -269,25 +272,14 @@ def _compiled(job: Job, fresh: bool, done: int, say):
         stop = stopper(
             job.stopped, f"before it went on; the checkpoint in {job.folder} is untouched"
         )
-    try:
-        chunk = chunk_length(config.updates, done)
-        programs = compile_programs(
-            job.parts,
-            job.replicas,
-            config,
-            chunk,
-            job.executor,
-            job.parts.demonstrations,
-            fresh,
-        )
-        for each in (programs.train, programs.init):
-            if each is not None:
-                wait_for(each, stop)
-        health.check_memory(programs.train.result(), say)
-    except BaseException:
-        if fresh:
-            files.discard_folder(job.folder)
-        raise
+    chunk = chunk_length(config.updates, done)
+    programs = compile_programs(
+        job.parts, job.replicas, config, chunk, job.executor, job.parts.demonstrations, fresh
+    )
+    for each in (programs.train, programs.init):
+        if each is not None:
+            wait_for(each, stop)
+    health.check_memory(programs.train.result(), say)
     seconds = time.perf_counter() - started
     job.show(f"compiled in {seconds:.1f} s")
     return programs, seconds

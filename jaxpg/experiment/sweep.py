@@ -14,8 +14,9 @@ from jaxpg.experiment import batches, health, ranking
 from jaxpg.experiment import folder as files
 from jaxpg.experiment.build import Parts, build, instructed
 from jaxpg.experiment.config import Config, Grid, check, completed
+from jaxpg.experiment.console import say
 from jaxpg.experiment.flags import request
-from jaxpg.experiment.interrupt import Interrupted, signals
+from jaxpg.experiment.interrupt import Interrupted, heeding, signals
 from jaxpg.experiment.lock import locked
 from jaxpg.experiment.loop import chunk_length, stopper, workers
 from jaxpg.experiment.progress import Show, Status, display
@@ -101,21 +102,22 @@ def execute(sweep: Sweep) -> None:
         stack.enter_context(locked(folder))
         stopped = stack.enter_context(signals())
         executor, compilers = (stack.enter_context(workers()) for _ in range(2))
-        if not config.quiet:
-            print("\n".join(ranking.headline(config, search)), flush=True)
-        show = stack.enter_context(display(config.quiet))
-        job = batches.Job(config, search.points, parts, executor, compilers, stopped)
         try:
+            if not config.quiet:
+                say(*ranking.headline(config, search))
+            show, stopped = heeding(stack.enter_context(display(config.quiet)), stopped)
+            job = batches.Job(config, search.points, parts, executor, compilers, stopped)
             costs = _climb(job, search, outcomes, show)
             if stopped() and not outcomes.updates.any():
                 raise Interrupted(stopped(), NOTHING)
         except BaseException:
             files.discard_folder(folder)
             raise
+        ranking.write(folder, config, search, outcomes, costs, complete=not stopped())
         show("drawing")
-        ranking.write(sweep.folder, config, search, outcomes, costs, complete=not stopped())
+        ranking.draw(folder, config, search, outcomes)
         gone = outcomes.diverged.all()
-    print("\n".join(ranking.report(config, search, outcomes, costs)))
+    say(*ranking.report(config, search, outcomes, costs))
     if gone:
         raise health.Diverged(
             f"nothing is ranked: all {len(search.points)} points diverged, the last seed at update "
@@ -125,7 +127,7 @@ def execute(sweep: Sweep) -> None:
         done = int((outcomes.updates > 0).sum())
         said = f"before the end; {done} of {len(search.points)} points are ranked in {folder}"
         raise Interrupted(stopped(), said)
-    print(f"saved in {folder}")
+    say(f"saved in {folder}")
 
 
 def _climb(job: batches.Job, search: Search, outcomes: Outcomes, show: Show) -> Costs:
