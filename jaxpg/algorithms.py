@@ -126,6 +126,13 @@ def algorithm(name: str) -> Algorithm:
     return ALGORITHMS[name]
 
 
+def unmeasured(algorithm: Algorithm) -> list[str]:
+    """Metrics that say nothing: 0 and 1 for a policy that takes one step from its own data."""
+    if algorithm.num_epochs * algorithm.num_minibatches > 1 or algorithm.data.reweighs:
+        return []
+    return ["ess"] if algorithm.measure_kl else ["ess", "kl"]
+
+
 def check_algorithm(algorithm: Algorithm, has_critic: bool) -> None:
     """Raises ValueError for a row whose parts contradict each other."""
     estimator, source = algorithm.estimator, algorithm.data

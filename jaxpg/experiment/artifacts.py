@@ -151,7 +151,8 @@ def _cell(table, name, i) -> str:
         if value is not None and low is not None and high is not None and high < math.inf:
             half = (high - low) / 2
             even = abs(value - (high + low) / 2) <= 0.1 * half
-            text += f" ±{half:.1g}" if even else f" [{low:.3g}, {high:.3g}]"
+            if half > 0:  # an interval finer than what is counted is no certainty
+                text += f" ±{half:.1g}" if even else f" [{low:.3g}, {high:.3g}]"
     return text
 
 

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxpg.algorithms import unmeasured
 from jaxpg.experiment import folder as files
 from jaxpg.experiment import health
-from jaxpg.experiment.build import Parts
+from jaxpg.experiment.build import Parts, build_algorithm
 from jaxpg.experiment.checkpoint import Checkpoints, on_host, steps
 from jaxpg.experiment.config import Config, Grid, points
 from jaxpg.experiment.interrupt import Interrupted
@@ -74,10 +75,12 @@ def train_chunks(
     base, started, saved = progress.seconds, time.perf_counter(), -math.inf
     saved_at = progress.updates or -1
     at = partial(_status, config, compile_seconds)
+    unsaid = unmeasured(build_algorithm(config))
     job.show(status := at(progress, none))
     while progress.updates < config.updates and not job.stopped():
         before = state if config.debug_nans else None
         state, measured = _advance(job, program, state)
+        measured = {name: x for name, x in measured.items() if name not in unsaid}
         seconds = base + time.perf_counter() - started
         records, progress = _records(measured, progress, seconds)
         for write in (recorder.table.write, *(sink.write for sink in recorder.sinks)):

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxpg.experiment.folder import CONFIG, EVALUATION, FIGURES, METRICS, TABLE
 from jaxpg.experiment.health import first_divergence
+from jaxpg.experiment.presets import preset
 from jaxpg.experiment.statistics import noise_ratios
 from jaxpg.intervals import Estimate
 
@@ -49,15 +50,13 @@ def read(folders: list[Path]) -> list[Series]:
 
 
 def labelled(series: list[Series]) -> list[Series]:
-    """The same with labels: the fewest settings that tell series of one environment apart.
+    """The same with labels: every setting in which series of one environment differ, updates last.
 
-    Of those that differ the first come first, the algorithm before all: its own defaults follow from it.
+    The algorithm comes before all: what is only its own default follows from it, and is not said.
     """
     names = dict.fromkeys(("algorithm", *chain.from_iterable(s.settings for s in series)))
-    chosen: list[str] = []
-    for name in names:
-        if name not in UNSAID and _distinct(series, [*chosen, name]) > _distinct(series, chosen):
-            chosen.append(name)
+    said = [name for name in names if name not in (*UNSAID, "updates")]
+    chosen = [name for name in (*said, "updates") if _differs(name, series)]
     alone = len(series) == _distinct(series, chosen)
     labels = [_said(each, chosen) for each in series]
     if not alone:
@@ -88,6 +87,22 @@ def best(series: list[Series], most: int) -> list[Series]:
 
 def _distinct(series, names) -> int:
     return len({(s.environment, *(str(s.settings.get(name)) for name in names)) for s in series})
+
+
+def _differs(name, series) -> bool:
+    """Whether series of one environment differ in it, and not only by their algorithms' defaults."""
+    found: dict[str, set[tuple[str, str]]] = {}
+    for s in series:
+        config, grid = preset(s.environment, str(s.settings.get("algorithm")))
+        usual = getattr(grid, name)[0] if name in grid._fields else getattr(config, name, None)
+        value = s.settings.get(name, usual)
+        whole = s.settings.get("schedule") == "constant" or value == s.settings.get("updates")
+        if name == "schedule_updates" and whole:
+            value = usual  # none, or one that is as long as the run
+        said = [str(list(x) if isinstance(x, tuple) else x) for x in (value, usual)]
+        kind = "default" if said[0] == said[1] and name != "algorithm" else said[0]
+        found.setdefault(s.environment, set()).add((kind, said[0]))
+    return any(min(len(set(x)) for x in zip(*pairs, strict=True)) > 1 for pairs in found.values())
 
 
 def _said(series, names) -> str:

@@ -7,8 +7,9 @@ import struct
 import numpy as np
 import pytest
 from pyarrow import parquet
-from small_runs import FLAGS
+from small_runs import FLAGS, start
 
+from jaxpg.algorithms import algorithm, unmeasured
 from jaxpg.experiment import metrics
 from jaxpg.experiment.flags import request
 from jaxpg.experiment.metrics import Records, Sink
@@ -163,3 +164,14 @@ def test_a_users_own_sink_gets_every_update_once(tmp_path, capsys):
     np.testing.assert_allclose(json.loads(lines[3])["entropy"], expected, rtol=1e-6)
     assert events(tmp_path / "r" / "tensorboard" / "all")
     assert os.listdir(tmp_path / "r" / "tensorboard") == ["all"]
+
+
+def test_what_a_method_does_not_measure_is_not_logged(tmp_path):
+    """One step from its own data has a KL of 0 and an effective share of 1 by construction."""
+    assert unmeasured(algorithm("reinforce")) == ["ess", "kl"]
+    assert unmeasured(algorithm("trpo")) == ["ess"], "it measures the KL of the whole update"
+    assert unmeasured(algorithm("ppo")) == unmeasured(algorithm("impala")) == []
+    start(tmp_path / "r", "--algorithm", "a2c", "--num-minibatches", "1", "--updates", "1")
+    (line,) = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    names = {*json.loads(line)}
+    assert {"entropy", "grad_norm"} <= names and not {"ess", "kl"} & names

@@ -163,6 +163,25 @@ def test_labels_are_what_differs(tmp_path):
     assert len({s.label for s in read([ppo, twin])}) == 2
 
 
+def test_labels_say_every_difference_and_updates_last(tmp_path):
+    longer = write_run(tmp_path / "a", rates=(0.1,), updates=4)
+    other = write_run(tmp_path / "b", rates=(0.2,), updates=4, num_envs=8)
+    saved = json.loads((longer / CONFIG).read_text())
+    saved["config"]["updates"] = 400  # it was extended
+    saved["replicas"] = [each | {"schedule_updates": 400.0} for each in saved["replicas"]]
+    write_json(longer / CONFIG, saved)
+    assert [s.label for s in read([longer, other])] == [
+        "num_envs=16, learning_rate=0.1, updates=400",
+        "num_envs=8, learning_rate=0.2, updates=100",
+    ]
+    # What another algorithm has as its own default follows from its name; what was asked does not.
+    vpg = write_run(tmp_path / "vpg", "vpg", rates=(0.3,))
+    assert [s.label for s in read([other, vpg])] == [
+        "ppo, num_envs=8, learning_rate=0.2",
+        "vpg, num_envs=16, learning_rate=0.3",
+    ]
+
+
 def test_of_many_series_the_best_are_drawn(tmp_path):
     rates = tuple(round(0.1 * i, 1) for i in range(1, 13))
     series = read([write_run(tmp_path / "r", rates=rates)])
@@ -212,14 +231,19 @@ def test_comparison_of_two_runs(tmp_path):
     other = write_run(tmp_path / "other", "vpg", rates=(1.02,))
     scores, unit = plots.final_scores(read([one, other]))
     assert unit == "final return"
-    np.testing.assert_array_equal(scores["vpg"][:, 0], 102 + np.arange(SEEDS))
+    one_name, other_name = "ppo, learning_rate=1", "vpg, learning_rate=1.02"
+    np.testing.assert_array_equal(scores[other_name][:, 0], 102 + np.arange(SEEDS))
     figure = Figure()
     plots.comparison(figure, read([one, other]))
     means, profile, improvement = figure.axes
-    assert [t.get_text() for t in means.get_yticklabels()] == ["ppo", "vpg"]
+    assert [t.get_text() for t in means.get_yticklabels()] == [
+        name.replace(", ", ",\n") for name in (one_name, other_name)
+    ]
     # Of 5 x 5 pairs, seed i of ppo at 100 + i beats seed j of vpg at 102 + j where i > j + 2.
     better = np.array([(i > j + 2) + 0.5 * (i == j + 2) for i in range(5) for j in range(5)]).mean()
-    assert [t.get_text() for t in improvement.get_yticklabels()] == ["vpg\nover ppo"]
+    assert [t.get_text() for t in improvement.get_yticklabels()] == [
+        f"{other_name}\nover {one_name}".replace(", ", ",\n")
+    ]
     assert np.isclose(improvement.get_lines()[0].get_xdata()[0], 1 - better)
     at, above = profile.get_lines()[0].get_data()
     np.testing.assert_allclose(above, [(100 + np.arange(5) > x).mean() for x in at])
@@ -232,12 +256,13 @@ def test_several_environments_are_rescaled_and_stratified(tmp_path):
         for w in ("CartPole-v1", "Acrobot-v1")
     ]
     series = read(runs)
-    assert [s.label for s in series] == ["ppo", "ppo", "vpg", "vpg"]
+    ppo, vpg = "ppo, learning_rate=1", "vpg, learning_rate=2"
+    assert [s.label for s in series] == [ppo, ppo, vpg, vpg]
     scores, unit = plots.final_scores(series)
-    assert {name: x.shape for name, x in scores.items()} == {"ppo": (5, 2), "vpg": (5, 2)}
-    assert scores["ppo"].min() == 0 and scores["vpg"].max() == 1
+    assert {name: x.shape for name, x in scores.items()} == {ppo: (5, 2), vpg: (5, 2)}
+    assert scores[ppo].min() == 0 and scores[vpg].max() == 1
     assert "worst" in unit
-    with pytest.raises(ValueError, match=r"vpg was run on CartPole-v1 and not on Acrobot-v1"):
+    with pytest.raises(ValueError, match=r"=2 was run on CartPole-v1 and not on Acrobot-v1"):
         plots.final_scores(series[:3])
 
 

@@ -6,11 +6,12 @@ import pytest
 
 from jaxpg.envs import Lqr, from_gymnax
 from jaxpg.estimators import Estimator, baselines, credit, importance
+from jaxpg.experiment import artifacts
 from jaxpg.lab import gradient_samples, gradient_statistics
 from jaxpg.lab.exact import lqr
 from jaxpg.lab.experiments import critical, regulated
 from jaxpg.lab.experiments.estimators import form, true_gradient
-from jaxpg.lab.experiments.frame import Settings
+from jaxpg.lab.experiments.frame import Settings, tidy
 from jaxpg.lab.experiments.training import best_objective, scaled, small_rate
 from jaxpg.lab.worlds import World, regulator_world, world
 from jaxpg.policies import mlp
@@ -210,3 +211,12 @@ def test_the_best_rate_grows_linearly_and_then_no_more():
     assert exponents[0] > 0.6 > exponents[-1]
     # Many small batches and few large ones: neither time nor data is least at once.
     assert (np.diff(updates) < 0).all() and sizes[-1] * updates[-1] > 2 * sizes[0] * updates[0]
+
+
+def test_a_figure_is_drawn_where_no_batch_reaches_the_target(tmp_path):
+    inf = np.inf
+    row = {"estimator": "rtg", "batch": 4, "rate": 0.1, "measured": inf, "low": inf, "high": inf}
+    rows = [{**row, "quantity": name} for name in ("updates", "updates_at_best_rate")]
+    artifacts.write_figure(tmp_path, lambda f: critical._draw(f, rows, rows[1:], None, {}))
+    table = tidy([row | {"quantity": "updates", "measured": 3.0, "low": 3.0, "high": 3.0}])
+    assert "±" not in "".join(artifacts.lines(table)), "counted in whole updates, not exact"

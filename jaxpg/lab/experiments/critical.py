@@ -274,8 +274,13 @@ def _draw(figure, rows, fronts, found: Fit | None, summary):
         axes[2], "Best learning rate", "trajectories per update $N$", "learning rate of SGD"
     )
     for axis in axes:
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log", base=2)
+        # An axis without a point has nothing to take the logarithm of.
+        if np.isfinite(np.concatenate([x.get_ydata() for x in axis.get_lines()] or [[]])).any():
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log", base=2)
+        else:
+            axis.annotate("no batch reached the target", (0.5, 0.5), xycoords="axes fraction",
+                          ha="center")  # fmt: skip
 
 
 def _guides(axis, found: Fit, sizes):
