@@ -157,7 +157,7 @@ BAD = {
     "CartPole-v1 --gamma .9,nan": "gamma=nan must be a finite number",
     "CartPole-v1 --gamma 1.01": "gamma=1.01 must lie in [0, 1]; try 0.99",
     "CartPole-v1 --lambda -0.1": "lambda_=-0.1 must lie in [0, 1]",
-    "CartPole-v1 --learning-rate 1e-3,0": "learning_rate=0 must be above 0",
+    "CartPole-v1 --learning-rate 1e-3,-1": "learning_rate=-1 must not be negative",
     "CartPole-v1 --max-grad-norm inf": "max_grad_norm=inf must be a finite number",
     "CartPole-v1 --algorithm behaviour_cloning": "give --demonstrations FILE",
     "CartPole-v1 --algorithm reinforce --critic-epochs 2": "reinforce has no critic",

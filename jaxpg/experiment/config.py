@@ -150,8 +150,8 @@ def check(config: Config, grid: Grid) -> None:
 _RANGES = {
     "gamma": (lambda x: 0 <= x <= 1, "must lie in [0, 1]; try 0.99"),
     "lambda_": (lambda x: 0 <= x <= 1, "must lie in [0, 1]; try 0.95"),
-    "learning_rate": (lambda x: x > 0, "must be above 0; try 1e-3"),
-    "critic_learning_rate": (lambda x: x > 0, "must be above 0; try 1e-3"),
+    "learning_rate": (lambda x: x >= 0, "must not be negative; try 1e-3"),
+    "critic_learning_rate": (lambda x: x >= 0, "must not be negative; try 1e-3"),
     "clip_eps": (lambda x: x > 0, "must be above 0; try 0.2"),
     "kl_coef": (lambda x: x >= 0, "must not be negative; try 1"),
     "target_kl": (lambda x: x > 0, "must be above 0; try 0.01"),
