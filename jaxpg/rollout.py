@@ -257,7 +257,7 @@ def unroll(
         if critic is None:
             return (), jnp.zeros(num_envs, state.episode_return.dtype)
         carry, value = critic.apply(params.critic, carry, obs[None], first[None])
-        return carry, value[0]
+        return carry, value[0].astype(state.episode_return.dtype)
 
     def step(state, inputs):
         key, noise, pool = inputs
@@ -391,7 +391,7 @@ class StepKeys(NamedTuple):
 def _keys(key: Key, num_steps: int) -> StepKeys:
     """[T] each."""
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(3 * num_steps))
-    return StepKeys(*keys.reshape(num_steps, 3).T)
+    return StepKeys(*(keys[use::3] for use in range(3)))  # typed keys or rows of raw ones
 
 
 def _noise_of(agent: Agent, params: Params, obs):
@@ -420,7 +420,8 @@ def _step(env: Env, key, env_state, action):
     check_action(env, action)
     # XLA drops the split where the environment does not read its key.
     keys = jax.random.split(key, action.shape[0])
-    return jax.vmap(env.step)(keys, env_state, action)
+    env_state, result = jax.vmap(env.step)(keys, env_state, action)
+    return env_state, result._replace(reward=jnp.asarray(result.reward, jnp.result_type(float)))
 
 
 def _reset(env: Env, key, num_lanes):

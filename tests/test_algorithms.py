@@ -10,7 +10,7 @@ from worlds import bandit, clock
 
 from jaxpg import Hyperparams, data, make_trainer, train
 from jaxpg.algorithms import ALGORITHMS, Algorithm, algorithm
-from jaxpg.envs import Box, Env, MultiDiscrete, from_gymnax, from_mdp
+from jaxpg.envs import Box, Env, MultiDiscrete, from_gymnax, from_mdp, history
 from jaxpg.estimators import (
     Estimator,
     baselines,
@@ -350,3 +350,20 @@ def test_action_vectors_are_learnt(action, name):
     _, metrics = jax.jit(lambda s: train(trainer, s, hyperparams, num_updates=updates))(state)
     assert metrics["episode_return"][-5:].mean() > 0.85
     assert metrics["episode_return"][0] < 0.5
+
+
+@pytest.mark.parametrize("network", ["mlp", "gru"])
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_rows_trace_in_64_bits_and_keep_the_state_they_began_with(x64, env, network):
+    env = history(from_gymnax(env), 1)
+    agent = actor_critic(env, network, hidden=(4,))
+    for name in ("off_policy", "impala", "ppo"):
+        trainer = make_trainer(env, agent, algorithm(name), num_envs=4, num_steps=4)
+
+        def run(key, trainer=trainer):
+            state = trainer.init(key)
+            return state, train(trainer, state, Hyperparams(), num_updates=2)[0]
+
+        before, after = jax.eval_shape(run, jax.random.key(0))
+        assert before == after
+        assert {x.dtype for x in jax.tree.leaves(before.params)} == {jnp.dtype(jnp.float64)}

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from worlds import clock, random_mdp
 
-from jaxpg.envs import Box, Discrete, Env, from_gymnax, from_mdp
+from jaxpg import Hyperparams, make_trainer, train
+from jaxpg.algorithms import algorithm
+from jaxpg.devices import compiler_options
+from jaxpg.envs import Box, Discrete, Env, from_gymnax, from_mdp, repeat_action
+from jaxpg.estimators import Estimator
+from jaxpg.imitation import imitate
+from jaxpg.lab import gradient_samples
 from jaxpg.policies import Agent, Categorical, Network, actor_critic, gru, init_params, mlp
 from jaxpg.rollout import BLOCK, FEW, episodes, evaluate, init_stream, unroll
 from jaxpg.types import TimeStep
@@ -293,3 +299,34 @@ def test_every_episode_of_a_stream_starts_afresh(num_envs, chance):
     same = np.asarray(found.obs)[:, 1:] == np.asarray(found.obs)[:, :-1]
     assert np.array_equal(same.all(axis=-1), ~np.asarray(found.last)[:, :-1])
     assert abs(starts.mean() - 0.5) < 5 * 0.29 / starts.size**0.5
+
+
+def test_both_kinds_of_key_give_the_same_numbers():
+    env = repeat_action(from_mdp(random_mdp(2, horizon=4)), 2)
+    agent = actor_critic(env, "tabular")
+    trainer = make_trainer(env, agent, algorithm("a2c"), num_envs=2, num_steps=3)
+    shown = episodes(env, agent, init_params(agent, jax.random.key(7)), jax.random.key(8), 2)[0]
+
+    def everything(key):
+        params = init_params(agent, key)
+        stream = init_stream(env, agent, key, 2)
+        policy = agent.policy, Estimator(), params.policy, key
+        found = {
+            "init": params,
+            "episodes": episodes(env, agent, params, key, 3),
+            "stream": unroll(env, agent, params, stream, key, 5),
+            "evaluate": evaluate(env, agent, params, key, 3),
+            "train": train(trainer, trainer.init(key), Hyperparams(), num_updates=2),
+            "imitate": imitate(env, agent.policy, shown, key, 1),
+            "samples": gradient_samples(env, *policy, 3, Hyperparams()),
+        }
+        state, metrics = found["train"]
+        found["train"] = state._replace(key=jax.random.key_data(state.key)), metrics
+        return found
+
+    def run(key):
+        return jax.jit(everything).lower(key).compile(compiler_options(0))(key)
+
+    typed, raw = run(jax.random.key(3)), run(jax.random.PRNGKey(3))
+    jax.tree.map(np.testing.assert_array_equal, typed, raw)
+    assert (typed["episodes"][0].log_prob != 0).any()

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -114,8 +115,12 @@ def clip(space: Space, x: Array) -> Array:
 
 
 def encode(space: Space, x: Array) -> Array:
-    """Elements [..., *shape] as vectors [..., features]: real numbers flattened, integers one-hot."""
+    """Elements [..., *shape] as vectors [..., features]: real numbers flattened, integers one-hot.
+
+    In the default precision, whatever the environment's own.
+    """
     if isinstance(space, Box):
+        x = jnp.asarray(x, jnp.result_type(float))
         return x.reshape(*x.shape[: x.ndim - len(space.shape)], -1)
     if isinstance(space, Discrete):
         return jax.nn.one_hot(x, space.n)

@@ -68,8 +68,9 @@ def history(env: Env, k: int) -> Env:
     taken, seen = env.action, env.observation
     check_space("Env.action", taken)
     check_space("Env.observation", seen)
-    before = np.zeros(encoded_size(taken), np.float32)
-    zeros = np.zeros((k, encoded_size(taken) + encoded_size(seen)), np.float32)
+    dtype = jnp.result_type(float)
+    before = np.zeros(encoded_size(taken), dtype)
+    zeros = np.zeros((k, encoded_size(taken) + encoded_size(seen)), dtype)
     low, high = (np.concatenate([bound(taken), bound(seen)]) for bound in (_lowest, _highest))
     # Zero, before the episode, is an observation too.
     space = Box(np.tile(np.minimum(low, 0), k), np.tile(np.maximum(high, 0), k))

@@ -125,7 +125,8 @@ def removed(path: Path) -> bool:
 def restore(folder: Path, step: int, shapes: Any, settings: dict | None = None) -> tuple[Any, dict]:
     """The tree with the structure of shapes, on the host, and the record that was saved with it.
 
-    shapes: a tree of what has shape and dtype. settings: those of the run that the checkpoint has to be of.
+    shapes: a tree of what has shape and dtype; numbers of 32 and 64 bits become each other.
+    settings: those of the run that the checkpoint has to be of.
     Raises ValueError, leaving every file as it is, for a checkpoint that is damaged, foreign, of another
     run, number of updates or layout.
     """
@@ -195,7 +196,8 @@ def _same_leaves(path, saved, expected):
                 "jaxpg; use the version that wrote it"
             )
         shape, dtype = _stored_as(expected[name])
-        if (list(shape), str(dtype)) != (saved[name]["shape"], saved[name]["dtype"]):
+        alike = jnp.dtype(saved[name]["dtype"]).kind == dtype.kind  # in 32 bits or 64
+        if list(shape) != saved[name]["shape"] or not alike:
             raise ValueError(
                 f"{path} has {name} as {saved[name]['dtype']}{saved[name]['shape']}, and its "
                 f"config.json makes {dtype}{list(shape)}; was either changed?"
@@ -220,7 +222,7 @@ def _empty(leaf):
 def _as_saved(array, leaf):
     if _is_key(leaf):
         return jax.random.wrap_key_data(array, impl=_implementation(leaf))
-    return array
+    return array.astype(leaf.dtype)
 
 
 def _implementation(leaf) -> str:

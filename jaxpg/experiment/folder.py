@@ -211,7 +211,7 @@ def description(config: Config, grid: Grid, replicas: list[dict]) -> dict[str, A
         # The networks ask for full float32 products, whatever the device's default.
         "precision": {
             "matmul": "highest",
-            "dtype": "float32",
+            "dtype": str(jax.numpy.result_type(float)),
             "x64": jax.config.read("jax_enable_x64"),
         },
     }

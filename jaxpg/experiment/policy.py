@@ -243,5 +243,5 @@ def _read_params(folder: Path, agent: Agent) -> AgentParams:
         name = jax.tree_util.keystr(place, simple=True, separator="/")
         if name not in arrays or arrays[name].shape[1:] != shape.shape:
             raise ValueError(f"{path} does not hold {name} {shape.shape} of its own config")
-        found.append(arrays[name])
+        found.append(arrays[name].astype(shape.dtype))
     return jax.tree.unflatten(structure, found)

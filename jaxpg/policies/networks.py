@@ -128,11 +128,12 @@ def gru(
         features,
         kernel_init=nn.initializers.ones,
         recurrent_kernel_init=nn.initializers.ones,
+        param_dtype=jnp.result_type(float),
     )
     run_cell = cast(Callable[[Params, Array, Array], Any], cell.apply)
 
     def initial_carry(num_lanes):
-        return jnp.zeros((num_lanes, features), jnp.float32)
+        return jnp.zeros((num_lanes, features))
 
     def init(key):
         example = encode(_example(observation))
@@ -167,7 +168,13 @@ class _Apply(NamedTuple):
 def _dense(width: int, scale: float, precision: str) -> nn.Dense:
     product = _product if jax.default_backend() == "cpu" else None
     gain = nn.initializers.constant(scale)
-    return nn.Dense(width, kernel_init=gain, precision=precision, dot_general=product)
+    return nn.Dense(
+        width,
+        kernel_init=gain,
+        precision=precision,
+        dot_general=product,
+        param_dtype=jnp.result_type(float),
+    )
 
 
 def _product(x, kernel, dimensions, precision=None, preferred_element_type=None):
@@ -260,7 +267,8 @@ def _gaussian_head(action: Box, initial_std) -> tuple[int, Callable[..., Distrib
         mean = jnp.broadcast_to(centre, x.shape) + jnp.broadcast_to(scale, x.shape) * x
         return distribution(mean, jnp.broadcast_to(params["log_std"] + np.log(scale), x.shape))
 
-    return size, gaussian, {"log_std": jnp.full(size, np.log(initial_std), jnp.float32)}
+    log_std = jnp.full(size, np.log(initial_std), jnp.result_type(float))
+    return size, gaussian, {"log_std": log_std}
 
 
 def _check(observation: Space, action: Space | None) -> None:
