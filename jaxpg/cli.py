@@ -130,6 +130,9 @@ def _sweep(argv):
     from jaxpg.experiment.sweep import execute, prepare
 
     sweep = prepare(argv)
+    if sweep.done:
+        say(f"the sweep in {sweep.folder} has finished")
+        return
     try:
         if sweep.config.compilation_cache:
             use_compilation_cache()

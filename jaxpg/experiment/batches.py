@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from concurrent.futures import Executor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jaxpg.experiment import health
 from jaxpg.experiment.build import Parts
 from jaxpg.experiment.checkpoint import on_host
 from jaxpg.experiment.config import Config
+from jaxpg.experiment.folder import write_atomically
 from jaxpg.experiment.loop import chunk_length, wait_for
 from jaxpg.experiment.replicas import Programs, Replicas, compile_programs, replicas_of
 from jaxpg.types import Hyperparams
@@ -20,6 +22,7 @@ from jaxpg.types import Hyperparams
 SHARE = 0.9  # of free memory that a batch may take
 
 Tick = Callable[[np.ndarray, int, dict[str, np.ndarray]], None]  # (rows, updates, metrics [n, K])
+Save = Callable[[Any, int], None]  # (state, updates)
 
 
 class Job(NamedTuple):
@@ -41,13 +44,23 @@ class Plan(NamedTuple):
     bytes: int | None  # that training needs of one device
 
 
-def plan(job: Job, totals: list[int], poll: Callable[[], Any]) -> Plan:
+def plan(job: Job, totals: list[int], poll: Callable[[], Any], size: int | None = None) -> Plan:
     """A batch size that fits, by the compiled program's own account, and serves every rung.
 
-    totals: the replicas of each rung. Training is compiled once, and once more with fewer replicas only
-    where it turned out not to fit. Raises ValueError where one does not.
+    totals: the replicas of each rung. size: that with which a sweep began. Training is compiled once, and
+    once more with fewer replicas only where it turned out not to fit. Raises ValueError where one does not.
     """
     free, most = health.available_bytes(), _wanted(totals)
+    if size is not None:
+        programs = _start(job, size)
+        needed = health.needed_bytes(wait_for(programs.train, poll))
+        if needed is not None and free is not None and needed > free:
+            raise ValueError(
+                f"the sweep began in batches of {size} agents, which need {needed / 1e9:.1f} GB of memory, "
+                f"and {free / 1e9:.1f} GB are free; free some, or start anew in another folder"
+            )
+        wait_for(programs.init, poll)  # type: ignore[arg-type]
+        return Plan(size, programs, needed)
     total = totals[0] if len(totals) == 1 else most
     if free is not None:
         # Not even to be tried: states that are, before and after, more than there is.
@@ -100,7 +113,9 @@ def begin(job: Job, programs: Programs, rows: np.ndarray, size: int, states: Any
     return replicas, jax.device_put(jax.tree.map(padded, shapes, states), replicas.sharding)
 
 
-def advance(job, programs: Programs, replicas, state, rows, span: tuple[int, int], tick: Tick):
+def advance(
+    job, programs: Programs, replicas, state, rows, span: tuple[int, int], tick: Tick, save: Save
+):
     """Trains a batch chunk after chunk, from one number of updates to another or until a signal."""
     chunk, demonstrations = chunk_length(job.config.updates), job.parts.demonstrations
     common = () if demonstrations is None else (demonstrations,)
@@ -115,6 +130,7 @@ def advance(job, programs: Programs, replicas, state, rows, span: tuple[int, int
             break
         state, measured = wait_for(job.executor.submit(step, state), lambda: None)
         tick(rows, done, {name: values[: len(rows)] for name, values in measured.items()})
+        save(state, done)
     return state
 
 
@@ -130,6 +146,33 @@ def evaluated(job: Job, programs: Programs, replicas: Replicas, state, count: in
 def kept(state, count: int):
     """A batch's states on the host, without its padding."""
     return jax.tree.map(lambda x: x[:count], on_host(state))
+
+
+def write(path: Path, rows: np.ndarray, numbers: dict[str, Any], states: Any) -> None:
+    """A batch as a sweep that was killed goes on with it; states: on the host, or None."""
+    leaves = {f"state_{i}": x for i, x in enumerate(jax.tree.leaves(states))}
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, lambda file: np.savez(file, rows=rows, **numbers, **leaves))
+
+
+def read(job: Job, path: Path, rows: np.ndarray) -> tuple[dict[str, np.ndarray], Any] | None:
+    """What was written of the batch of these rows, if anything was. Raises ValueError."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as file:
+            numbers = {name: file[name] for name in file.files}
+    except Exception as error:  # whatever zipfile and numpy make of a damaged file
+        raise ValueError(
+            f"cannot read {path}: {error}; remove it, to train its batch again"
+        ) from error
+    if not np.array_equal(numbers["rows"], rows):
+        raise ValueError(f"{path} is a batch of other agents than this sweep's; remove it")
+    leaves = [
+        numbers.pop(f"state_{i}") for i in range(sum(n.startswith("state_") for n in numbers))
+    ]
+    tree = jax.tree.structure(jax.eval_shape(job.parts.trainer.init, jax.random.key(0)))
+    return numbers, jax.tree.unflatten(tree, leaves) if leaves else None
 
 
 def state_bytes(parts: Parts) -> int:

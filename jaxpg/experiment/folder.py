@@ -63,8 +63,11 @@ def _clear(folder):
     """Removes what a run left that was killed before its first checkpoint, if there is nothing else."""
     with locked(folder):
         check_links(folder)
-        began = (CONFIG, METRICS, TABLE, TENSORBOARD, WANDB, CHECKPOINTS)
-        ours = {".probe", *(began if (folder / CONFIG).is_file() else ())}
+        ours = {".probe"}
+        if (folder / CONFIG).is_file():
+            ours |= {CONFIG, METRICS, TABLE, TENSORBOARD, WANDB, CHECKPOINTS}
+        if all(re.fullmatch(TEMPORARY, file.name) for file in (folder / BATCHES).glob("*")):
+            ours.add(BATCHES)
         found = [file for file in folder.iterdir() if file.name != LOCK]
         if any(file.name not in ours and not re.fullmatch(TEMPORARY, file.name) for file in found):
             return

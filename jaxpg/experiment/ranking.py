@@ -206,18 +206,8 @@ def write(
     """table.csv, table.parquet and then sweep.json, which says that they are there."""
     found = table(search, outcomes)
     artifacts.write_table(folder, found)
-    described = files.description(config, search.grid, [])
-    del described["replicas"]
     record: dict[str, Any] = {
-        "kind": "sweep",
-        **described,
-        "search": {
-            "swept": list(search.swept),
-            "random": search.options.random,
-            "ranges": {n: r._asdict() for n, r in search.options.ranges.items()},
-            "halving": search.options.halving,
-            "rungs": [rung._asdict() for rung in search.rungs],
-        },
+        **description(config, search),
         "costs": costs._asdict(),
         "complete": complete,
         "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -239,6 +229,23 @@ def draw(folder: Path, config: Config, search: Search, outcomes: Outcomes) -> No
     artifacts.write_figure(
         folder / files.FIGURES, lambda figure: responses.draw(figure, numbers, title), "response"
     )
+
+
+def description(config: Config, search: Search) -> dict[str, Any]:
+    """What a sweep is, and computes with."""
+    described = files.description(config, search.grid, [])
+    del described["replicas"]
+    return {
+        "kind": "sweep",
+        **described,
+        "search": {
+            "swept": list(search.swept),
+            "random": search.options.random,
+            "ranges": {n: r._asdict() for n, r in search.options.ranges.items()},
+            "halving": search.options.halving,
+            "rungs": [rung._asdict() for rung in search.rungs],
+        },
+    }
 
 
 def _described(search, outcomes, found) -> list[dict[str, Any]]:

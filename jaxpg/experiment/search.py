@@ -29,6 +29,8 @@ options:
   --halving FACTOR  successive halving: train all points for a few updates, keep
                     the best 1/FACTOR of them, train these FACTOR times as long,
                     and so on
+  --resume-or-start go on with the sweep that was killed in the folder --run, or
+                    start it there
   --seeds, --updates, --run and all other flags are those of train (jaxpg train
   ENV --help)
 

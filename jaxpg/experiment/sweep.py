@@ -1,11 +1,13 @@
 """Sweeps: many points of hyperparameter space, ranked; with successive halving where it is asked."""
 
+import json
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,6 +23,7 @@ from jaxpg.experiment.lock import locked
 from jaxpg.experiment.loop import chunk_length, stopper, workers
 from jaxpg.experiment.progress import Show, Status, display
 from jaxpg.experiment.ranking import Costs, Outcomes, Search
+from jaxpg.experiment.records import SWEEP
 from jaxpg.experiment.replicas import use_cpu_cores
 from jaxpg.experiment.search import Options, choose, count, rungs, take_options
 from jaxpg.intervals import attained
@@ -37,6 +40,11 @@ class Sweep(NamedTuple):
     search: Search
     parts: Parts
     folder: Path
+    began: dict[str, Any] | None = None  # of a sweep that was killed: what it was, and its batches
+
+    @property
+    def done(self) -> bool:
+        return self.began is not None and self.began["complete"]
 
 
 def prepare(argv: Sequence[str]) -> Sweep:
@@ -44,7 +52,9 @@ def prepare(argv: Sequence[str]) -> Sweep:
     options, rest = take_options(argv)
     asked = request(rest, prog="jaxpg sweep")
     if asked.resume:
-        raise ValueError("a sweep cannot be resumed; start a new one, with fewer points")
+        raise ValueError(
+            "a sweep goes on by the command that began it, with its --run and --resume-or-start"
+        )
     for name in UNHEARD:
         if getattr(asked.config, name):
             flag = name.replace("_", "-")
@@ -58,7 +68,41 @@ def prepare(argv: Sequence[str]) -> Sweep:
     parts = instructed(build(config), config)
     if len(search.rungs) > 1:
         _check_room(len(search.points), config.seeds, batches.state_bytes(parts))
-    return Sweep(config, search, parts, _folder(config))
+    began = _began(config, search) if asked.resume is None else None
+    folder = Path(str(config.run)) if began is not None else _folder(config, asked.resume is None)
+    return Sweep(config, search, parts, folder, began)
+
+
+def _began(config: Config, search: Search) -> dict[str, Any] | None:
+    """What the sweep in the folder config.run is. Raises ValueError where it is another one."""
+    folder = Path(str(config.run))
+    found = [path for path in (folder / SWEEP, folder / files.BATCHES / SWEEP) if path.is_file()]
+    if not found:
+        return None
+    files.check_links(folder)
+    try:
+        records = [json.loads(path.read_text()) for path in found]
+        began = _settings(records[0])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot read {found[0]}: {error}") from error
+    now = _settings(json.loads(json.dumps(ranking.description(config, search))))
+    for name, value in now.items():
+        if began.get(name, value) != value:
+            raise ValueError(
+                f"{folder} has a sweep with another {name.strip('_')}; give it the flags that it began "
+                "with, or name a new folder with --run"
+            )
+    if not records[0].get("complete", False) and "batch" not in records[-1]:
+        raise ValueError(f"{folder} has no batches to go on with; name a new folder with --run")
+    return records[-1] | {"complete": records[0].get("complete", False)}
+
+
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    """What the numbers of a sweep follow from."""
+    free = ("run", "quiet", "demonstrations", "checkpoint_seconds", "compilation_cache")
+    found = record["config"] | record["hyperparameters"] | record["search"]
+    found["demonstrations_sha256"] = record["demonstrations_sha256"]
+    return {name: value for name, value in found.items() if name not in free}
 
 
 def _search(config: Config, grid: Grid, options: Options) -> Search:
@@ -83,10 +127,10 @@ def _check_room(points: int, seeds: int, state: int = 0) -> None:
     )
 
 
-def _folder(config: Config) -> Path:
+def _folder(config: Config, over: bool) -> Path:
     if config.run is None:
         return files._new_folder(Path("runs"), f"sweep-{config.environment}-{config.algorithm}")
-    return files.create_folder(config)
+    return files.create_folder(config, over)
 
 
 def execute(sweep: Sweep) -> None:
@@ -96,7 +140,7 @@ def execute(sweep: Sweep) -> None:
     even one agent fits in memory, or halving has nothing to rank by; and health.Diverged where every
     agent did.
     """
-    config, search, parts, folder = sweep
+    config, search, parts, folder, began = sweep
     outcomes = ranking.nothing_yet(len(search.points), config.seeds)
     with ExitStack() as stack:
         stack.enter_context(locked(folder))
@@ -107,16 +151,25 @@ def execute(sweep: Sweep) -> None:
                 say(*ranking.headline(config, search))
             show, stopped = heeding(stack.enter_context(display(config.quiet)), stopped)
             job = batches.Job(config, search.points, parts, executor, compilers, stopped)
-            costs = _climb(job, search, outcomes, show)
+            if began is not None:
+                now = ranking.description(config, search)
+                for name, (old, new) in files.otherwise(began, now).items():
+                    show(
+                        f"its numbers will be those of one go to rounding: {name} was {old}, is {new}"
+                    )
+            costs = _climb(job, search, outcomes, show, folder / files.BATCHES, began)
             if stopped() and not outcomes.updates.any():
                 raise Interrupted(stopped(), NOTHING)
         except BaseException:
-            files.discard_folder(folder)
+            if not (folder / files.BATCHES).exists():
+                files.discard_folder(folder)
             raise
         ranking.write(folder, config, search, outcomes, costs, complete=not stopped())
         show("drawing")
         ranking.draw(folder, config, search, outcomes)
         gone = outcomes.diverged.all()
+        if not stopped():
+            shutil.rmtree(folder / files.BATCHES, ignore_errors=True)
     say(*ranking.report(config, search, outcomes, costs))
     if gone:
         raise health.Diverged(
@@ -125,33 +178,78 @@ def execute(sweep: Sweep) -> None:
         )
     if stopped():
         done = int((outcomes.updates > 0).sum())
-        said = f"before the end; {done} of {len(search.points)} points are ranked in {folder}"
+        said = (
+            f"before the end; {done} of {len(search.points)} points are ranked in {folder}; "
+            f"the same command with --run {folder} --resume-or-start goes on"
+        )
         raise Interrupted(stopped(), said)
     say(f"saved in {folder}")
 
 
-def _climb(job: batches.Job, search: Search, outcomes: Outcomes, show: Show) -> Costs:
-    """Rung after rung, batch after batch, until the end or a signal."""
+def _climb(
+    job: batches.Job,
+    search: Search,
+    outcomes: Outcomes,
+    show: Show,
+    place: Path,
+    began: dict[str, Any] | None,
+) -> Costs:
+    """Rung after rung, batch after batch, until the end or a signal.
+
+    place: where batches are kept, from which what has been done is taken; began: of a sweep that goes on.
+    """
     seeds, started = job.config.seeds, time.perf_counter()
     show("compiling")
-    stop = stopper(job.stop, NOTHING)
-    plan = batches.plan(job, [rung.points * seeds for rung in search.rungs], stop)
+    stop = stopper(job.stop, NOTHING if began is None else f"before it went on from {place.parent}")
+    totals = [rung.points * seeds for rung in search.rungs]
+    plan = batches.plan(job, totals, stop, *([] if began is None else [began["batch"]]))
     compiled = time.perf_counter()
     costs = [Costs(0, 0.0, compiled - started, plan.size, plan.bytes)]
     total, chunks = _total_updates(search, plan.size, seeds), [0]
+    saved = [compiled]
+
+    def save(path, rows, done, states):
+        if not (place / SWEEP).exists():
+            place.mkdir(exist_ok=True)
+            about = ranking.description(job.config, search) | {"batch": plan.size}
+            files.write_json(place / SWEEP, about, exact=True)
+        numbers = {name: x.reshape(-1)[rows] for name, x in _by_row(outcomes).items()}
+        spent = {"env_steps": costs[0].env_steps, "seconds": costs[0].seconds}
+        batches.write(path, rows, numbers | spent | {"done": done}, states)
+        saved[0] = time.perf_counter()
+
     show(f"compiled in {compiled - started:.1f} s")
 
     def tick(rows, updates, measured):
         ranking.note(outcomes, rows, updates, measured)
         steps = costs[0].env_steps + int(measured["env_steps"].astype(np.int64).sum())
-        costs[0] = costs[0]._replace(env_steps=steps, seconds=time.perf_counter() - compiled)
+        costs[0] = costs[0]._replace(
+            env_steps=steps, seconds=time.perf_counter() - compiled + base[0]
+        )
         chunks[0] += 1
         done = chunks[0] * chunk_length(job.config.updates)
         seen = attained(measured["episode_return"])
         show(Status(done, total, *costs[0][:3], outcomes.returns, seen))
 
+    def restored(path, rows):
+        """The updates and the states of a batch that was kept, in which outcomes are those it had."""
+        found = None if began is None else batches.read(job, path, rows)
+        if found is None:
+            return 0, None
+        numbers, states = found
+        for name, x in outcomes._asdict().items():
+            (x.reshape(-1) if x.ndim == 2 else x)[rows if x.ndim == 2 else rows // seeds] = numbers[
+                name
+            ]
+        base[0] = float(numbers["seconds"]) - (time.perf_counter() - compiled)
+        costs[0] = costs[0]._replace(
+            env_steps=int(numbers["env_steps"]), seconds=float(numbers["seconds"])
+        )
+        return int(numbers["done"]), states
+
+    base = [0.0]
     alive, states, before = np.arange(len(search.points)), None, 0
-    for rung in search.rungs:
+    for level, rung in enumerate(search.rungs):
         if outcomes.diverged.all():
             return costs[0]
         if states is not None:
@@ -160,11 +258,24 @@ def _climb(job: batches.Job, search: Search, outcomes: Outcomes, show: Show) -> 
             alive, states = alive[chosen], jax.tree.map(lambda x, r=here: x[r], states)
         rows, kept = _rows(alive, seeds), []
         size, programs, last = plan.size, plan.programs, rung is search.rungs[-1]
-        for some in batches.batches(len(rows), size):
-            given = None if states is None else jax.tree.map(lambda x, s=some: x[s], states)
+        for number, some in enumerate(batches.batches(len(rows), size)):
+            path = place / f"{level}-{number}.npz"
+            done, given = restored(path, rows[some])
+            chunks[0] += max(done - before, 0) // chunk_length(job.config.updates)
+            if done == rung.updates and (given is None) == last:  # the last is evaluated then
+                kept.append(given)
+                continue
+            if given is None and states is not None:
+                given = jax.tree.map(lambda x, s=some: x[s], states)
             replicas, state = batches.begin(job, programs, rows[some], size, given)
-            span = (before, rung.updates)
-            state = batches.advance(job, programs, replicas, state, rows[some], span, tick)
+            span = (max(done, before), rung.updates)
+
+            def hold(state, done, path=path, here=rows[some], rung=rung):
+                due = time.perf_counter() - saved[0] >= job.config.checkpoint_seconds
+                if job.stop() or (due and done < rung.updates):
+                    save(path, here, done, batches.kept(state, len(here)))
+
+            state = batches.advance(job, programs, replicas, state, rows[some], span, tick, hold)
             if job.stop():
                 return costs[0]
             if last:
@@ -174,9 +285,18 @@ def _climb(job: batches.Job, search: Search, outcomes: Outcomes, show: Show) -> 
                 outcomes.evaluated.reshape(-1)[rows[some]] = True
             else:
                 kept.append(batches.kept(state, len(rows[some])))
+            save(path, rows[some], rung.updates, None if last else kept[-1])
         states = None if last else jax.tree.map(lambda *x: np.concatenate(x), *kept)
         before = rung.updates
     return costs[0]
+
+
+def _by_row(outcomes: Outcomes) -> dict[str, np.ndarray]:
+    """Every array of the outcomes, [P, S]."""
+    return {
+        name: x if x.ndim == 2 else np.repeat(x[:, None], outcomes.returns.shape[1], axis=1)
+        for name, x in outcomes._asdict().items()
+    }
 
 
 def _rows(points: np.ndarray, seeds: int) -> np.ndarray:

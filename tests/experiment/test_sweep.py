@@ -6,6 +6,7 @@ from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -234,6 +235,54 @@ def test_a_signal_ranks_what_is_known(halved, tmp_path, monkeypatch, capsys):
     assert "best: --learning-rate" in capsys.readouterr().out
 
 
+def test_a_killed_sweep_goes_on_and_trains_nothing_twice(halved, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(batches, "plan", lambda job, totals, poll, size=None: halved[3])
+    write, written, folder = batches.write, [], tmp_path / "r"
+    command = f"{GRID} --halving 3 --checkpoint-seconds 0 --run {folder} --resume-or-start"
+
+    class Killed(BaseException):
+        pass
+
+    def attempt(most):
+        """Killed after so many writes: a batch of 3 updates makes three, one of 5 six with its evaluation."""
+        before = len(written)
+
+        def counted(path, *rest):
+            write(path, *rest)
+            written.append(path.name)
+            if len(written) - before == most:
+                raise Killed
+
+        monkeypatch.setattr(batches, "write", counted)
+        sweep.execute(sweep.prepare(command.split()))
+
+    for most in (2, 1, 5, 3):  # within a batch, at its end, within another, within the last rung
+        with pytest.raises(Killed):
+            attempt(most)
+        assert not (folder / "sweep.json").exists()
+    for other in (command.replace("--updates 8", "--updates 16"), command.replace(".9", ".8")):
+        with pytest.raises(ValueError, match=r"has a sweep with another (updates|gamma)"):
+            sweep.prepare(other.split())
+    with pytest.raises(ValueError, match="is not empty"):
+        sweep.prepare(command.removesuffix("--resume-or-start").split())
+    attempt(None)
+    record = json.loads((folder / "sweep.json").read_text())
+    assert record["points"] == halved[2]["points"]  # every seed's return, to the last digit
+    assert record["costs"]["env_steps"] == halved[2]["costs"]["env_steps"]
+    assert written == [f"0-{i}.npz" for i in range(3) for _ in range(3)] + ["1-0.npz"] * 5
+    assert not (folder / "batches").exists()
+    capsys.readouterr()
+    main(["sweep", *command.split()])
+    assert capsys.readouterr().out == f"the sweep in {folder} has finished\n"
+
+
+def test_a_damaged_batch_is_said(tmp_path):
+    (tmp_path / "0-0.npz").write_bytes(b"PK")
+    job: Any = None
+    with pytest.raises(ValueError, match=r"0-0.npz.*remove it, to train its batch again"):
+        batches.read(job, tmp_path / "0-0.npz", np.arange(2))
+
+
 # Without any training
 
 
@@ -363,7 +412,7 @@ def test_a_sweep_that_diverges_everywhere_says_so_and_exits_1(tmp_path, monkeypa
     """In process: all but training itself."""
     found = sweep.prepare([*GRID.split(), "--run", str(tmp_path / "r")])
 
-    def climb(job, search, outcomes, show):
+    def climb(job, search, outcomes, *rest):
         at = np.arange(outcomes.diverged.size).reshape(outcomes.diverged.shape)
         ranking.note(outcomes, at.reshape(-1), 8, {
             "episode_return": np.ones((at.size, 8)), "objective": np.full((at.size, 8), np.nan)
