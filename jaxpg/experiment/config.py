@@ -1,12 +1,13 @@
 """What a run is: its structure, and lists of numbers that make a grid. Imports nothing heavy."""
 
-import json
 import math
+import struct
 from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
+from jaxpg.experiment.schema import expect, read_json
 from jaxpg.types import Hyperparams
 
 CONFIG = "config.json"
@@ -27,8 +28,23 @@ FREE = (
 )
 
 
-def _flag(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+MOST = 2**31 - 1  # of what is a size: devices count in 32 bits
+MOST_ENTRIES = 1000  # of a list of sizes
+
+
+class Stored(TypedDict):
+    """What config.json has to have; it says more, for people."""
+
+    config: dict[str, Any]
+    hyperparameters: dict[str, tuple[float, ...]]
+    replicas: NotRequired[list[dict[str, float]]]
+    demonstrations_sha256: NotRequired[str | None]
+    resumed: NotRequired[list[Any]]
+
+
+def _flag(default: Any, help: str, least: int = 1, most: int = MOST) -> Any:
+    """least, most: of a whole number, or of each in a list."""
+    return field(default=default, metadata={"help": help, "least": least, "most": most})
 
 
 @dataclass(frozen=True)
@@ -48,7 +64,7 @@ class Config:
         None, "steps per environment and update; for reinforce*, the longest episode"
     )
     settings: str | None = _flag(None, "of the environment, as in size=16,unscaled_move_cost=0")
-    keep: tuple[int, ...] = _flag((), "entries of the observation to see, as in 0,2; none: all")
+    keep: tuple[int, ...] = _flag((), "entries of the observation to see, as in 0,2; none: all", 0)
     repeat: int = _flag(1, "times that every action is taken; the rewards are summed")
     history: int | None = _flag(None, "see the last so many observations and actions")
     normalise: bool = _flag(False, "scale observations by their running mean and deviation")
@@ -68,7 +84,7 @@ class Config:
     )
     num_epochs: int = _flag(1, "passes over each batch that move the policy")
     num_minibatches: int = _flag(1, "parts of a batch, one step of the optimizer each")
-    critic_epochs: int = _flag(0, "further passes that move only the critic")
+    critic_epochs: int = _flag(0, "further passes that move only the critic", 0)
     critic_minibatches: int = _flag(1, "parts of a batch in those")
     fisher_samples: int | None = _flag(
         None, "steps (or lanes) of the batch that the Fisher matrix is of; by default all"
@@ -76,7 +92,7 @@ class Config:
     adaptation: str | None = _flag(
         None, "steered to --target-kl by each update's KL: fixed, kl_penalty or learning_rate"
     )
-    num_batches: int | None = _flag(None, "learn from the last so many batches, weighed")
+    num_batches: int | None = _flag(None, "learn from the last so many batches, weighed", 1, 1000)
     importance: str | None = _flag(
         None,
         "the weights of old data: per_decision, trajectory, prefix, one_step, truncated, or "
@@ -84,7 +100,7 @@ class Config:
     )
     demonstrations: str | None = _flag(None, "file of jaxpg record, for guided and imitation")
     imitate: int = _flag(
-        0, "updates of behaviour cloning before training; guided weighs by what they fit"
+        0, "updates of behaviour cloning before training; guided weighs by what they fit", 0
     )
     warm_start: bool = _flag(False, "start from the policy that --imitate fitted")
     control_variate: str | None = _flag(
@@ -94,7 +110,7 @@ class Config:
         False, "log the gradient's noise scale and signal-to-noise, for one more backward pass"
     )
     evaluation_episodes: int = _flag(128, "fresh episodes per agent for the final evaluation")
-    seed: int = _flag(0, "master seed, from which every agent's is derived")
+    seed: int = _flag(0, "master seed, from which every agent's is derived", 0, 2**32 - 1)
     run: str | None = _flag(None, "folder to write, new or empty; by default a new one under runs/")
     quiet: bool = _flag(False, "print only the end")
     checkpoint_seconds: float = _flag(
@@ -123,28 +139,44 @@ def completed(config: Config, grid: Grid) -> Grid:
 
 
 def check(config: Config, grid: Grid) -> None:
-    """Raises ValueError for a number that no run can have, saying the value and the way out."""
-    at_least_one = "seeds updates num_envs num_steps repeat history reference_batch"
-    for name in (*at_least_one.split(), "evaluation_episodes"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    if any(width < 1 for width in config.hidden):
-        raise ValueError(
-            f"hidden={_listed(config.hidden)}: every width must be at least 1; for none, "
-            "use network=linear"
-        )
-    if not (math.isfinite(config.initial_std) and config.initial_std > 0):
+    """Raises ValueError for a setting that no run can have, saying the value and the way out."""
+    for each in fields(Config):
+        value = getattr(config, each.name)
+        expect(value, each.type, each.name)
+        _check_sizes(each.name, value, each.metadata)
+    for name in ("initial_std", "checkpoint_seconds"):
+        _check_single(name, getattr(config, name))
+    if config.initial_std <= 0:
         raise ValueError(f"initial_std={config.initial_std} must be finite and above 0; try 0.5")
-    if not config.checkpoint_seconds >= 0:
+    if config.checkpoint_seconds < 0:
         raise ValueError(
             f"checkpoint_seconds={config.checkpoint_seconds:g} must not be negative; 0 is every chunk"
         )
-    if not 0 <= config.seed < 2**32:
-        raise ValueError(f"seed={config.seed} must be between 0 and {2**32 - 1}")
     for name, values in grid._asdict().items():
+        if not values:
+            raise ValueError(f"{name} has no value; give one, or several for a grid")
         for value in values:
             _check_number(name, value)
+
+
+def _check_sizes(name, value, limits) -> None:
+    """Of a whole number, or of several."""
+    if isinstance(value, tuple) and len(value) > MOST_ENTRIES:
+        raise ValueError(
+            f"{name} has {len(value):,} entries; at most {MOST_ENTRIES:,} are possible"
+        )
+    for size in value if isinstance(value, tuple) else (value,):
+        if isinstance(size, bool) or not isinstance(size, int):
+            continue
+        if name == "hidden" and size < 1:
+            raise ValueError(
+                f"hidden={_listed(value)}: every width must be at least 1; for none, "
+                "use network=linear"
+            )
+        if size < limits["least"]:
+            raise ValueError(f"{name}={size} must be at least {limits['least']}")
+        if size > limits["most"]:
+            raise ValueError(f"{name}={size} must be at most {limits['most']}")
 
 
 _RANGES = {
@@ -167,36 +199,56 @@ _RANGES = {
 
 
 def _check_number(name, value):
+    _check_single(name, value)
+    holds, hint = _RANGES.get(name, (lambda x: True, ""))
+    if not holds(struct.unpack("<f", struct.pack("<f", value))[0]):
+        raise ValueError(f"{name}={value:g} {hint}")
+
+
+def _check_single(name, value) -> None:
+    """Raises ValueError for what float32 cannot hold."""
     if not math.isfinite(value):
         raise ValueError(f"{name}={value} must be a finite number")
-    holds, hint = _RANGES.get(name, (lambda x: True, ""))
-    if not holds(value):
-        raise ValueError(f"{name}={value:g} {hint}")
+    try:
+        struct.pack("<f", value)
+    except OverflowError:
+        raise ValueError(f"{name}={value:g} is beyond float32, which ends at 3.4e38") from None
 
 
 def load_config(run: str | Path) -> tuple[Config, Grid]:
     """What a run's config.json says; run: its folder, or the file. Raises ValueError."""
-    path = Path(run)
-    path = path / CONFIG if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"{run} has no {CONFIG}; name the folder of a jaxpg train run")
+    path, saved = read_config(run)
+    structure: dict[str, Any] = {k: _tuple(value) for k, value in saved["config"].items()}
+    numbers: dict[str, Any] = {k: _tuple(v) for k, v in saved["hyperparameters"].items()}
+    unknown = structure.keys() - {f.name for f in fields(Config)}
+    unknown |= numbers.keys() - set(Hyperparams._fields)
+    if unknown:
+        raise ValueError(
+            f"{path} has the setting {min(unknown)!r}, which this version of jaxpg does not know"
+        )
+    if "environment" not in structure:
+        raise ValueError(f"cannot read {path}: config.environment is missing")
+    # A setting that came later than the run has its default, which is what the run had.
+    defaults = {name: (value,) for name, value in Hyperparams()._asdict().items()}
+    config, grid = Config(**structure), Grid(**(defaults | numbers))
     try:
-        saved = json.loads(path.read_text())
-        structure: dict[str, Any] = {k: _tuple(value) for k, value in saved["config"].items()}
-        numbers: dict[str, Any] = {k: _tuple(v) for k, v in saved["hyperparameters"].items()}
-        unknown = structure.keys() - {f.name for f in fields(Config)}
-        unknown |= numbers.keys() - set(Hyperparams._fields)
-        if unknown:
-            raise ValueError(
-                f"{path} has the setting {min(unknown)!r}, which this version of jaxpg does not know"
-            )
-        # A setting that came later than the run has its default, which is what the run had.
-        defaults = {name: (value,) for name, value in Hyperparams()._asdict().items()}
-        return Config(**structure), Grid(**(defaults | numbers))
-    except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        check(config, completed(config, grid))
+    except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"cannot read {path}, which is not JSON: {error}") from error
+    return config, grid
+
+
+def read_config(run: str | Path) -> tuple[Path, Stored]:
+    """A run's config.json as it is stored. Raises ValueError."""
+    path = Path(run)
+    try:
+        path = path / CONFIG if path.is_dir() else path
+        found = path.is_file()
+    except OSError as error:  # such as a name that is too long
+        raise ValueError(f"cannot read {run}: {error.strerror or error}") from error
+    if not found:
+        raise ValueError(f"{run} has no {CONFIG}; name the folder of a jaxpg train run")
+    return path, read_json(path, Stored)
 
 
 def _tuple(value):

@@ -1,18 +1,35 @@
-"""Command-line flags, generated from Config and Hyperparams."""
+"""Command-line flags, read by the types of Config and Hyperparams. Imports nothing heavy."""
 
-import os
-from collections.abc import Sequence
-from dataclasses import field, fields, make_dataclass, replace
+import difflib
+import os.path
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
-
-import tyro
+from typing import Any, NamedTuple, get_args, get_origin
 
 from jaxpg.experiment.config import CONFIG, FREE, Config, Grid, load_config
 from jaxpg.experiment.presets import preset
-from jaxpg.types import HYPERPARAM_HELP, Hyperparams
+from jaxpg.types import Hyperparams
 
 EITHER = "--resume-or-start"
+_STRUCTURE = {f.name: f.type for f in fields(Config)}
+# flag -> (the setting, its kind)
+_KINDS: dict[str, tuple[str, Any]] = {
+    **{f"--{name.replace('_', '-')}": (name, kind) for name, kind in _STRUCTURE.items()},
+    **{
+        f"--no-{name.replace('_', '-')}": (name, kind)
+        for name, kind in _STRUCTURE.items()
+        if kind is bool
+    },
+    **{
+        f"--{name.strip('_').replace('_', '-')}": (name, tuple[float, ...])
+        for name in Hyperparams._fields
+    },
+    **{flag: (flag, str) for flag in ("--config", "--resume")},
+    EITHER: (EITHER, bool),
+}
+del _KINDS["--environment"]  # which has no flag
 
 
 class Request(NamedTuple):
@@ -24,70 +41,147 @@ class Request(NamedTuple):
 
 
 def request(argv: Sequence[str], prog: str) -> Request:
-    """What the arguments of train ask for. Raises ValueError for a run that cannot be read or changed so.
+    """What the arguments of train ask for. Raises ValueError for what cannot be read or changed so.
 
-    Exits as tyro does: with status 0 after help, and 2 after arguments that cannot be read.
+    Exits with status 0 after help.
     """
-    given = _peek(argv)
-    if given.config and given.resume:
+    given = _given(argv, prog)
+    config, resume = given.get("--config"), given.get("--resume")
+    if config is not None and resume is not None:
         raise ValueError("--config starts a new run and --resume goes on with one; use one of them")
-    if given.resume and given.either:
+    if resume is not None and EITHER in given:
         raise ValueError("--resume goes on and never starts; name the folder with --run")
-    if given.resume:
-        saved = load_config(given.resume)
-        if not Path(given.resume).is_dir():
-            raise ValueError(f"--resume takes the folder of a run, and {given.resume} is a file")
-        saved = replace(saved[0], run=given.resume, quiet=False), saved[1]
-        config, grid = parse(argv, prog, saved)
-        _check_unchanged(saved, config, grid, given.resume)
-        return Request(config, grid, True)
-    base = None
-    if given.config:
-        config, grid = load_config(given.config)
-        base = replace(config, run=None, quiet=False), grid
-    config, grid = parse(argv, prog, base)
-    return _either(config, grid) if given.either else Request(config, grid, False)
+    if resume is None:
+        config, grid = parse(argv, prog)
+        return _either(config, grid) if EITHER in given else Request(config, grid, False)
+    saved = load_config(resume)
+    if not Path(resume).is_dir():
+        raise ValueError(f"--resume takes the folder of a run, and {resume} is a file")
+    saved = replace(saved[0], run=resume, quiet=False), saved[1]
+    asked = _changed(saved, given)
+    _check_unchanged(saved, *asked, resume)
+    return Request(*asked, True)
 
 
-def parse(
-    argv: Sequence[str], prog: str, base: tuple[Config, Grid] | None = None
-) -> tuple[Config, Grid]:
-    """The run that the arguments ask for; what they leave out comes from base, or else the presets.
+def parse(argv: Sequence[str], prog: str) -> tuple[Config, Grid]:
+    """The new run that the arguments ask for; what they leave out comes from --config, or the presets.
 
-    Exits as tyro does: with status 0 after help, and 2 after arguments that cannot be read.
+    Raises ValueError for arguments that cannot be read. Exits with status 0 after help.
     """
-    environment, algorithm, *_ = _peek(argv)
-    config, grid = base or preset(environment, algorithm)
-    where = f"{algorithm} on {environment}" if environment else algorithm
-    where = where if base is None else "the run that was named"
-    # Positional, hence without a default: the usage line must call it required.
-    required = {"environment": tyro.MISSING} if base is None else {}
-    default = _Flags(
-        _Start(None, None, False),
-        _Config(**({f.name: getattr(config, f.name) for f in fields(Config)} | required)),
-        _Hyperparams(**grid._asdict()),
+    given = _given(argv, prog)
+    if given.get("--config") is not None:
+        config, grid = load_config(given["--config"])
+        return _changed((replace(config, run=None, quiet=False), grid), given)
+    if "environment" not in given:
+        raise ValueError(f"name an environment, such as CartPole-v1{_see(prog)}")
+    return _changed(_preset(given), given)
+
+
+def _preset(given) -> tuple[Config, Grid]:
+    names = ("environment", ""), ("algorithm", Config("").algorithm)
+    return preset(*(given.get(name, usual) for name, usual in names))
+
+
+def _changed(base: tuple[Config, Grid], given: dict[str, Any]) -> tuple[Config, Grid]:
+    config, grid = base
+    structure = {name: given[name] for name in _STRUCTURE if name in given}
+    return (
+        replace(config, **structure),
+        grid._replace(**{name: given[name] for name in Grid._fields if name in given}),
     )
-    if os.environ.get("NO_COLOR"):  # which tyro's help does not look at
-        vars(tyro).get("_experimental_options", {})["ansi_codes"] = False
-    flags: Any = tyro.cli(
-        _Flags,
-        prog=prog,
-        # A short line each, because tyro does not wrap them.
-        description=f"Train policies on an environment.\n\nDefaults are those of {where}.\n\n"
-        "A hyperparameter takes one value, or several as in 1e-3,3e-4 for a grid.",
-        args=list(argv),
-        default=default,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    structure = {f.name: getattr(flags.config, f.name) for f in fields(Config)}
-    return Config(**structure), Grid(**vars(flags.hyperparameter))
+
+
+def _given(argv: Sequence[str], prog: str) -> dict[str, Any]:
+    """The settings that the arguments name, and --config and --resume. Raises ValueError."""
+    if {"-h", "--help"} & {*argv} or any(word.startswith("--tyro") for word in argv):
+        _help(argv, prog)
+    return dict(_read(argv, prog))
+
+
+def _read(argv, prog) -> Iterator[tuple[str, Any]]:
+    words, positional = list(argv), 0
+    while words:
+        word = words.pop(0)
+        if not word.startswith("-"):
+            positional += 1
+            if positional > 1:
+                raise ValueError(f"{_short(word)!r} is a second environment{_see(prog)}")
+            yield "environment", word
+            continue
+        flag, equals, value = word.partition("=")
+        flag = flag.replace("_", "-")
+        name, kind = _known_flag(flag, prog)
+        if kind is bool:
+            if equals:
+                raise ValueError(f"{flag} takes no value{_see(prog)}")
+            yield name, not flag.startswith("--no-")
+            continue
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise ValueError(f"{flag} lacks its value{_see(prog)}")
+            value = words.pop(0)
+        yield name, _value(flag, kind, value, prog)
+
+
+def _known_flag(flag, prog) -> tuple[str, Any]:
+    """The name of what a flag sets, and of which kind that is."""
+    if flag in _KINDS:
+        return _KINDS[flag]
+    near = difflib.get_close_matches(flag, _KINDS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"unknown flag {_short(flag)}{hint}{_see(prog)}")
+
+
+def _value(flag, kind, text, prog) -> Any:
+    """A value of the kind, from its text."""
+    if type(None) in get_args(kind):
+        if text == "None":
+            return None
+        kind = get_args(kind)[0]
+    try:
+        if get_origin(kind) is tuple:
+            return tuple(get_args(kind)[0](part) for part in text.split(","))
+        return kind(text)
+    except ValueError:
+        whole = int in (kind, *get_args(kind))
+        what = "whole numbers" if whole else "numbers"
+        if get_origin(kind) is not tuple:
+            what = f"a {what[:-1]}"
+        raise ValueError(f"{flag} takes {what}, not {_short(text)!r}{_see(prog)}") from None
+
+
+def _short(text, most=60) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _see(prog) -> str:
+    return f" (see {prog} --help)"
+
+
+def _help(argv, prog) -> None:
+    """Shows the flags with the defaults of what is asked, as far as that can be read, and exits."""
+    found: dict[str, Any] = {}
+    with suppress(ValueError):
+        rest = (word for word in argv if word not in ("-h", "--help"))
+        for name, value in _read(rest, prog):
+            found[name] = value
+    base, where = _preset(found), found.get("algorithm", Config("").algorithm)
+    if "environment" in found:
+        where = f"{where} on {found['environment']}"
+    named = found.get("--config", found.get("--resume"))
+    if named is not None:
+        base, where = load_config(named), "the run that was named"
+    # Imported here, because nothing else of training needs it.
+    from jaxpg.experiment.usage import show
+
+    show(argv, prog, base, where, named is None)
 
 
 def _either(config, grid) -> Request:
     """The run of the folder --run, which has to have these settings, or a new one there."""
     if config.run is None:
         raise ValueError("--resume-or-start needs the same folder each time; name it with --run")
-    if (Path(config.run) / CONFIG).is_file():
+    if os.path.isfile(Path(config.run) / CONFIG):
         began = load_config(config.run)
         ends = began[1].schedule_updates  # what 0 stood for
         if len(grid.schedule_updates) == len(ends):
@@ -108,97 +202,3 @@ def _check_unchanged(saved, config, grid, run) -> None:
             f"a resumed run keeps its {changed[0].strip('_')}; --config {run} starts a new one "
             "with other settings"
         )
-
-
-class _Given(NamedTuple):
-    environment: str
-    algorithm: str
-    config: str
-    resume: str
-    either: bool
-
-
-def _peek(argv) -> _Given:
-    """The arguments that decide the defaults of everything else."""
-    bools = [f.name.replace("_", "-") for f in fields(Config) if f.type is bool]
-    switches = {"-h", "--help", *(f"--{n}" for n in bools), *(f"--no-{n}" for n in bools)}
-    found, rest = _Given("", Config("").algorithm, "", "", False), list(argv)
-    while rest:
-        word = rest.pop(0)
-        flag, equals, value = word.partition("=")
-        if not word.startswith("-"):
-            found = found._replace(environment=found.environment or word)
-        elif word == EITHER:
-            found = found._replace(either=True)
-        elif word not in switches:
-            value = value if equals else (rest.pop(0) if rest else "")
-            name = flag.removeprefix("--")
-            if name in ("algorithm", "config", "resume"):
-                found = found._replace(**{name: value})
-    return found
-
-
-def _commas(kind, metavar):
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=f"{metavar}[,...]",
-        instance_from_str=lambda words: tuple(kind(part) for part in words[0].split(",")),
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda values: [",".join(f"{value:g}" for value in values)],
-    )
-
-
-_INTS, _FLOATS = _commas(int, "INT"), _commas(float, "FLOAT")
-
-
-def _structure_flag(f):
-    arg = tyro.conf.arg(help=f.metadata["help"])
-    if f.name == "environment":
-        kind = Annotated[
-            tyro.conf.Positional[str], tyro.conf.arg(metavar="ENV", help=f.metadata["help"])
-        ]
-    elif f.type == tuple[int, ...]:
-        kind = Annotated[f.type, _INTS, arg]
-    else:
-        kind = Annotated[f.type, arg]
-    return f.name, kind, field()
-
-
-def _number_flag(name):
-    arg = tyro.conf.arg(name=name.strip("_"), help=HYPERPARAM_HELP[name])
-    return name, Annotated[tuple[float, ...], _FLOATS, arg], field()
-
-
-_Config = make_dataclass("Config", [_structure_flag(f) for f in fields(Config)], frozen=True)
-_Hyperparams = make_dataclass(
-    "Hyperparams", [_number_flag(name) for name in Hyperparams._fields], frozen=True
-)
-_Start = make_dataclass(
-    "Start",
-    [
-        (name, Annotated[str | None, tyro.conf.arg(metavar="RUN", help=text)], field())
-        for name, text in (
-            ("config", "start anew with the settings of this run; flags after it override them"),
-            ("resume", "go on with this run; --updates N is then N in all"),
-        )
-    ]
-    + [
-        (
-            EITHER.strip("-").replace("-", "_"),
-            Annotated[
-                bool, tyro.conf.arg(help="go on with the run of the folder --run, or start it")
-            ],
-            field(),
-        )
-    ],
-    frozen=True,
-)
-_Flags = make_dataclass(
-    "Flags",
-    [
-        ("start", tyro.conf.OmitArgPrefixes[_Start]),
-        ("config", tyro.conf.OmitArgPrefixes[_Config]),
-        ("hyperparameter", tyro.conf.OmitArgPrefixes[_Hyperparams]),
-    ],
-    frozen=True,
-)

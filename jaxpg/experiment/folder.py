@@ -8,21 +8,24 @@ import platform
 import re
 import shutil
 import subprocess
+import warnings
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 import jax
 import numpy as np
 
+from jaxpg.experiment import health
 from jaxpg.experiment.cache import processor
 from jaxpg.experiment.config import CONFIG, FREE, Config, Grid
 from jaxpg.experiment.lock import LOCK, locked
+from jaxpg.experiment.schema import parsed
 
 METRICS, PARAMS, EVALUATION = "metrics.jsonl", "params.npz", "evaluation.json"
 TABLE = "metrics.parquet"  # a folder of parts, which readers of Parquet take for one table
@@ -162,15 +165,11 @@ def write_params(path: Path, params: Any, about: dict | None = None) -> None:
     write_atomically(path, write)
 
 
-def read_params(path: Path) -> tuple[dict[str, np.ndarray], dict | None]:
-    """The leaves by their path, and what they are of. Raises ValueError."""
-    try:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files}
-        with zipfile.ZipFile(path) as archive:
-            return arrays, json.loads(archive.comment or b"null")
-    except Exception as error:  # whatever zipfile and numpy make of a damaged file
-        raise ValueError(f"cannot read {path}: {error}") from error
+def about_params(path: Path) -> dict | None:
+    """What the arrays of params.npz are of; None where it does not say. Raises ValueError."""
+    with _archive(path) as archive:
+        said = archive.comment
+    return parsed(said or b"null", About | None, f"the comment of {path}")
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -190,6 +189,67 @@ def settings(folder: Path) -> dict[str, Any]:
 
     # The file of the demonstrations may have moved: its digest tells.
     return {k: short(v) for k, v in found.items() if k not in (*FREE, "run", "demonstrations")}
+
+
+class About(TypedDict):
+    """What the comment of params.npz has to say."""
+
+    settings: dict[str, Any]
+    updates: int
+
+
+class Declared(NamedTuple):
+    """What the header of an array in an .npz file says."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def declared_arrays(path: str | Path) -> dict[str, Declared]:
+    """The arrays of an .npz file, as their headers say; none is unpacked. Raises ValueError."""
+    with _archive(path) as archive:
+        return {name.removesuffix(".npy"): _declared(archive, name) for name in archive.namelist()}
+
+
+def read_arrays(path: str | Path, names: Container[str]) -> dict[str, np.ndarray]:
+    """These arrays of an .npz file. Raises ValueError for more than memory holds, and for a damaged file."""
+    wanted = {name: each for name, each in declared_arrays(path).items() if name in names}
+    needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in wanted.values())
+    free = health.machine_bytes()
+    if free is not None and needed > free / 2:  # they are copied once
+        raise ValueError(
+            f"{path} unpacks to {needed / 1e9:,.1f} GB, and {free / 1e9:.1f} GB of memory are free"
+        )
+    with _archive(path) as archive:
+        found = {}
+        for name in wanted:
+            with archive.open(f"{name}.npy") as member:
+                found[name] = np.lib.format.read_array(member, allow_pickle=False)
+        return found
+
+
+@contextmanager
+def _archive(path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
+            warnings.simplefilter("error")
+            yield archive
+    # Whatever a damaged file makes zipfile, zlib and numpy raise.
+    except Exception as error:
+        why = f"{error}".splitlines()[0][:200] if str(error) else repr(error)
+        raise ValueError(f"cannot read {path}: {why}") from error
+
+
+def _declared(archive, name) -> Declared:
+    """Raises ValueError for a member that is no array, or not as long as it says."""
+    with archive.open(name) as member:
+        version = np.lib.format.read_magic(member)
+        readers = {(1, 0): np.lib.format.read_array_header_1_0}
+        shape, _, dtype = readers.get(version, np.lib.format.read_array_header_2_0)(member)
+        length = archive.getinfo(name).file_size - member.tell()
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != length or min(shape, default=0) < 0:
+        raise ValueError(f"{name} holds {length} bytes, and is said to be {dtype}{list(shape)}")
+    return Declared(shape, dtype)
 
 
 def description(config: Config, grid: Grid, replicas: list[dict]) -> dict[str, Any]:

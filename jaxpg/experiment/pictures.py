@@ -42,6 +42,9 @@ def prepare(argv: Sequence[str]) -> Request:
             f"nothing to draw: all agents of {', '.join(arguments.runs)} diverged at their first update; "
             "a smaller learning rate may help"
         )
+    for s in series:
+        if arguments.metric not in (*s.metrics, *s.ratios):
+            raise ValueError(f"{s.folder} has not measured {arguments.metric}, which others have")
     worlds = sorted({s.environment for s in series})
     if len(worlds) == len(series) > 1:
         raise ValueError(

@@ -1,6 +1,5 @@
 """Policies that leave the laboratory: what a run has learnt, loaded to act."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -14,9 +13,17 @@ import numpy as np
 from jaxpg.envs import Actor, Env, spaces, unwrapped
 from jaxpg.experiment import checkpoint as checkpoints
 from jaxpg.experiment import folder as files
+from jaxpg.experiment import health
 from jaxpg.experiment.build import Parts, build, build_algorithm, settings_of
 from jaxpg.experiment.config import Config, Grid, load_config, points
-from jaxpg.experiment.folder import CHECKPOINTS, EVALUATION, PARAMS
+from jaxpg.experiment.folder import (
+    CHECKPOINTS,
+    EVALUATION,
+    PARAMS,
+    declared_arrays,
+    read_arrays,
+)
+from jaxpg.experiment.records import read_evaluation
 from jaxpg.experiment.replicas import make_replicas
 from jaxpg.lab.worlds import TABULATED, Checkpoint, tabulated
 from jaxpg.policies import Agent, AgentParams, Network, init_params
@@ -109,7 +116,8 @@ def read_run(run: str | Path, update: int | str | None = None) -> Run:
     config, grid = load_config(folder)
     parts = build(config)
     if update is None and (folder / PARAMS).is_file():
-        return Run(folder, config, grid, parts, _read_params(folder, parts.agent), None)
+        params = _read_params(folder, parts.agent, points(grid), config.seeds)
+        return Run(folder, config, grid, parts, params, None)
     keys = make_replicas(config, points(grid)).keys
     shapes = jax.eval_shape(jax.vmap(parts.trainer.init), keys)
     place, settings = folder / CHECKPOINTS, files.settings(folder)
@@ -149,20 +157,25 @@ def choose(run: Run, replica: int | str | None) -> int:
     if isinstance(replica, int):
         if not 0 <= replica < count:
             raise ValueError(f"{run.folder} has replicas 0 to {count - 1}, not {replica}")
+        if not health.finite(run.params)[replica]:
+            raise ValueError(f"replica {replica} of {run.folder} has diverged; name another")
         return replica
     if replica not in (None, "best"):
         raise ValueError(f"replica={replica!r} must be a number from 0 to {count - 1}, or 'best'")
     if count == 1:
         return 0
-    path = run.folder / EVALUATION
-    if not path.is_file():
+    evaluation = read_evaluation(run.folder, count)
+    if evaluation is None:
         raise ValueError(
             f"{run.folder} has no evaluation to choose the best replica by; name one from 0 to "
             f"{count - 1}, or finish the run with jaxpg train --resume {run.folder}"
         )
-    returns = np.array(json.loads(path.read_text())["mean_return"], float)
-    if len(returns) != count or np.isnan(returns).all():
-        raise ValueError(f"{path} has no return to choose by; name a replica from 0 to {count - 1}")
+    returns = np.array(evaluation["mean_return"], float)
+    if np.isnan(returns).all():
+        raise ValueError(
+            f"{run.folder / EVALUATION} has no return to choose by; name a replica from 0 to "
+            f"{count - 1}"
+        )
     return int(np.nanargmax(returns))
 
 
@@ -227,21 +240,39 @@ def _update_of(run: Run) -> int | None:
     """How many updates its parameters have made; None where the file of an earlier version does not say."""
     if run.update is not None:
         return run.update
-    about = files.read_params(run.folder / PARAMS)[1]
+    about = files.about_params(run.folder / PARAMS)
     return about["updates"] if about else None
 
 
-def _read_params(folder: Path, agent: Agent) -> AgentParams:
-    """Of every replica, [N, ...]."""
-    path = folder / PARAMS
-    arrays, about = files.read_params(path)
+def _read_params(folder: Path, agent: Agent, settings: list, seeds: int) -> AgentParams:
+    """Of every replica, [N, ...]. Raises ValueError, naming the array that is not as the run made it."""
+    path, count = folder / PARAMS, len(settings) * seeds
+    about = files.about_params(path)
     checkpoints.check_settings(path, about and about["settings"], files.settings(folder))
     shapes = jax.eval_shape(lambda key: init_params(agent, key), jax.random.key(0))
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
-    found = []
-    for place, shape in leaves:
-        name = jax.tree_util.keystr(place, simple=True, separator="/")
-        if name not in arrays or arrays[name].shape[1:] != shape.shape:
-            raise ValueError(f"{path} does not hold {name} {shape.shape} of its own config")
-        found.append(arrays[name].astype(shape.dtype))
-    return jax.tree.unflatten(structure, found)
+    expected = {
+        jax.tree_util.keystr(place, simple=True, separator="/"): leaf for place, leaf in leaves
+    }
+    declared = declared_arrays(path)
+    for name, leaf in expected.items():
+        shape, found = (count, *leaf.shape), declared.get(name)
+        # Of another precision, they become what is expected.
+        if found is None or (found.shape, found.dtype.kind) != (shape, leaf.dtype.kind):
+            has = "lacks it" if found is None else f"has {found.dtype}{found.shape}"
+            raise ValueError(
+                f"{path} does not hold {name} of its own config, {leaf.dtype}{shape}: it {has}"
+            )
+    arrays = read_arrays(path, expected)
+    evaluation = read_evaluation(folder, count)
+    # One setting that diverges ends its run; in a grid the others went on.
+    diverged = np.full(count, len(settings) > 1)
+    if evaluation is not None:
+        diverged = np.array([each is None for each in evaluation["mean_return"]])
+    for name, array in arrays.items():
+        good = diverged | health.finite({name: array})
+        if not good.all():
+            raise ValueError(
+                f"{path} is damaged: {name} is not finite in replica {good.argmin()}, which did not diverge"
+            )
+    return jax.tree.unflatten(structure, [arrays[k].astype(x.dtype) for k, x in expected.items()])

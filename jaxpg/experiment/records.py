@@ -1,26 +1,31 @@
 """Records: runs as their folders tell them, as arrays over seeds for pictures and tables."""
 
-import json
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
-from jaxpg.experiment.folder import CONFIG, EVALUATION, FIGURES, METRICS, TABLE
-from jaxpg.experiment.health import first_divergence
+from jaxpg.experiment.config import read_config
+from jaxpg.experiment.folder import EVALUATION, FIGURES, METRICS, TABLE
+from jaxpg.experiment.health import WATCHED, first_divergence
 from jaxpg.experiment.presets import preset
+from jaxpg.experiment.schema import expect, parsed, read_json
 from jaxpg.experiment.statistics import noise_ratios
 from jaxpg.intervals import Estimate
 
 SWEEP = "sweep.json"
 MOST_POINTS = 100  # of a curve: more are averaged over windows of updates
+NOISE = ("noise", "signal")  # whose ratio is of averages over other windows
+COUNTERS = ("replica", "update", "env_steps", "seconds")
 LEAST_WINDOW = 10  # updates that noise and signal are averaged over before their ratio
 RATIOS = ("noise_scale", "signal_to_noise")  # as metrics.jsonl has them, of each chunk
 # Settings that make no other series of a run.
 UNSAID = ("environment", "run", "quiet", "seeds", "checkpoint_seconds", "tensorboard", "wandb",
           "debug_nans", "compilation_cache", "measure_noise", "evaluation_episodes")  # fmt: skip
+BATCH = 2**20  # rows of a table that are read at a time
 
 
 class Series(NamedTuple):
@@ -39,6 +44,12 @@ class Series(NamedTuple):
     diverged: Sequence[
         int
     ] = ()  # of the seeds that did, the first update whose numbers are not finite
+
+
+class Evaluation(TypedDict):
+    """What evaluation.json has to have, for each replica."""
+
+    mean_return: list[float | None]  # None: diverged
 
 
 def read(folders: list[Path]) -> list[Series]:
@@ -114,67 +125,105 @@ def _said(series, names) -> str:
     return ", ".join(parts)
 
 
+def read_evaluation(folder: Path, count: int) -> Evaluation | None:
+    """What evaluation.json says of so many replicas; None where there is none. Raises ValueError."""
+    path = folder / EVALUATION
+    if not path.is_file():
+        return None
+    found = read_json(path, Evaluation)
+    returns = found["mean_return"]
+    if len(returns) != count:
+        raise ValueError(f"{path} has {len(returns)} returns for {count} replicas")
+    return found
+
+
 def _read(folder: Path) -> list[Series]:
     saved = _config(folder)
-    try:
-        structure, replicas = saved["config"], saved["replicas"]
-        numbers = list(saved["hyperparameters"])
-        environment = str(structure["environment"])
-        read = _from_parquet if (folder / TABLE).exists() else _from_lines
-        update, env_steps, seconds, metrics = read(folder, len(replicas))
-        final = _final(folder, len(replicas))
-    except (OSError, KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
-        raise ValueError(f"cannot read the run in {folder}: {error!r}") from error
-    # From where a replica diverged on, nothing that it does is a result.
-    since = np.array([at or np.inf for at, _ in first_divergence(update, metrics)])
-    metrics = {
-        name: np.where(update[None] >= since[:, None], np.nan, each)
-        for name, each in metrics.items()
-    }
-    noise = [metrics.pop(name, None) for name in ("noise", "signal")]
-    metrics = {name: each for name, each in metrics.items() if not name.startswith(RATIOS)}
-    every = update
-    update, env_steps, seconds, metrics = _windows(update, env_steps, seconds, metrics)
+    structure, replicas = saved["config"], saved["replicas"]
+    numbers = list(saved["hyperparameters"])
+    read = _from_parquet if (folder / TABLE).exists() else _from_lines
+    points = read(folder, len(replicas))
+    evaluation = read_evaluation(folder, len(replicas))
+    final = None if evaluation is None else np.array(evaluation["mean_return"], float)
+    if "episode_return" not in points.metrics:
+        raise ValueError(f"{folder} has no episode_return in its metrics")
+    metrics = {k: each for k, each in points.metrics.items() if not k.startswith(RATIOS)}
     # Replicas that share every number are the seeds of one series.
     places: dict[tuple, list[int]] = {}
     for i, replica in enumerate(replicas):
         places.setdefault(tuple(replica[name] for name in numbers), []).append(i)
     return [
         Series(
-            environment,
+            structure["environment"],
             "",
             folder,
             structure | dict(zip(numbers, values, strict=True)),
-            update,
-            env_steps[rows],
-            seconds,
+            points.update,
+            points.env_steps[rows],
+            points.seconds,
             {name: each[rows] for name, each in metrics.items()},
             None if final is None else final[rows],
-            _ratios(noise, rows, every, update, structure["num_envs"]),
-            [int(at) for at in since[rows] if at < np.inf],
+            _ratios(points, rows, structure["num_envs"]),
+            [int(at) for at in points.since[rows] if at < np.inf],
         )
         for values, rows in places.items()
     ]
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    if (folder / SWEEP).is_file():
-        raise ValueError(f"{folder} is a sweep; its pictures are in {folder / FIGURES}")
-    if not (folder / CONFIG).is_file():
-        what = "has no config.json" if folder.is_dir() else "is no folder"
-        raise ValueError(f"{folder} {what}; name the folder of a jaxpg train run")
+def _config(folder: Path) -> Any:
+    """config.json, with what a series needs. Raises ValueError."""
     try:
-        return json.loads((folder / CONFIG).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"cannot read {folder / CONFIG}: {error}") from error
+        is_sweep, is_folder = (folder / SWEEP).is_file(), folder.is_dir()
+    except OSError as error:  # such as a name that is too long
+        raise ValueError(f"cannot read {folder}: {error.strerror or error}") from error
+    if is_sweep:
+        raise ValueError(f"{folder} is a sweep; its pictures are in {folder / FIGURES}")
+    if not is_folder:
+        raise ValueError(f"{folder} is no folder; name the folder of a jaxpg train run")
+    path, saved = read_config(folder)
+    wanted = {"config.environment": str, "config.num_envs": int}
+    for place, kind in wanted.items():
+        expect(saved["config"].get(place.partition(".")[2]), kind, f"cannot read {path}: {place}")
+    replicas = saved.get("replicas", [])
+    if not replicas:
+        raise ValueError(f"cannot read {path}: it has no replicas")
+    for i, each in enumerate(replicas):
+        if missing := saved["hyperparameters"].keys() - each.keys():
+            raise ValueError(f"cannot read {path}: replicas[{i}] has no {min(missing)}")
+    return saved
 
 
-def _from_lines(folder, count):
+class Line(TypedDict):
+    """What a line of metrics.jsonl has to have; the others are metrics, a list each."""
+
+    update: int
+    env_steps: list[int]
+    seconds: float
+
+
+class Points(NamedTuple):
+    """Curves of R replicas at T updates, averaged over windows of them where there were more."""
+
+    update: np.ndarray  # [T]
+    env_steps: np.ndarray  # [R, T]
+    seconds: np.ndarray  # [T]
+    metrics: dict[str, np.ndarray]  # [R, T] each
+    every: np.ndarray  # [U] every update
+    noise: dict[str, np.ndarray]  # [R, U] each, at every update, where they were measured
+    since: (
+        np.ndarray
+    )  # [R] the update at which it diverged, or inf: nothing that it does then is a result
+
+
+def _from_lines(folder, count) -> Points:
     """metrics.jsonl: a line for each chunk of updates."""
     path = folder / METRICS
-    text = path.read_text() if path.is_file() else ""
-    # What follows the last line break is a line that a crash cut short.
-    lines = [json.loads(line) for line in text.split("\n")[:-1] if line]
+    lines: list[dict[str, Any]] = []
+    with open(path, "rb") if path.is_file() else io.BytesIO() as file:
+        for i, text in enumerate(file, start=1):
+            # What follows the last line break is a line that a crash cut short.
+            if text.strip() and text.endswith(b"\n"):
+                lines.append(_line(text, count, f"{path}, line {i}"))
     if not lines:
         raise ValueError(f"{path} is empty: the run ended before its first chunk of updates")
     # Columns may come later than the first line, when a resumed run measures more.
@@ -186,50 +235,32 @@ def _from_lines(folder, count):
     }
     update, seconds = (np.array([line[k] for line in lines], float) for k in ("update", "seconds"))
     arrays = {name: each.T for name, each in columns.items()}
-    return update, arrays.pop("env_steps"), seconds, arrays
+    env_steps = arrays.pop("env_steps")
+    since = np.array([at or np.inf for at, _ in first_divergence(update, arrays)])
+    gone = update[None] >= since[:, None]
+    arrays = {name: np.where(gone, np.nan, each) for name, each in arrays.items()}
+    noise = {name: arrays.pop(name) for name in NOISE if name in arrays}
+    return _windows(Points(update, env_steps, seconds, arrays, update, noise, since))
 
 
-def _from_parquet(folder, count):
-    """metrics.parquet, of one part or several: a row for each replica and update."""
-    from pyarrow import ArrowException, parquet
-
-    path = folder / TABLE
-    try:
-        table = parquet.read_table(path)
-    except ArrowException as error:
-        raise ValueError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
-    if not table.num_rows:
-        raise ValueError(f"{path} is empty: the run ended before its first chunk of updates")
-    replica, update = (table[name].to_numpy() for name in ("replica", "update"))
-    order = np.lexsort((update, replica))
-    if len(order) % count:
-        raise ValueError(f"{path} has {len(order)} rows, not a multiple of {count} replicas")
-    shape = (count, -1)
-    skipped = {"replica", *json.loads((folder / CONFIG).read_text())["replicas"][0]}
-    arrays = {
-        name: table[name].to_numpy().astype(float)[order].reshape(shape)
-        for name in table.column_names
-        if name not in skipped
-    }
-    update, seconds = arrays.pop("update")[0], arrays.pop("seconds")[0]
-    return update, arrays.pop("env_steps"), seconds, arrays
+def _line(text, count, where) -> dict[str, Any]:
+    found = parsed(text, Line, where)
+    for name, values in found.items():
+        if name not in ("update", "seconds"):
+            expect(values, list[float | None], f"cannot read {where}: {name}")
+            if len(values) != count:
+                raise ValueError(
+                    f"cannot read {where}: {name} has {len(values)} entries for {count} replicas"
+                )
+    return found
 
 
-def _final(folder, count):
-    path = folder / EVALUATION
-    if not path.is_file():
-        return None
-    returns = np.array(json.loads(path.read_text())["mean_return"], float)
-    if len(returns) != count:
-        raise ValueError(f"{path} has {len(returns)} returns for {count} replicas")
-    return returns
-
-
-def _windows(update, env_steps, seconds, metrics):
+def _windows(points: Points) -> Points:
     """At most MOST_POINTS points: counters at the end of each window, metrics averaged over it."""
+    update, env_steps, seconds, metrics = points[:4]
     if len(update) <= MOST_POINTS:
-        return update, env_steps, seconds, metrics
-    edges = np.linspace(0, len(update), MOST_POINTS + 1).round().astype(int)
+        return points
+    edges = _edges(len(update))
     starts, ends = edges[:-1], edges[1:] - 1
 
     def average(values):
@@ -239,15 +270,103 @@ def _windows(update, env_steps, seconds, metrics):
             return total / np.add.reduceat(has, starts, axis=1, dtype=float)
 
     averaged = {name: average(values) for name, values in metrics.items()}
-    return update[ends], env_steps[:, ends], seconds[ends], averaged
+    return points._replace(
+        update=update[ends], env_steps=env_steps[:, ends], seconds=seconds[ends], metrics=averaged
+    )
 
 
-def _ratios(noise, rows, every, shown, num_envs) -> dict[str, Estimate]:
-    """The noise scale and signal to noise at the shown updates, of all seeds and the last updates until then.
+def _edges(count: int) -> np.ndarray:
+    """Where windows begin, and the end of the last."""
+    return np.linspace(0, count, min(count, MOST_POINTS) + 1).round().astype(int)
 
-    noise: noise and signal [R, T] at `every` update.
+
+def _from_parquet(folder, count) -> Points:
+    """metrics.parquet, of one part or several: a row for each replica and update.
+
+    Read part by part, once for the updates and for what diverged, and once for the rest, which is summed
+    over windows meanwhile.
     """
-    if any(each is None for each in noise):
+    path = folder / TABLE
+    labels = {*read_config(folder)[1].get("replicas", [{}])[0]} - {*COUNTERS}
+    update, num_rows, since = np.empty(0), 0, np.full(count, np.inf)
+    for rows in _batches(path, lambda name: name in ("replica", "update", *WATCHED)):
+        replica = rows["replica"]
+        if not np.isin(replica, np.arange(count)).all():
+            raise ValueError(f"cannot read {path}: replica must be between 0 and {count - 1}")
+        update = np.union1d(update, rows["update"])
+        num_rows += len(rows["update"])
+        watched = [np.isfinite(rows[name]) for name in WATCHED if name in rows]
+        bad = ~np.all(watched, axis=0) & np.ones(len(replica), bool)
+        np.minimum.at(since, replica[bad].astype(int), rows["update"][bad])
+    if not num_rows:
+        raise ValueError(f"{path} is empty: the run ended before its first chunk of updates")
+    if num_rows != count * len(update):
+        raise ValueError(
+            f"{path} has {num_rows} rows, and {len(update)} updates of {count} replicas are "
+            f"{count * len(update)}"
+        )
+    edges = _edges(len(update))
+    width, ends = len(edges) - 1, edges[1:] - 1
+    # A single update's value is kept as it is; of several, those that are not finite are left out.
+    single = width == len(update)
+    sums: dict[str, np.ndarray] = {}
+    last: dict[str, np.ndarray] = {}
+    noise: dict[str, np.ndarray] = {}
+    for rows in _batches(path, lambda name: name not in labels):
+        replica, at = rows.pop("replica").astype(int), rows.pop("update")
+        place = np.searchsorted(update, at)
+        window = np.searchsorted(edges, place, side="right") - 1
+        cell, at_end = replica * width + window, place == ends[window]
+        for name in ("env_steps", "seconds"):
+            values = last.setdefault(name, np.full(count * width, np.nan))
+            values[cell[at_end]] = rows.pop(name)[at_end]
+        gone = at >= since[replica]
+        rows = {name: np.where(gone, np.nan, values) for name, values in rows.items()}
+        for name in rows.keys() & {*NOISE}:
+            values = noise.setdefault(name, np.full((count, len(update)), np.nan))
+            values[replica, place] = rows.pop(name)
+        for name, values in rows.items():
+            has = np.isfinite(values) | single
+            total = sums.setdefault(name, np.zeros((2, count * width)))
+            kept = np.where(has, values, 0.0), has
+            total += [np.bincount(cell, each, count * width) for each in kept]
+    with np.errstate(invalid="ignore"):
+        metrics = {name: (x[0] / x[1]).reshape(count, width) for name, x in sums.items()}
+    env_steps, seconds = (last[name].reshape(count, width) for name in ("env_steps", "seconds"))
+    return Points(update[ends], env_steps, seconds[0], metrics, update, noise, since)
+
+
+def _batches(path: Path, wanted: Callable[[str], bool]) -> Iterator[dict[str, np.ndarray]]:
+    """Some rows after the other of a table's columns. Raises ValueError."""
+    from pyarrow import ArrowException, parquet, types
+
+    parts = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    try:
+        for part in parts:
+            with parquet.ParquetFile(part) as file:
+                schema = file.schema_arrow
+                for name in COUNTERS:
+                    if name not in schema.names:
+                        raise ValueError(f"cannot read {part}: it has no column {name}")
+                columns = [name for name in schema.names if wanted(name)]
+                for name in columns:
+                    kind = schema.field(name).type
+                    if not (types.is_integer(kind) or types.is_floating(kind)):
+                        raise ValueError(f"cannot read {part}: {name} holds {kind}, not numbers")
+                for batch in file.iter_batches(BATCH, columns=columns):
+                    yield {
+                        name: batch[name].to_numpy(zero_copy_only=False).astype(float)
+                        for name in columns
+                    }
+    except (OSError, ArrowException) as error:
+        why = f"{error}".splitlines()[0] if str(error) else repr(error)
+        raise ValueError(f"cannot read {path}: {why}") from error
+
+
+def _ratios(points: Points, rows, num_envs) -> dict[str, Estimate]:
+    """The noise scale and signal to noise at the shown updates, of all seeds and the last updates."""
+    every, noise, shown = points.every, points.noise, points.update
+    if noise.keys() != {*NOISE}:
         return {}
     found: list[dict[str, Estimate]] = []
     start = every[0] - 1
@@ -256,7 +375,7 @@ def _ratios(noise, rows, every, shown, num_envs) -> dict[str, Estimate]:
         # A whole window, but for a run that is shorter.
         whole = end - window >= start or end == every[-1]
         inside = (every > end - window) & (every <= end) & whole
-        samples = np.stack([each[rows][:, inside].ravel() for each in noise])
+        samples = np.stack([noise[name][rows][:, inside].ravel() for name in NOISE])
         above, below = samples[:, np.isfinite(samples).all(axis=0)]  # without what has diverged
         found.append(noise_ratios(above, below, num_envs))
     return {

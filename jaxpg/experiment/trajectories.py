@@ -9,16 +9,16 @@ An .npz file with, time first, T steps of B episodes:
     environment                           its name; may be absent
 """
 
-import zipfile
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from jaxpg.envs import Box, Discrete, Env, Space
-from jaxpg.experiment.folder import write_atomically
+from jaxpg.experiment.folder import declared_arrays, read_arrays, write_atomically
 from jaxpg.types import Trajectory
 
+FLOAT = np.finfo(np.float32)
 NEEDED = ("obs", "action", "reward", "discount", "mask")
 
 
@@ -34,37 +34,38 @@ def read_trajectories(path: str | Path) -> tuple[Trajectory, str | None]:
 
     Raises ValueError for a file that cannot be read or whose fields are missing or do not fit together.
     """
-    try:
-        # Opened here, because numpy leaves a file open that turns out to be no archive.
-        with open(path, "rb") as stream, np.load(stream) as file:
-            found = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    missing = [name for name in NEEDED if name not in found]
+    declared = declared_arrays(path)
+    missing = [name for name in NEEDED if name not in declared]
     if missing:
         raise ValueError(
             f"{path} has no {', '.join(missing)}; episodes need {', '.join(NEEDED)} (jaxpg record)"
         )
+    for name, (shape, dtype) in declared.items():
+        _check_declared(path, name, shape, dtype, declared["mask"].shape)
+    found = read_arrays(path, (*NEEDED, "log_prob", "environment"))
+    if not np.isin(found["mask"], (0, 1)).all():
+        raise ValueError(f"{path}: mask must be 1 where a step counts and 0 elsewhere")
     mask = found["mask"].astype(bool)
-    if mask.ndim != 2 or not mask.size:
-        raise ValueError(f"{path}: mask has shape {mask.shape}; it must be [steps, episodes]")
-    for name in (*NEEDED, "log_prob"):
-        if name in found and found[name].shape[:2] != mask.shape:
-            raise ValueError(
-                f"{path}: {name} has shape {found[name].shape}, and mask has {mask.shape}"
-            )
     if not mask[0].all() or (mask[1:] & ~mask[:-1]).any():
         raise ValueError(f"{path}: mask must be 1 from the first step of each episode to its end")
+    discount = found["discount"]
+    ends = mask & ~np.vstack([mask[1:], np.zeros_like(mask[:1])])
+    if not ((discount == 1) | ((discount == 0) & ends))[mask].all():
+        raise ValueError(
+            f"{path}: discount must be 1, or 0 in the last step of an episode that terminated"
+        )
     zeros = np.zeros(mask.shape, np.float32)
-    log_prob = found.get("log_prob", np.full(mask.shape, np.nan)).astype(np.float32)
+    log_prob = found.get("log_prob", np.full(mask.shape, np.nan))
+    if (log_prob[mask] > FLOAT.max).any():
+        raise ValueError(f"{path}: log_prob must be the logarithm of a density")
     fields: dict[str, Any] = {
         "obs": found["obs"],
         "action": found["action"],
-        "log_prob": np.where(mask, log_prob, np.float32(0)),
-        "reward": np.where(mask, found["reward"], 0.0).astype(np.float32),
+        "log_prob": _float32(np.where(mask, log_prob, 0.0)),
+        "reward": _float32(np.where(mask, _finite(path, "reward", found["reward"], mask), 0.0)),
         "discount": np.where(mask, found["discount"], 0.0).astype(np.float32),
         "first": mask & (np.arange(len(mask))[:, None] == 0),
-        "last": mask & ~np.vstack([mask[1:], np.zeros_like(mask[:1])]),
+        "last": ends,
         "mask": mask,
         "value": zeros,
         "next_value": zeros,
@@ -89,7 +90,6 @@ def read_demonstrations(path: str | Path, env: Env, environment: str) -> Traject
         )
     obs = _fitting(path, "obs", np.asarray(trajectory.obs), env.observation, mask)
     action = _fitting(path, "action", np.asarray(trajectory.action), env.action, mask)
-    _check_possible(path, action, env.action, mask)
     log_prob = np.asarray(trajectory.log_prob)
     if np.isneginf(log_prob[mask]).any():
         step, episode = np.argwhere(np.isneginf(log_prob) & mask)[0]
@@ -106,31 +106,49 @@ def read_demonstrations(path: str | Path, env: Env, environment: str) -> Traject
     return trajectory._replace(**changed)
 
 
+def _check_declared(path, name, shape, dtype, of_mask) -> None:
+    """Raises ValueError for an array whose type or shape is not that of its name."""
+    if name == "environment":
+        if shape or dtype.kind != "U":
+            raise ValueError(f"{path}: environment must be a name")
+    elif name in (*NEEDED, "log_prob"):
+        if len(of_mask) != 2 or 0 in of_mask:
+            raise ValueError(f"{path}: mask has shape {of_mask}; it must be [steps, episodes]")
+        if dtype.kind not in "biuf":
+            raise ValueError(f"{path}: {name} must be numbers, not {dtype}")
+        if shape != of_mask if name not in ("obs", "action") else shape[:2] != of_mask:
+            raise ValueError(f"{path}: {name} has shape {shape}, and mask has {of_mask}")
+
+
+def _finite(path, name, values, mask):
+    """The values. Raises ValueError for a step that counts and has one that float32 has not."""
+    if not (np.abs(values[mask].astype(float)) <= FLOAT.max).all():
+        raise ValueError(f"{path}: {name} is not finite in a step that counts")
+    return values
+
+
+def _float32(values):
+    with np.errstate(over="ignore"):  # of what does not count, or is the logarithm of nothing
+        return values.astype(np.float32)
+
+
 def _fitting(path, what, values, space: Space, mask):
     if values.shape[2:] != space.shape:
         raise ValueError(
             f"{path}: {what} has shape {values.shape[2:]} per step; the environment's is {space.shape}"
         )
-    if not isinstance(space, Box):
-        if (values[mask] != np.round(values[mask])).any():
-            raise ValueError(f"{path}: {what} must be whole numbers for a {type(space).__name__}")
-        values = values.astype(np.int32)
-    elif not np.isfinite(values[mask]).all():
-        raise ValueError(f"{path}: {what} is not finite in a step that counts")
-    else:
-        values = values.astype(np.float32)
-    return np.where(mask.reshape(mask.shape + (1,) * (values.ndim - 2)), values, 0)
-
-
-def _check_possible(path, action, space: Space, mask):
+    _finite(path, what, values, mask)
+    values = np.where(mask.reshape(mask.shape + (1,) * (values.ndim - 2)), values, 0)
     if isinstance(space, Box):
-        return  # the environment clips what is outside
+        return values.astype(np.float32)  # the environment clips actions that are outside
+    if (values != np.round(values)).any():
+        raise ValueError(f"{path}: {what} must be whole numbers for a {type(space).__name__}")
     sizes = np.asarray(space.n if isinstance(space, Discrete) else space.nvec)
-    wrong = (action < 0) | (action >= sizes)
-    wrong &= mask.reshape(mask.shape + (1,) * (wrong.ndim - 2))
+    wrong = (values < 0) | (values >= sizes)
     if wrong.any():
         first = tuple(np.argwhere(wrong)[0])
         raise ValueError(
-            f"{path}: action {action[first]} at step {first[0]} of episode {first[1]} is impossible; "
-            f"actions are 0 to {(sizes - 1).max()}"
+            f"{path}: {what} {values[first]:g} at step {first[0]} of episode {first[1]} is impossible; "
+            f"{'actions' if what == 'action' else 'observations'} are 0 to {(sizes - 1).max()}"
         )
+    return values.astype(np.int32)

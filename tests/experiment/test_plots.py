@@ -360,7 +360,7 @@ BAD = {
     "": "required: RUN",
     "single acrobot": "nothing to compare: every run is of another environment",
     "garbled": "cannot read garbled/config.json",
-    "foreign": "cannot read the run in foreign",
+    "foreign": "cannot read foreign/config.json: config is missing",
     "sweep": "sweep is a sweep; its pictures are in sweep/figures",
     "good --out file/x": "cannot write: Not a directory",
 }

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +100,34 @@ def test_what_a_run_has_not_is_said(run, replica, update, message):
         jaxpg.load_policy(run, replica, update=update)
     with pytest.raises(ValueError, match=r"no config\.json"):
         jaxpg.load_policy(run.parent)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda x: np.where(x == x.flat[0], np.nan, x),
+            "is not finite in replica 0, which did not",
+        ),
+        (lambda x: x[..., :-1], "does not hold critic"),
+        (lambda x: x[:1], "does not hold critic"),
+        (lambda x: x.astype(str), "does not hold critic"),
+    ],
+)
+def test_parameters_are_those_of_the_run(run, tmp_path, change, message):
+    copy = shutil.copytree(run, tmp_path / "run")
+    with np.load(copy / "params.npz") as file:
+        arrays = dict(file)
+    name = next(name for name in arrays if name.startswith("critic") and name.endswith("kernel"))
+    np.savez(copy / "params.npz", **(arrays | {name: change(arrays[name])}))
+    with (
+        zipfile.ZipFile(run / "params.npz") as old,
+        zipfile.ZipFile(copy / "params.npz", "a") as new,
+    ):
+        new.comment = old.comment
+    with pytest.raises(ValueError, match=message) as error:
+        read_run(copy)
+    assert name in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_wrong_observation_is_said(run):
