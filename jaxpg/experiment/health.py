@@ -13,6 +13,7 @@ import numpy as np
 # Non-finite values of these mean that a run has diverged; a curve's NaN means that it has no value yet.
 WATCHED = ("objective", "critic_loss", "grad_norm", "entropy")
 FEW_UPDATES = 100
+PACKAGE, JAX = Path(__file__).parent.parent, Path(jax.__file__).parent
 MANY_STEPS = 100_000  # of one agent, from which few updates are a waste
 FAR_OVER = 2.0  # times what there is: refused
 
@@ -120,19 +121,25 @@ def machine_bytes() -> int | None:
     return min((x for x in limits if x is not None), default=None)
 
 
-def explain(update: Callable, *arguments: Any) -> str:
+def explain(environment: str, update: Callable, *arguments: Any) -> str:
     """Runs one update operation by operation: which of them first gave a NaN; "" when none does.
 
-    Not so for infinities: jax's watch for them stops at the -inf from which every maximum starts.
+    Rewards and observations come first, so a NaN of the environment's is said to be its own. Not so for
+    infinities: jax's watch for them stops at the -inf from which every maximum starts.
     """
     with jax.debug_nans(True), jax.disable_jit():
         try:
             update(*arguments)
         except FloatingPointError as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            own = [f for f in frames if f"{os.sep}jaxpg{os.sep}" in f.filename][1:]
-            where = f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
-            return f"{str(error).splitlines()[0]}{where}"
+            frames = traceback.extract_tb(error.__traceback__)[1:]
+            own = [f for f in frames if Path(f.filename).is_relative_to(PACKAGE)]
+            text = str(error).splitlines()[0]
+            if any(
+                f.name in ("_step", "_reset") and f.filename.endswith("rollout.py") for f in own
+            ):
+                own = [f for f in frames if not Path(f.filename).is_relative_to(JAX)]
+                text = f"{environment} gave it, in its reset or step: {text}"
+            return text + (f" at {own[-1].filename}:{own[-1].lineno}" if own else "")
     return ""
 
 

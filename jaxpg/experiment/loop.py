@@ -207,7 +207,7 @@ def _explained(job, before, replica, update) -> str:
     trainer, common = job.parts.trainer, _common(job)
     if good:
         state, _ = jax.jit(partial(train, trainer, num_updates=good))(state, numbers, *common)
-    found = health.explain(trainer.update, state, numbers, *common)
+    found = health.explain(job.config.environment, trainer.update, state, numbers, *common)
     return f"; {found}" if found else "; run alone, its update gave no NaN"
 
 

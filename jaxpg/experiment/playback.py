@@ -11,7 +11,6 @@ import numpy as np
 
 from jaxpg.devices import check_devices
 from jaxpg.envs import Env, from_gymnax
-from jaxpg.experiment import health
 from jaxpg.experiment import policy as policies
 from jaxpg.experiment.build import settings_of
 from jaxpg.experiment.config import Config, points
@@ -43,12 +42,11 @@ def evaluate(argv: Sequence[str]) -> None:
     found = evaluation(run, count, given.greedy, given.seed)
     how = "greedy" if given.greedy else "sampled"
     shape = -1, run.config.seeds
-    diverged = ~health.finite(run.params)
     attainable = attained(found.smallest, found.largest)
     returns = np.asarray(found.mean).reshape(shape)
     say(
         f"{run.config.environment}, {run.config.algorithm}: {count} fresh episodes, {how} actions",
-        *table(run.grid, returns, diverged.reshape(shape), attainable),
+        *table(run.grid, returns, run.diverged.reshape(shape), attainable),
     )
 
 

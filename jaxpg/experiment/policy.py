@@ -60,6 +60,7 @@ class Run(NamedTuple):
     parts: Parts
     params: AgentParams  # [N, ...] of every replica
     update: int | None  # of the checkpoint that the parameters are of; None: the last
+    diverged: np.ndarray  # [N] bool: no policy
 
 
 def load_policy(
@@ -117,20 +118,26 @@ def read_run(run: str | Path, update: int | str | None = None) -> Run:
     parts = build(config)
     if update is None and (folder / PARAMS).is_file():
         params = _read_params(folder, parts.agent, points(grid), config.seeds)
-        return Run(folder, config, grid, parts, params, None)
+        good = health.finite(params)
+        evaluation = read_evaluation(folder, len(good))
+        returns = evaluation["mean_return"] if evaluation else [0.0] * len(good)
+        gone = ~good | np.array([each is None for each in returns])
+        return Run(folder, config, grid, parts, params, None, gone)
     keys = make_replicas(config, points(grid)).keys
     shapes = jax.eval_shape(jax.vmap(parts.trainer.init), keys)
     place, settings = folder / CHECKPOINTS, files.settings(folder)
     while True:
         chosen = _chosen(folder, update)
         try:
-            state, _ = checkpoints.restore(place, chosen, shapes, settings)
+            state, record = checkpoints.restore(place, chosen, shapes, settings)
         except ValueError:
             # Training beside us may have removed it for newer ones, of which there is another then.
             if checkpoints.removed(place / str(chosen)):
                 continue
             raise
-        return Run(folder, config, grid, parts, state.params, chosen)
+        gone = ~health.finite(state.params)
+        gone[[int(replica) for replica in record["diverged"]]] = True
+        return Run(folder, config, grid, parts, state.params, chosen, gone)
 
 
 def _chosen(folder: Path, update: int | str | None) -> int:
@@ -157,26 +164,35 @@ def choose(run: Run, replica: int | str | None) -> int:
     if isinstance(replica, int):
         if not 0 <= replica < count:
             raise ValueError(f"{run.folder} has replicas 0 to {count - 1}, not {replica}")
-        if not health.finite(run.params)[replica]:
-            raise ValueError(f"replica {replica} of {run.folder} has diverged; name another")
+        if run.diverged[replica]:
+            raise ValueError(
+                f"replica {replica} of {run.folder} has diverged, so it is no policy; "
+                + _others(np.flatnonzero(~run.diverged))
+            )
         return replica
     if replica not in (None, "best"):
         raise ValueError(f"replica={replica!r} must be a number from 0 to {count - 1}, or 'best'")
     if count == 1:
-        return 0
+        return choose(run, 0)
     evaluation = read_evaluation(run.folder, count)
     if evaluation is None:
         raise ValueError(
             f"{run.folder} has no evaluation to choose the best replica by; name one from 0 to "
             f"{count - 1}, or finish the run with jaxpg train --resume {run.folder}"
         )
-    returns = np.array(evaluation["mean_return"], float)
+    returns = np.where(run.diverged, np.nan, np.array(evaluation["mean_return"], float))
     if np.isnan(returns).all():
         raise ValueError(
             f"{run.folder / EVALUATION} has no return to choose by; name a replica from 0 to "
             f"{count - 1}"
         )
     return int(np.nanargmax(returns))
+
+
+def _others(good: np.ndarray) -> str:
+    if not len(good):
+        return "nor is any other of this run"
+    return f"name another, such as {good[0]}"
 
 
 def greedily(network: Network) -> Network:

@@ -12,15 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_runs import FLAGS, ROOT, resume, start
+from worlds import clock
 
+from jaxpg import Hyperparams, make_trainer
+from jaxpg.algorithms import algorithm
 from jaxpg.cli import main
+from jaxpg.data import episode_metrics
 from jaxpg.experiment import checkpoint, health
 from jaxpg.experiment.lock import locked
 from jaxpg.experiment.policy import load_policy
 from jaxpg.experiment.presets import preset
 from jaxpg.experiment.report import table
+from jaxpg.policies import actor_critic
 from jaxpg.rollout import EpisodeSums
-from jaxpg.trainer import _episode_metrics
 
 TOO_FAST = ("--critic-learning-rate", "1e30")  # the critic's square is beyond float32
 
@@ -103,11 +107,29 @@ def test_debug_nans_names_the_operation(tmp_path):
         start(tmp_path / "r", "--updates", "4", "--debug-nans", *beyond)
 
 
+@pytest.mark.parametrize("what", ["reward", "obs"])
+def test_a_nan_of_the_environment_is_said_to_be_its_own(what):
+    env = clock(4)
+
+    def step(key, state, action):
+        after, result = env.step(key, state, action)
+        broken = jnp.where(after[0] == 2, jnp.nan, 1.0) * getattr(result, what)
+        return after, result._replace(**{what: broken})
+
+    mine = env._replace(step=step)
+    agent = actor_critic(mine, hidden=(2,))
+    trainer = make_trainer(mine, agent, algorithm("ppo"), num_envs=4, num_steps=2)
+    state = trainer.init(jax.random.key(0))
+    found = health.explain("my_clock", trainer.update, state, Hyperparams())
+    assert found.startswith("my_clock gave it, in its reset or step: invalid value (nan)")
+    assert "test_health.py:" in found and str(health.JAX) not in found
+
+
 def test_the_watch_for_nans_passes_what_has_no_value_yet():
     none = EpisodeSums(*jnp.zeros(3))
-    assert np.isnan(_episode_metrics(none)["episode_return"])
+    assert np.isnan(episode_metrics(none)["episode_return"])
     with jax.debug_nans(True):
-        assert _episode_metrics(none)["episode_return"] == 0
+        assert episode_metrics(none)["episode_return"] == 0
 
 
 def test_a_table_counts_what_diverged():
@@ -165,6 +187,10 @@ def test_a_command_on_a_folder_in_use_says_so(tmp_path):
 
 FULL = """
 import resource
+from worlds import clock
+
+from jaxpg import Hyperparams, make_trainer
+from jaxpg.algorithms import algorithm
 from jaxpg.cli import main
 # As of a full disk, a write beyond the limit fails (Python ignores the signal).
 resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))

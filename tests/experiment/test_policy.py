@@ -1,6 +1,7 @@
 """A loaded policy acts as the trained one does; its evaluation, records and films show that."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -128,6 +129,33 @@ def test_parameters_are_those_of_the_run(run, tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
         read_run(copy)
     assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_has_diverged_is_no_policy(run, tmp_path, capsys):
+    """It neither acts nor is recorded, drawn, measured or best, and its evaluation says so."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    best = int(np.argmax(evaluation["mean_return"]))
+    evaluation["mean_return"][best] = None
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    message = f"replica {best} of {folder} has diverged, so it is no policy; name another, such as"
+    for use in (lambda: jaxpg.load_policy(folder, best), lambda: policies.load(folder, best)):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            use()
+    assert jaxpg.load_policy(folder).replica != best
+    out = tmp_path / "out"
+    for command in (
+        f"record {folder} --replica {best} --episodes 1 --out {out}.npz",
+        f"render {folder} --replica {best} --out {out}.gif",
+    ):
+        with pytest.raises(SystemExit) as exit:
+            main(command.split())
+        assert (
+            exit.value.code == 2 and "has diverged, so it is no policy" in capsys.readouterr().err
+        )
+    assert not list(tmp_path.glob("out*"))
+    main(f"evaluate {folder} --episodes 2".split())
+    assert "diverged" in capsys.readouterr().out
 
 
 def test_a_wrong_observation_is_said(run):
