@@ -25,6 +25,7 @@ FREE = (
     "wandb",
     "debug_nans",
     "compilation_cache",
+    "force",
 )
 
 
@@ -120,6 +121,7 @@ class Config:
     wandb: bool = _flag(False, "also log to Weights & Biases, offline unless WANDB_MODE is set")
     debug_nans: bool = _flag(False, "slower; name the operation that first gave a NaN")
     compilation_cache: bool = _flag(True, "keep compiled programs for later runs")
+    force: bool = _flag(False, "try what is estimated to need more memory than is free")
 
 
 def points(grid: Grid) -> list[Hyperparams]:

@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxpg.envs import Env
+from jaxpg.experiment.config import Config
+
 # Non-finite values of these mean that a run has diverged; a curve's NaN means that it has no value yet.
 WATCHED = ("objective", "critic_loss", "grad_norm", "entropy")
 FEW_UPDATES = 100
 PACKAGE, JAX = Path(__file__).parent.parent, Path(jax.__file__).parent
 MANY_STEPS = 100_000  # of one agent, from which few updates are a waste
-FAR_OVER = 2.0  # times what there is: refused
 
 
 class Diverged(Exception):
@@ -67,18 +69,46 @@ def starving(updates: int, steps_per_update: int) -> str:
     )
 
 
-def check_memory(compiled: Any, say: Callable[[str], Any]) -> None:
-    """Warns when a compiled program needs more memory than there is; raises ValueError when far more."""
-    needed, available = needed_bytes(compiled), available_bytes()
-    if needed is None or available is None or needed <= available:
+def check_sizes(config: Config, env: Env, state_bytes: int, replicas: int) -> None:
+    """Raises ValueError, by arithmetic and before anything is allocated, for what cannot fit in memory.
+
+    state_bytes: of one replica's state, which an update holds before and after. The least that a run needs:
+    what fits here may still be refused by `check_memory`.
+    """
+    available = available_bytes()
+    if available is None or config.force:
         return
-    text = (
-        f"training needs about {_giga(needed)} of memory, and there is {_giga(available)}; "
-        "fewer --seeds, --num-envs or --num-steps, or a smaller grid, need less"
+    row = jax.eval_shape(env.reset, jax.random.key(0))
+    lane = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(row))
+    epochs = config.num_epochs + config.critic_epochs
+    for what, one, count, remedy in (
+        (
+            "the states of {} agents",
+            2 * state_bytes,
+            replicas,
+            "agents, with narrower --hidden more",
+        ),
+        ("evaluating {} episodes", lane * replicas, config.evaluation_episodes, "episodes"),
+        ("the keys of {} epochs", 8 * replicas, epochs, "epochs"),
+    ):
+        if one * count > available:
+            raise ValueError(
+                f"{what.format(f'{count:,}')} needs {_giga(one * count)} of memory at least, and there is "
+                f"{_giga(available)}, enough for {int(available // one):,} {remedy}; --force tries"
+            )
+
+
+def check_memory(compiled: Any, replicas: int = 1, force: bool = False) -> None:
+    """Raises ValueError when a compiled program of so many replicas needs more memory than there is."""
+    needed, available = needed_bytes(compiled), available_bytes()
+    if force or needed is None or available is None or needed <= available:
+        return
+    fits = int(replicas * available / needed)
+    more = f"about {fits:,} of {replicas:,} agents fit; " if fits else ""
+    raise ValueError(
+        f"training needs about {_giga(needed)} of memory, and there is {_giga(available)}; {more}fewer "
+        "--seeds, --num-envs or --num-steps, or a smaller grid, need less, and --force tries"
     )
-    if needed > FAR_OVER * available:
-        raise ValueError(text)
-    say(f"warning: {text}")
 
 
 def needed_bytes(compiled: Any) -> int | None:

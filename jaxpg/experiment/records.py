@@ -24,7 +24,8 @@ LEAST_WINDOW = 10  # updates that noise and signal are averaged over before thei
 RATIOS = ("noise_scale", "signal_to_noise")  # as metrics.jsonl has them, of each chunk
 # Settings that make no other series of a run.
 UNSAID = ("environment", "run", "quiet", "seeds", "checkpoint_seconds", "tensorboard", "wandb",
-          "debug_nans", "compilation_cache", "measure_noise", "evaluation_episodes")  # fmt: skip
+          "debug_nans", "compilation_cache", "force",
+          "measure_noise", "evaluation_episodes")  # fmt: skip
 BATCH = 2**20  # rows of a table that are read at a time
 
 

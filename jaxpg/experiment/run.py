@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxpg.experiment import checkpoint, console, health, metrics
 from jaxpg.experiment import folder as files
+from jaxpg.experiment.batches import state_bytes
 from jaxpg.experiment.build import Parts, build, build_algorithm, instructed
 from jaxpg.experiment.config import Config, Grid, check, completed, load_config, points, varying
 from jaxpg.experiment.interrupt import heeding, signals
@@ -62,8 +63,15 @@ def prepare(config: Config, grid: Grid, over: bool = False) -> Experiment:
     grid = completed(config, grid)
     check(config, grid)
     metrics.check_sinks(config)
-    parts = instructed(build(config), config)
+    parts = _parts(config, grid)
     return Experiment(config, grid, parts, files.create_folder(config, over))
+
+
+def _parts(config: Config, grid: Grid) -> Parts:
+    parts = build(config)
+    replicas = len(points(grid)) * config.seeds
+    health.check_sizes(config, parts.env, state_bytes(parts), replicas)
+    return instructed(parts, config)
 
 
 def prepare_either(config: Config, grid: Grid) -> Experiment | None:
@@ -114,7 +122,7 @@ def prepare_resume(config: Config, grid: Grid) -> Experiment:
             f"{folder} has finished its {start} updates; --updates {2 * start} goes on to "
             f"{2 * start} in all"
         )
-    parts = instructed(build(config), config)
+    parts = _parts(config, grid)
     files.check_demonstrations(folder, config)
     return Experiment(config, grid, parts, folder, start)
 
@@ -279,7 +287,7 @@ def _compiled(job: Job, fresh: bool, done: int, say):
     for each in (programs.train, programs.init):
         if each is not None:
             wait_for(each, stop)
-    health.check_memory(programs.train.result(), say)
+    health.check_memory(programs.train.result(), len(job.replicas.labels), config.force)
     seconds = time.perf_counter() - started
     job.show(f"compiled in {seconds:.1f} s")
     return programs, seconds

@@ -65,7 +65,9 @@ def prepare(argv: Sequence[str]) -> Sweep:
     config, grid = asked.config, completed(asked.config, asked.grid)
     check(config, grid)
     search = _search(config, grid, options)
-    parts = instructed(build(config), config)
+    parts = build(config)
+    health.check_sizes(config, parts.env, batches.state_bytes(parts), 1)
+    parts = instructed(parts, config)
     if len(search.rungs) > 1:
         _check_room(len(search.points), config.seeds, batches.state_bytes(parts))
     began = _began(config, search) if asked.resume is None else None

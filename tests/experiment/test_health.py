@@ -187,10 +187,6 @@ def test_a_command_on_a_folder_in_use_says_so(tmp_path):
 
 FULL = """
 import resource
-from worlds import clock
-
-from jaxpg import Hyperparams, make_trainer
-from jaxpg.algorithms import algorithm
 from jaxpg.cli import main
 # As of a full disk, a write beyond the limit fails (Python ignores the signal).
 resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
@@ -237,7 +233,7 @@ def test_needed_memory_is_the_compilers():
     assert 1e8 < health.available_bytes() < 1e14
 
 
-def test_too_little_memory_is_warned_of_and_far_too_little_refused(monkeypatch):
+def test_too_little_memory_is_refused_with_what_fits(monkeypatch):
     program = SimpleNamespace(
         memory_analysis=lambda: SimpleNamespace(
             argument_size_in_bytes=2_000_000_000,
@@ -248,14 +244,35 @@ def test_too_little_memory_is_warned_of_and_far_too_little_refused(monkeypatch):
         )
     )
     monkeypatch.setattr(jax, "local_device_count", lambda: 1)
-    for available, warned in ((4e9, []), (2e9, ["warning: training needs about 3.0 GB"])):
-        monkeypatch.setattr(health, "available_bytes", lambda available=available: available)
-        said = []
-        health.check_memory(program, said.append)
-        assert [text[:36] for text in said] == warned
-    monkeypatch.setattr(health, "available_bytes", lambda: 1e9)
-    with pytest.raises(ValueError, match=r"needs about 3.0 GB of memory, and there is 1.0 GB"):
-        health.check_memory(program, said.append)
+    monkeypatch.setattr(health, "available_bytes", lambda: 4e9)
+    health.check_memory(program, 6)
+    monkeypatch.setattr(health, "available_bytes", lambda: 2e9)
+    with pytest.raises(ValueError, match=r"needs about 3.0 GB .* 2.0 GB; about 4 of 6 agents fit"):
+        health.check_memory(program, 6)
+    health.check_memory(program, 6, force=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--seeds 2000000000", "the states of 2,000,000,000 agents needs"),
+        ("--evaluation-episodes 2147483647", "evaluating 2,147,483,647 episodes needs"),
+        ("--hidden 1000000,1000000", "the states of 2 agents needs"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_sizes_are_bounded_before_anything_is_allocated(command, flags, message, tmp_path, capsys):
+    given = f"{command} CartPole-v1 {flags} --run {tmp_path / 'r'}"
+    if "--seeds" not in flags:
+        given += " --seeds 2"
+    if command == "sweep":
+        given += " --gamma .9,.99"
+    with pytest.raises(SystemExit) as exit_:
+        main(given.split())
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.count("\n") == 1 and "memory" in error
+    assert command == "sweep" or message in error
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_run_that_cannot_fit_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
