@@ -86,15 +86,16 @@ def check_sizes(config: Config, env: Env, state_bytes: int, replicas: int) -> No
             "the states of {} agents",
             2 * state_bytes,
             replicas,
-            "agents, with narrower --hidden more",
+            "fewer --seeds or a narrower --hidden",
         ),
-        ("evaluating {} episodes", lane * replicas, config.evaluation_episodes, "episodes"),
-        ("the keys of {} epochs", 8 * replicas, epochs, "epochs"),
+        ("evaluating {} episodes", lane * replicas, config.evaluation_episodes, "fewer episodes"),
+        ("the keys of {} epochs", 8 * replicas, epochs, "fewer epochs"),
     ):
         if one * count > available:
             raise ValueError(
-                f"{what.format(f'{count:,}')} needs {_giga(one * count)} of memory at least, and there is "
-                f"{_giga(available)}, enough for {int(available // one):,} {remedy}; --force tries"
+                f"at least {_giga(one * count)} of memory is needed for {what.format(f'{count:,}')}, and "
+                f"there is {_giga(available)}, enough for {int(available // one):,}; give {remedy}, or "
+                "--force to try"
             )
 
 

@@ -255,9 +255,9 @@ def test_too_little_memory_is_refused_with_what_fits(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--seeds 2000000000", "the states of 2,000,000,000 agents needs"),
-        ("--evaluation-episodes 2147483647", "evaluating 2,147,483,647 episodes needs"),
-        ("--hidden 1000000,1000000", "the states of 2 agents needs"),
+        ("--seeds 2000000000", "the states of 2,000,000,000 agents"),
+        ("--evaluation-episodes 2147483647", "evaluating 2,147,483,647 episodes"),
+        ("--hidden 1000000,1000000", "the states of 2 agents"),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "sweep"])
