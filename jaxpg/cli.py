@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-from jaxpg.experiment.console import Unheard, flush, say, tell
+from jaxpg.experiment.console import Unheard, flush, say, shortened, tell
 
 HELP = """\
 usage: jaxpg COMMAND ...
@@ -34,6 +34,8 @@ options:
 
 example: jaxpg train CartPole-v1 --learning-rate 1e-3,3e-3
 """
+# In what Python, NumPy and jax raise where a process may have no more.
+EXHAUSTED = ("MemoryError", "can't start new thread", "RESOURCE_EXHAUSTED", "Out of memory")
 COMMANDS = ("train", "sweep", "evaluate", "record", "render", "plot", "lab")
 
 
@@ -65,6 +67,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         what = "" if error.filename is None else f" {error.filename}"
         _fail(f"cannot read or write{what}: {error.strerror or error}", status=1)
+    except (MemoryError, RuntimeError) as error:
+        if not any(sign in repr(error) for sign in EXHAUSTED):
+            raise
+        why = str(error).partition("\n")[0] or "no more memory is to be had"
+        _leave(
+            f"error: this process ran out of memory or threads: {why}; give it more, or smaller sizes",
+            1,
+        )
 
 
 def _run(command, rest):
@@ -85,7 +95,7 @@ def _run(command, rest):
     else:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         meant = f"did you mean {near[0]}? The" if near else "the"
-        _fail(f"unknown command {command!r}; {meant} commands are {', '.join(COMMANDS)}")
+        _fail(f"unknown command {shortened(command)!r}; {meant} commands are {', '.join(COMMANDS)}")
 
 
 def _train(argv):
@@ -171,11 +181,8 @@ def _play(command, argv):
     from jaxpg.experiment.cache import use_compilation_cache
 
     use_compilation_cache()
-    try:
-        with _only_own_exceptions():
-            getattr(playback, command)(argv)
-    except OSError as error:
-        _fail(f"cannot write: {error.strerror or error}", status=1)
+    with _only_own_exceptions():
+        getattr(playback, command)(argv)
 
 
 def _plot(argv):

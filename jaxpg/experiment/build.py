@@ -13,6 +13,7 @@ from jaxpg.envs import Env, from_gymnax, history, mask_observation, repeat_actio
 from jaxpg.estimators.control_variates import CONTROL_VARIATES
 from jaxpg.estimators.importance import IMPORTANCES
 from jaxpg.experiment.config import Config
+from jaxpg.experiment.console import shortened
 from jaxpg.experiment.trajectories import read_demonstrations
 from jaxpg.imitation import informed
 from jaxpg.natural import NATURAL_OPTIMIZERS
@@ -58,9 +59,9 @@ def settings_of(config: Config) -> dict[str, bool | int | float]:
         name, _, value = part.partition("=")
         try:
             settings[name.strip()] = json.loads(value.lower())
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, or a number of too many digits
             raise ValueError(
-                f"settings={config.settings}: {part!r} is not name=number, as in size=16"
+                f"settings={config.settings}: {shortened(part)!r} is not name=number, as in size=16"
             ) from error
     return settings
 

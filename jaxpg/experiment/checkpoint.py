@@ -257,14 +257,16 @@ def _other(path) -> str:
 
 
 def _written(folder, action):
-    """The action's result, with whatever goes wrong as OSError."""
+    """The action's result, with whatever goes wrong as OSError, but for a lack of memory or threads."""
     try:
         return action()
-    except OSError:
+    except (OSError, MemoryError):
         raise
     # tensorstore raises ValueError, and jax its own errors; the system's number is in their words.
     except Exception as error:
         text = str(error) or repr(error)
+        if "can't start new thread" in text:
+            raise
         system = re.search(r"os_error_code='(\d+)'|OS error (\d+)", text)
         code = int(system[1] or system[2]) if system else None
         if code is None and text.startswith("RESOURCE_EXHAUSTED"):

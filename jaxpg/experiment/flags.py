@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin
 
 from jaxpg.experiment.config import CONFIG, FREE, Config, Grid, load_config
+from jaxpg.experiment.console import shortened
 from jaxpg.experiment.presets import preset
 from jaxpg.types import Hyperparams
 
@@ -105,7 +106,7 @@ def _read(argv, prog) -> Iterator[tuple[str, Any]]:
         if not word.startswith("-"):
             positional += 1
             if positional > 1:
-                raise ValueError(f"{_short(word)!r} is a second environment{_see(prog)}")
+                raise ValueError(f"{shortened(word)!r} is a second environment{_see(prog)}")
             yield "environment", word
             continue
         flag, equals, value = word.partition("=")
@@ -129,7 +130,7 @@ def _known_flag(flag, prog) -> tuple[str, Any]:
         return _KINDS[flag]
     near = difflib.get_close_matches(flag, _KINDS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"unknown flag {_short(flag)}{hint}{_see(prog)}")
+    raise ValueError(f"unknown flag {shortened(flag)}{hint}{_see(prog)}")
 
 
 def _value(flag, kind, text, prog) -> Any:
@@ -147,11 +148,7 @@ def _value(flag, kind, text, prog) -> Any:
         what = "whole numbers" if whole else "numbers"
         if get_origin(kind) is not tuple:
             what = f"a {what[:-1]}"
-        raise ValueError(f"{flag} takes {what}, not {_short(text)!r}{_see(prog)}") from None
-
-
-def _short(text, most=60) -> str:
-    return text if len(text) <= most else f"{text[:most]}..."
+        raise ValueError(f"{flag} takes {what}, not {shortened(text)!r}{_see(prog)}") from None
 
 
 def _see(prog) -> str:

@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 from rich.markup import escape
 
 from jaxpg.experiment import artifacts
-from jaxpg.experiment.console import parser, say, terminal
+from jaxpg.experiment.console import note, parser, say, terminal, whole
 
 FLAGS = ("env", "policy", "estimators", "trajectories", "repeats", "seed", "gamma", "checkpoint")
 LONGER = 8  # times as long are the episodes of a trained policy, about
@@ -228,11 +227,6 @@ def _refusal(name, experiment, given) -> str:
 
 
 def _check(given) -> None:
-    for name in ("trajectories", "repeats"):
-        if name in given and given[name] < 1:
-            raise ValueError(f"--{name} {given[name]} must be at least 1")
-    if "seed" in given and not 0 <= given["seed"] < 2**32:
-        raise ValueError(f"--seed {given['seed']} must be between 0 and {2**32 - 1}")
     if "gamma" in given and not 0 <= given["gamma"] <= 1:
         raise ValueError(f"--gamma {given['gamma']} must lie in [0, 1]")
 
@@ -261,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RUN",
         help="folder of a jaxpg train run: its final policy and critic, and its numbers",
     )
-    add("--replica", type=int, default=0, help="which of the run's agents; default: 0")
+    add("--replica", type=whole(), default=0, help="which of the run's agents; default: 0")
     add(
         "--estimators",
         metavar="NAME,...",
@@ -269,26 +263,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--trajectories",
-        type=_count,
+        type=whole(1, 2**53),
         metavar="N",
         help="per measured point; 1e6 and 2**20 are read",
     )
-    add("--repeats", type=_count, metavar="N", help="independent batches or runs")
-    add("--seed", type=int, help="of all randomness; default: 0")
+    add("--repeats", type=whole(1), metavar="N", help="independent batches or runs")
+    add("--seed", type=whole(0, 2**32 - 1), help="of all randomness; default: 0")
     add("--gamma", type=float, help="discount; default: the run's, or 1")
     add(
         "--out", metavar="DIR", help="folder to write, new or empty; default: a new one under runs/"
     )
     add("--quick", action="store_true", help="small sizes, to see what comes out")
     return found
-
-
-def _count(text: str) -> int:
-    base, power, exponent = text.partition("**")
-    value = int(base) ** int(exponent) if power else float(text)
-    if value != int(value):
-        raise ValueError
-    return int(value)
 
 
 def _folder(out: str | None, name: str) -> Path:
@@ -329,6 +315,6 @@ def _progress() -> Iterator[Callable[[str], None]]:
     def show(line: str) -> None:
         if time.perf_counter() - shown[0] > QUIET_SECONDS:
             shown[0] = time.perf_counter()
-            print(f"  {line}", file=sys.stderr, flush=True)
+            note(f"  {line}")
 
     yield show

@@ -1,5 +1,7 @@
 """What a trained policy does: evaluated, recorded, rendered. The commands of the same names."""
 
+import errno
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -11,10 +13,11 @@ import numpy as np
 
 from jaxpg.devices import check_devices
 from jaxpg.envs import Env, from_gymnax
+from jaxpg.experiment import health
 from jaxpg.experiment import policy as policies
 from jaxpg.experiment.build import settings_of
 from jaxpg.experiment.config import Config, points
-from jaxpg.experiment.console import parser, say
+from jaxpg.experiment.console import parser, say, whole
 from jaxpg.experiment.experts import expert
 from jaxpg.experiment.folder import write_atomically
 from jaxpg.experiment.policy import Policy, Run, choose, load_policy, read_run
@@ -32,13 +35,11 @@ MOST_FRAMES = 2000
 def evaluate(argv: Sequence[str]) -> None:
     """`jaxpg evaluate RUN`: fresh episodes of every replica; nothing is written. Raises ValueError."""
     options = _parser("evaluate", "Evaluate every policy of a run over fresh episodes.")
-    options.add_argument("--episodes", type=int, metavar="N", help="for each; as the run had")
+    options.add_argument("--episodes", type=whole(1), metavar="N", help="for each; as the run had")
     given = options.parse_args(list(argv))
     use_cpu_cores()
-    run = read_run(given.run, _update(given.update))
+    run = read_run(given.run, given.update)
     count = run.config.evaluation_episodes if given.episodes is None else given.episodes
-    if count < 1:
-        raise ValueError(f"--episodes {count} must be at least 1")
     found = evaluation(run, count, given.greedy, given.seed)
     how = "greedy" if given.greedy else "sampled"
     shape = -1, run.config.seeds
@@ -61,7 +62,19 @@ def evaluation(run: Run, count: int, greedy: bool, seed: int = 0) -> Evaluation:
         return evaluate_policy(run.parts.env, run.parts.agent, params, key, count, greedy)
 
     program = replicated(evaluated, (0, 0), replicas.sharding, ())
-    return jax.device_get(program(jax.device_put(run.params, replicas.sharding), keys))
+    arguments = jax.device_put(run.params, replicas.sharding), keys
+    return jax.device_get(_fitting(program.lower(*arguments).compile(), count)(*arguments))
+
+
+def _fitting(compiled: Any, count: int) -> Any:
+    """The program of so many episodes. Raises ValueError where it needs more memory than there is."""
+    needed, available = health.needed_bytes(compiled), health.available_bytes()
+    if needed is not None and available is not None and needed > available:
+        raise ValueError(
+            f"{count:,} episodes need about {needed / 1e9:,.1f} GB of memory, and there is "
+            f"{available / 1e9:.1f} GB; about {int(count * available / needed):,} fit"
+        )
+    return compiled
 
 
 def record(argv: Sequence[str]) -> None:
@@ -74,16 +87,15 @@ def record(argv: Sequence[str]) -> None:
         "--expert", action="store_true", help="RUN is an environment: record its scripted expert"
     )
     options.add_argument("--settings", help="of the expert's environment, as in size=16")
-    options.add_argument("--episodes", type=int, metavar="N", required=True)
+    options.add_argument("--episodes", type=whole(1), metavar="N", required=True)
     _add_out(options, ".npz")
     given = options.parse_args(list(argv))
     out = _writable(given.out, (".npz",))
-    if given.episodes < 1:
-        raise ValueError(f"--episodes {given.episodes} must be at least 1")
     check_devices()
     actor = _expert(given) if given.expert else _trained(given)
     roll = jax.jit(lambda key: episodes(actor.env, actor.agent, actor.params, key, given.episodes))
-    trajectory, _ = jax.device_get(roll(jax.random.key(given.seed)))
+    key = jax.random.key(given.seed)
+    trajectory, _ = jax.device_get(_fitting(roll.lower(key).compile(), given.episodes)(key))
     steps = int(trajectory.mask.any(axis=1).sum())  # rows after the longest episode hold nothing
     trajectory = jax.tree.map(lambda x: x[:steps], trajectory)
     write_trajectories(out, trajectory, actor.environment)
@@ -105,8 +117,8 @@ class _Actor(NamedTuple):
 
 
 def _trained(given) -> _Actor:
-    run = read_run(given.run, _update(given.update))
-    chosen = choose(run, _replica(given.replica))
+    run = read_run(given.run, given.update)
+    chosen = choose(run, given.replica)
     env, agent, *_ = run.parts
     if given.greedy:
         agent = agent._replace(policy=policies.greedily(agent.policy))
@@ -129,9 +141,7 @@ def render(argv: Sequence[str]) -> None:
     out = _writable(given.out, (".gif", ".mp4"))
     encoder = _encoder() if out.suffix == ".mp4" else ""
     check_devices()
-    policy = load_policy(
-        given.run, _replica(given.replica), greedy=given.greedy, update=_update(given.update)
-    )
+    policy = load_policy(given.run, given.replica, greedy=given.greedy, update=given.update)
     run = policies.load_config(given.run)[0]
     frames, total = film(policy, run.environment, jax.random.key(given.seed))
     from jaxpg.experiment.drawing import frames_per_second
@@ -215,15 +225,24 @@ def _parser(name, description):
     add = found.add_argument
     add("run", metavar="RUN", help="folder of a jaxpg train run")
     add("--greedy", action="store_true", help="the likeliest action, not a sample")
-    add("--update", metavar="N", help="of the checkpoint of N updates, or best; the end of the run")
-    add("--seed", type=int, default=0, help="of the episodes")
+    add(
+        "--update",
+        type=whole(word="best"),
+        metavar="N",
+        help="of the checkpoint of N updates, or best; the end of the run",
+    )
+    add("--seed", type=whole(0, 2**32 - 1), default=0, help="of the episodes")
     return found
 
 
 def _add_out(options, kinds):
     options.add_argument("--out", metavar="FILE", required=True, help=f"ends in {kinds}")
     options.add_argument(
-        "--replica", metavar="R", default="best", help="a number, or best by the final evaluation"
+        "--replica",
+        type=whole(word="best"),
+        metavar="R",
+        default="best",
+        help="a number, or best by the final evaluation",
     )
 
 
@@ -232,18 +251,13 @@ def _writable(name, suffixes) -> Path:
     path = Path(name)
     if path.suffix not in suffixes:
         raise ValueError(f"--out {name} must end in {' or '.join(suffixes)}")
-    if not path.parent.is_dir():
-        raise ValueError(f"--out {name}: there is no folder {path.parent}")
+    try:
+        if not path.parent.is_dir():
+            raise ValueError(f"--out {name}: there is no folder {path.parent}")
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        write_atomically(path.with_name(f"{path.name}.probe"), lambda file: None)
+        path.with_name(f"{path.name}.probe").unlink()
+    except OSError as error:
+        raise ValueError(f"--out {name} cannot be written: {error.strerror}") from error
     return path
-
-
-def _replica(text):
-    return int(text) if text.isdigit() else text
-
-
-def _update(text):
-    if text is None or text == "best":
-        return text
-    if not text.isdigit():
-        raise ValueError(f"--update {text} must be a number of updates, or best")
-    return int(text)

@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from jaxpg.experiment.config import Config, Grid
+from jaxpg.experiment.console import heard
 from jaxpg.experiment.flags import EITHER
 from jaxpg.types import HYPERPARAM_HELP, Hyperparams
 
@@ -29,16 +30,17 @@ def show(
     )
     if os.environ.get("NO_COLOR"):  # which tyro's help does not look at
         vars(tyro).get("_experimental_options", {})["ansi_codes"] = False
-    tyro.cli(
-        _Flags,
-        prog=prog,
-        # A short line each, because tyro does not wrap them.
-        description=f"Train policies on an environment.\n\nDefaults are those of {where}.\n\n"
-        "A hyperparameter takes one value, or several as in 1e-3,3e-4 for a grid.",
-        args=["--help"] if {"-h", "--help"} & {*argv} else list(argv),
-        default=default,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    with heard():
+        tyro.cli(
+            _Flags,
+            prog=prog,
+            # A short line each, because tyro does not wrap them.
+            description=f"Train policies on an environment.\n\nDefaults are those of {where}.\n\n"
+            "A hyperparameter takes one value, or several as in 1e-3,3e-4 for a grid.",
+            args=["--help"] if {"-h", "--help"} & {*argv} else list(argv),
+            default=default,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
 
 
 def _commas(kind, metavar):

@@ -315,7 +315,10 @@ def test_an_mp4_needs_an_encoder(run, tmp_path, monkeypatch, capsys):
         ("record {run} --episodes 0 --out d.npz", "--episodes 0 must be at least 1"),
         ("record {run} --episodes 2 --out d.txt", "must end in .npz"),
         ("evaluate {run} --episodes -1", "--episodes -1 must be at least 1"),
-        ("evaluate {run} --update soon", "must be a number of updates, or best"),
+        (
+            "evaluate {run} --update soon",
+            "--update soon must be a whole number from 0 to 2147483647, or best",
+        ),
         ("evaluate nowhere", "nowhere has no config.json"),
     ],
 )

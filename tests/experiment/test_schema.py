@@ -170,7 +170,18 @@ def test_an_archive_is_measured_before_it_is_unpacked(tmp_path, monkeypatch):
         "train CartPole-v1 --learning-rate 1e39", "train --config " + "x" * 300,
         "train --resume " + "x" * 300, "sweep CartPole-v1 --gamma .9,x", "plot " + "x" * 300,
         "plot r --x sideways", "evaluate", "evaluate r --seed x", "record r", "render r --out",
-        "evaluate " + "x" * 300, "lab ladder --seed x",
+        "evaluate " + "x" * 300, "lab ladder --seed x", "x" * 5000, "plot " + "x" * 5000,
+        *(f"{command} --{name} {value}"
+          for command, names in (
+              ("evaluate r", ("seed", "episodes", "update")),
+              ("record r --episodes 2 --out a.npz", ("seed", "episodes", "update", "replica")),
+              ("lab gae", ("seed", "trajectories", "repeats", "replica")),
+          )
+          for name in names
+          for value in ("-1", "9" * 23, "1e999", "2**99999999", "nan", "2.5", "\u00b2")),
+        "render r --out a.gif --seed -1", "record r --episodes 2 --out " + "x" * 300 + ".npz",
+        "render r --out " + "x" * 300 + "/a.gif", "render r --out nowhere/a.gif",
+        "record CartPole-v1 --expert --episodes 2 --out a.npz --settings size=" + "9" * 5000,
     ],
 )  # fmt: skip
 def test_mistakes_of_every_command_are_one_line(arguments, tmp_path, monkeypatch, capsys):
