@@ -23,6 +23,7 @@ from jaxpg.types import TimeStep
 
 # Importing these takes gymnax nearly two seconds.
 _DRAWING = ("matplotlib", "matplotlib.pyplot", "matplotlib.colors", "seaborn")
+_NARROW = {f"{kind}64": f"{kind}32" for kind in ("int", "uint", "float")}
 
 
 def from_gymnax(environment, params=None, **settings) -> Env:
@@ -37,7 +38,8 @@ def from_gymnax(environment, params=None, **settings) -> Env:
     Raises ValueError for an unknown name (with near matches), a setting that is unknown or cannot be, a
     traced one that decides a shape, or a data set that could not be fetched.
     """
-    with jax.ensure_compile_time_eval():  # inside jit, too, what is not traced stays a number
+    # Inside jit, too, what is not traced stays a number.
+    with narrow(), jax.ensure_compile_time_eval():
         environment, params = _made(environment, params, settings)
         with _refused(environment.name, settings):
             observed, taken = (
@@ -51,15 +53,18 @@ def from_gymnax(environment, params=None, **settings) -> Env:
         pairs = zip((taken.low, taken.high), action, strict=True)
         bounds = [x if _traced(x) else known for x, known in pairs]
 
+    @narrow()
     def reset(key):
         obs, state = environment.reset_env(key, params)
         return jax.tree.map(_strong, state), _observed(obs, observation)
 
+    @narrow()
     def step(key, state, chosen):
+        chosen = jnp.asarray(chosen, jnp.float32 if isinstance(action, Box) else jnp.int32)
         if isinstance(action, Box):
-            chosen = jnp.clip(jnp.asarray(chosen, jnp.float32), *bounds)
+            chosen = jnp.clip(chosen, *bounds)
         obs, after, reward, terminated, _ = environment.step_env(key, state, chosen, params)
-        # Some environments widen a dtype in a step (all of them in x64): hold them to the reset's.
+        # Some environments widen a dtype in a step: hold them to the reset's.
         after = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), after, state)
         truncated = jnp.asarray(environment.is_truncated(after, params), bool)
         terminated = jnp.asarray(terminated, bool)
@@ -72,6 +77,19 @@ def from_gymnax(environment, params=None, **settings) -> Env:
         with _refused(environment.name, settings):
             jax.eval_shape(lambda: _one_step(env))
     return env
+
+
+@contextmanager
+def narrow() -> Iterator[None]:
+    """In 32 bits, which is all that gymnax's own functions can do, whatever the default precision."""
+    if not jax.config.read("jax_enable_x64"):
+        yield
+    elif hasattr(jax, "enable_x64"):
+        with jax.enable_x64(False):
+            yield
+    else:  # jax before 0.8
+        with import_module("jax.experimental").disable_x64():
+            yield
 
 
 def _one_step(env):
@@ -107,6 +125,7 @@ def _made(environment, params, settings):
                 f"{environment.name} has no setting {name!r}; its parameters are {', '.join(known)}"
             )
     params = params.replace(**_checked(environment.name, settings, known))
+    params = jax.tree.map(_narrowed, params)
     steps = params.max_steps_in_episode
     if _traced(steps):
         raise ValueError(
@@ -192,6 +211,11 @@ def _observed(obs, space):
     return jnp.asarray(obs, jnp.int32 if isinstance(space, Discrete) else jnp.float32)
 
 
+def _narrowed(x):
+    dtype = _NARROW.get(str(getattr(x, "dtype", "")))
+    return x.astype(dtype) if dtype else x
+
+
 def _strong(x):
     return jnp.asarray(x, jnp.asarray(x).dtype)
 
@@ -205,6 +229,7 @@ class _Later(ModuleType):
         return getattr(import_module(self.__name__), name)
 
 
+@narrow()  # it makes arrays when it is imported
 def _gymnax() -> Any:
     """The package, imported at the first call, without what its environments draw pictures with."""
     if "gymnax" not in sys.modules:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpg.envs.gymnax import _made
+from jaxpg.envs.gymnax import _made, narrow
 from jaxpg.envs.mdp import Mdp
 
 LIMIT = 4096  # states
@@ -28,6 +28,7 @@ class _Law(NamedTuple):
     check: Callable[[Any], str] = lambda params: ""  # why these parameters are not covered
 
 
+@narrow()
 def mdp_from_gymnax(environment, params=None, **settings) -> Mdp:
     """The Mdp of a finite gymnax environment, named or already made: breadth-first from its reset.
 

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -78,14 +79,42 @@ def test_accepts_a_made_environment_and_its_parameters():
     assert np.isinf(env.observation.high[1]), "the largest float means unbounded"
 
 
-@pytest.mark.filterwarnings("ignore:scatter inputs:FutureWarning")  # gymnax's own mixing of widths
-def test_integer_rewards_and_x64_stay_float32(x64):
+@pytest.mark.parametrize("name", [n for n in gymnax_names() if n != OFFLINE])
+def test_every_environment_computes_in_32_bits_whatever_the_default(name, x64):
+    """The precision that gymnax knows: in another, some of its environments do not even trace."""
+    env = from_gymnax(name)
+
+    def both(key, action):
+        state, obs = env.reset(key)
+        return obs, env.step(key, state, action)
+
+    kind = jnp.float32 if isinstance(env.action, Box) else jnp.int32
+    with jax.numpy_rank_promotion("allow"):  # Swimmer relies on it
+        program = jax.make_jaxpr(both)(jax.random.key(0), jnp.zeros(env.action.shape, kind))
+    assert not re.search(r"[iuf]64\[", str(program))
+
+
+def test_what_was_wide_steps_and_is_tabulated_in_64_bits(x64):
     env = from_gymnax("UmbrellaChain-bsuite")
     state, _ = env.reset(jax.random.key(0))
-    after, result = env.step(jax.random.key(0), state, jnp.int32(0))
+    # Actions and parameters may be as wide as the caller has them.
+    after, result = jax.jit(env.step)(jax.random.key(0), state, jnp.int64(0))
     assert result.reward.dtype == jnp.float32 and result.obs.dtype == jnp.float32
     dtypes = [jax.tree.map(lambda x: x.dtype, s) for s in (state, after)]
     assert dtypes[0] == dtypes[1]
+
+    def reward(gravity):
+        env = from_gymnax("Pendulum-v1", g=gravity)
+        state, _ = env.reset(jax.random.key(0))
+        state, _ = env.step(jax.random.key(0), state, jnp.zeros(1))
+        return env.step(jax.random.key(0), state, jnp.zeros(1))[1].reward
+
+    rewards = jax.jit(jax.vmap(reward))(jnp.array([0.0, 10.0]))
+    assert rewards.dtype == jnp.float32 and rewards[0] != rewards[1]
+    table = mdp_from_gymnax("DiscountingChain-bsuite", max_steps_in_episode=12)
+    jax.config.update("jax_enable_x64", False)
+    again = mdp_from_gymnax("DiscountingChain-bsuite", max_steps_in_episode=12)
+    jax.tree.map(np.testing.assert_array_equal, table, again)
 
 
 @pytest.mark.parametrize(
