@@ -358,7 +358,8 @@ def test_rows_trace_in_64_bits_and_keep_the_state_they_began_with(x64, env, netw
     env = history(from_gymnax(env), 1)
     agent = actor_critic(env, network, hidden=(4,))
     for name in ("off_policy", "impala", "ppo"):
-        trainer = make_trainer(env, agent, algorithm(name), num_envs=4, num_steps=4)
+        row = algorithm(name)._replace(measure_noise=True)
+        trainer = make_trainer(env, agent, row, num_envs=4, num_steps=4)
 
         def run(key, trainer=trainer):
             state = trainer.init(key)

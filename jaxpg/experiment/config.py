@@ -147,7 +147,7 @@ def check(config: Config, grid: Grid) -> None:
         expect(value, each.type, each.name)
         _check_sizes(each.name, value, each.metadata)
     for name in ("initial_std", "checkpoint_seconds"):
-        _check_single(name, getattr(config, name))
+        _held(name, getattr(config, name))
     if config.initial_std <= 0:
         raise ValueError(f"initial_std={config.initial_std} must be finite and above 0; try 0.5")
     if config.checkpoint_seconds < 0:
@@ -201,20 +201,32 @@ _RANGES = {
 
 
 def _check_number(name, value):
-    _check_single(name, value)
     holds, hint = _RANGES.get(name, (lambda x: True, ""))
-    if not holds(struct.unpack("<f", struct.pack("<f", value))[0]):
+    if not holds(_held(name, value)):
         raise ValueError(f"{name}={value:g} {hint}")
 
 
-def _check_single(name, value) -> None:
-    """Raises ValueError for what float32 cannot hold."""
+def _held(name, value) -> float:
+    """The value as arrays have it. Raises ValueError for what they cannot hold."""
     if not math.isfinite(value):
         raise ValueError(f"{name}={value} must be a finite number")
     try:
-        struct.pack("<f", value)
+        single = struct.unpack("<f", struct.pack("<f", value))[0]
     except OverflowError:
-        raise ValueError(f"{name}={value:g} is beyond float32, which ends at 3.4e38") from None
+        single = math.inf
+    if math.isfinite(single) and (single or not value):
+        return single
+    # Only beyond float32 does it matter what arrays are, so only there jax is waited for.
+    from jax.numpy import result_type
+
+    if result_type(float) == "float64":
+        return value
+    if single:
+        raise ValueError(
+            f"{name}={value:g} is beyond float32, which ends at 3.4e38; give less, or set "
+            "JAX_ENABLE_X64=1 to compute in float64"
+        )
+    return single
 
 
 def load_config(run: str | Path) -> tuple[Config, Grid]:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from jax.numpy import result_type
 
 from jaxpg.envs import Box, Discrete, Env, Space
 from jaxpg.experiment.folder import declared_arrays, read_arrays, write_atomically
 from jaxpg.types import Trajectory
 
-FLOAT = np.finfo(np.float32)
 NEEDED = ("obs", "action", "reward", "discount", "mask")
 
 
@@ -54,16 +54,16 @@ def read_trajectories(path: str | Path) -> tuple[Trajectory, str | None]:
         raise ValueError(
             f"{path}: discount must be 1, or 0 in the last step of an episode that terminated"
         )
-    zeros = np.zeros(mask.shape, np.float32)
+    zeros = np.zeros(mask.shape, result_type(float))
     log_prob = found.get("log_prob", np.full(mask.shape, np.nan))
-    if (log_prob[mask] > FLOAT.max).any():
+    if (log_prob[mask] > _largest()).any():
         raise ValueError(f"{path}: log_prob must be the logarithm of a density")
     fields: dict[str, Any] = {
         "obs": found["obs"],
         "action": found["action"],
-        "log_prob": _float32(np.where(mask, log_prob, 0.0)),
-        "reward": _float32(np.where(mask, _finite(path, "reward", found["reward"], mask), 0.0)),
-        "discount": np.where(mask, found["discount"], 0.0).astype(np.float32),
+        "log_prob": _floats(np.where(mask, log_prob, 0.0)),
+        "reward": _floats(np.where(mask, _finite(path, "reward", found["reward"], mask), 0.0)),
+        "discount": _floats(np.where(mask, found["discount"], 0.0)),
         "first": mask & (np.arange(len(mask))[:, None] == 0),
         "last": ends,
         "mask": mask,
@@ -121,15 +121,19 @@ def _check_declared(path, name, shape, dtype, of_mask) -> None:
 
 
 def _finite(path, name, values, mask):
-    """The values. Raises ValueError for a step that counts and has one that float32 has not."""
-    if not (np.abs(values[mask].astype(float)) <= FLOAT.max).all():
+    """The values. Raises ValueError for a step that counts and has one that no array can hold."""
+    if not (np.abs(values[mask].astype(float)) <= _largest()).all():
         raise ValueError(f"{path}: {name} is not finite in a step that counts")
     return values
 
 
-def _float32(values):
+def _floats(values):
     with np.errstate(over="ignore"):  # of what does not count, or is the logarithm of nothing
-        return values.astype(np.float32)
+        return values.astype(result_type(float))
+
+
+def _largest():
+    return np.finfo(result_type(float)).max
 
 
 def _fitting(path, what, values, space: Space, mask):
@@ -140,7 +144,7 @@ def _fitting(path, what, values, space: Space, mask):
     _finite(path, what, values, mask)
     values = np.where(mask.reshape(mask.shape + (1,) * (values.ndim - 2)), values, 0)
     if isinstance(space, Box):
-        return values.astype(np.float32)  # the environment clips actions that are outside
+        return _floats(values)  # the environment clips actions that are outside
     if (values != np.round(values)).any():
         raise ValueError(f"{path}: {what} must be whole numbers for a {type(space).__name__}")
     sizes = np.asarray(space.n if isinstance(space, Discrete) else space.nvec)

@@ -24,7 +24,7 @@ from jaxpg.experiment.flags import EITHER, request
 from jaxpg.experiment.folder import create_folder
 from jaxpg.experiment.lock import locked
 from jaxpg.experiment.playback import record
-from jaxpg.experiment.policy import read_run
+from jaxpg.experiment.policy import load_policy, read_run
 from jaxpg.experiment.presets import preset
 from jaxpg.experiment.replicas import make_replicas
 from jaxpg.experiment.run import prepare_resume
@@ -361,6 +361,43 @@ def test_the_numbers_in_a_config_are_exact(tmp_path):
     folder.write_json(tmp_path / "config.json", description, exact=True)
     assert load_config(tmp_path)[1].learning_rate == (rate,)
     assert description["git"] is None or len(description["git"]["commit"]) == 40
+
+
+def test_a_run_of_64_bits_goes_on_in_32(tmp_path, capsys):
+    """The command itself in 64 bits; what it leaves is cast, and the run says so."""
+    folder = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxpg", "train", *FLAGS.split(), "--updates", "2", "--run", folder],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_ENABLE_X64": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    policy = load_policy(folder, 0)
+    with np.load(folder / "params.npz") as file:
+        for kept, given in zip(file.values(), jax.tree.leaves(policy.params), strict=True):
+            assert kept.dtype == np.float64 and given.dtype == np.float32
+            np.testing.assert_array_equal(kept[0].astype(np.float32), given)
+    config, grid, _ = request(["--resume", str(folder), "--updates", "4"], "jaxpg train")
+    run.execute(prepare_resume(config, grid))
+    assert "precision dtype was float64, is float32" in capsys.readouterr().out
+    assert curves(folder)["update"] == [1, 2, 3, 4] * 2
+
+
+def test_a_run_of_32_bits_is_read_in_64(whole, x64):
+    config, grid = load_config(whole)
+    init, keys = build(config).trainer.init, make_replicas(config, points(grid)).keys
+    shapes = jax.eval_shape(jax.vmap(init), keys)
+    state, _ = checkpoint.restore(whole / "checkpoints", 8, shapes)
+    for place, found in jax.tree_util.tree_leaves_with_path(state.opt_state):
+        assert found.dtype in (np.float64, np.int32), place
+    for read in (read_run(whole), read_run(whole, 8)):
+        found, kept = jax.tree.leaves(read.params), jax.tree.leaves(state.params)
+        for one, other in zip(found, kept, strict=True):
+            assert one.dtype == np.float64
+            np.testing.assert_array_equal(one, other)
+            np.testing.assert_array_equal(one, one.astype(np.float32))
 
 
 def test_a_killed_run_goes_on_to_the_same_end(tmp_path):

@@ -4,6 +4,7 @@ import io
 import json
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 from test_plots import SEEDS, write_run
@@ -124,6 +125,23 @@ def test_demonstrations_are_what_they_are_called(name, change, message, tmp_path
     assert read_trajectories(path)[0].mask.shape[0] == T
     np.savez(path, **(fields | {name: change(fields[name])}))
     refused(lambda: read_trajectories(path), message)
+
+
+def test_what_float64_holds_is_taken_in_64_bits(run, tmp_path, x64):
+    """A number that is beyond float32, and one that float32 rounds to 0."""
+    saved = json.loads((run / "config.json").read_text())
+    saved["config"]["initial_std"] = 1e39
+    saved["hyperparameters"] |= {"value_clip_eps": [1e39], "max_grad_norm": [1e-50]}
+    (run / "config.json").write_text(json.dumps(saved))
+    _, grid = load_config(run)
+    assert grid.value_clip_eps == (1e39,) and grid.max_grad_norm == (1e-50,)
+    fields = arrays()
+    reward = set_at(fields["reward"].astype(float), 1e39, (0, 0))
+    np.savez(tmp_path / "a.npz", **(fields | {"reward": reward}))
+    assert read_trajectories(tmp_path / "a.npz")[0].reward[0, 0] == 1e39
+    jax.config.update("jax_enable_x64", False)
+    refused(lambda: load_config(run), "initial_std=1e.39 is beyond float32, .* JAX_ENABLE_X64=1")
+    refused(lambda: read_trajectories(tmp_path / "a.npz"), "reward is not finite")
 
 
 def test_a_flipped_byte_is_said(tmp_path):
