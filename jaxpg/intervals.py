@@ -7,6 +7,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 RESAMPLES = 2000
+MOST_SCORES = 2**22  # that are resampled at a time
 ANY = (-np.inf, np.inf)
 NOT_RESOLVED = "not resolved"
 
@@ -125,15 +126,22 @@ def bootstrap(
     the statistic is one. Raises ValueError for scores that are not [R, K], or with fewer than 2 runs.
     """
     rng = np.random.default_rng(seed)
-    resampled = []
-    for scores in (np.asarray(x, np.float64) for x in groups):
+    groups = [np.asarray(x, np.float64) for x in groups]
+    for scores in groups:
         if scores.ndim != 2 or scores.shape[0] < 2:
             raise ValueError(
                 f"scores have shape {scores.shape}; an interval needs [runs, tasks] with 2 runs or more"
             )
+
+    def resampled(scores, count):
         num_runs, num_tasks = scores.shape
-        index = rng.integers(num_runs, size=(num_resamples, num_runs, num_tasks))
-        resampled.append(scores[index, np.arange(num_tasks)])
+        index = rng.integers(num_runs, size=(count, num_runs, num_tasks))
+        return scores[index, np.arange(num_tasks)]
+
+    # Some at a time, because all of thousands of runs would be gigabytes.
+    part = max(1, MOST_SCORES // max(scores.size for scores in groups))
+    sizes = [min(part, num_resamples - start) for start in range(0, num_resamples, part)]
+    found = [statistic(*(resampled(scores, size) for scores in groups)) for size in sizes]
     tail = (1.0 - confidence) / 2
-    low, high = np.quantile(statistic(*resampled), [tail, 1.0 - tail], axis=0)
-    return Estimate(statistic(*(np.asarray(x, np.float64) for x in groups)), low, high)
+    low, high = np.quantile(np.concatenate(found), [tail, 1.0 - tail], axis=0)
+    return Estimate(statistic(*groups), low, high)

@@ -61,7 +61,7 @@ def prepare(argv: Sequence[str]) -> Request:
 def execute(request: Request) -> None:
     """Says what the runs reached and draws them into the folder.
 
-    Raises ValueError where not one picture could be drawn, and OSError where there can be no folder.
+    Raises OSError where there can be no folder, or not one picture.
     """
     from jaxpg.experiment import plots
     from jaxpg.experiment.artifacts import write_figure
@@ -89,7 +89,7 @@ def execute(request: Request) -> None:
     out.mkdir(parents=True, exist_ok=True)
     saved = [name for name, draw in figures.items() if write_figure(out, draw, name)]
     if not saved:
-        raise ValueError(f"no picture of {len(figures)} could be drawn into {out}")
+        raise OSError(f"not one of {len(figures)} pictures could be drawn")
     say(f"saved {', '.join(saved)} (.png, .svg) in {out}")
 
 

@@ -26,7 +26,7 @@ RATIOS = ("noise_scale", "signal_to_noise")  # as metrics.jsonl has them, of eac
 UNSAID = ("environment", "run", "quiet", "seeds", "checkpoint_seconds", "tensorboard", "wandb",
           "debug_nans", "compilation_cache", "force",
           "measure_noise", "evaluation_episodes")  # fmt: skip
-BATCH = 2**20  # rows of a table that are read at a time
+BATCH = 2**18  # rows of a table that are read at a time
 
 
 class Series(NamedTuple):
@@ -289,18 +289,19 @@ def _from_parquet(folder, count) -> Points:
     """
     path = folder / TABLE
     labels = {*read_config(folder)[1].get("replicas", [{}])[0]} - {*COUNTERS}
-    update, num_rows, since = np.empty(0), 0, np.full(count, np.inf)
+    updates, num_rows, since = [np.empty(0)], 0, np.full(count, np.inf)
     for rows in _batches(path, lambda name: name in ("replica", "update", *WATCHED)):
         replica = rows["replica"]
         if not np.isin(replica, np.arange(count)).all():
             raise ValueError(f"cannot read {path}: replica must be between 0 and {count - 1}")
-        update = np.union1d(update, rows["update"])
+        updates.append(np.unique(rows["update"]))
         num_rows += len(rows["update"])
         watched = [np.isfinite(rows[name]) for name in WATCHED if name in rows]
         bad = ~np.all(watched, axis=0) & np.ones(len(replica), bool)
         np.minimum.at(since, replica[bad].astype(int), rows["update"][bad])
     if not num_rows:
         raise ValueError(f"{path} is empty: the run ended before its first chunk of updates")
+    update = np.unique(np.concatenate(updates))
     if num_rows != count * len(update):
         raise ValueError(
             f"{path} has {num_rows} rows, and {len(update)} updates of {count} replicas are "
@@ -319,18 +320,22 @@ def _from_parquet(folder, count) -> Points:
         window = np.searchsorted(edges, place, side="right") - 1
         cell, at_end = replica * width + window, place == ends[window]
         for name in ("env_steps", "seconds"):
-            values = last.setdefault(name, np.full(count * width, np.nan))
-            values[cell[at_end]] = rows.pop(name)[at_end]
+            if name not in last:
+                last[name] = np.full(count * width, np.nan)
+            last[name][cell[at_end]] = rows.pop(name)[at_end]
         gone = at >= since[replica]
         rows = {name: np.where(gone, np.nan, values) for name, values in rows.items()}
         for name in rows.keys() & {*NOISE}:
-            values = noise.setdefault(name, np.full((count, len(update)), np.nan))
-            values[replica, place] = rows.pop(name)
+            if name not in noise:
+                noise[name] = np.full((count, len(update)), np.nan)
+            noise[name][replica, place] = rows.pop(name)
         for name, values in rows.items():
             has = np.isfinite(values) | single
-            total = sums.setdefault(name, np.zeros((2, count * width)))
+            if name not in sums:
+                sums[name] = np.zeros((2, count * width))
             kept = np.where(has, values, 0.0), has
-            total += [np.bincount(cell, each, count * width) for each in kept]
+            for total, each in zip(sums[name], kept, strict=True):
+                total += np.bincount(cell, each, count * width)
     with np.errstate(invalid="ignore"):
         metrics = {name: (x[0] / x[1]).reshape(count, width) for name, x in sums.items()}
     env_steps, seconds = (last[name].reshape(count, width) for name in ("env_steps", "seconds"))
@@ -376,7 +381,8 @@ def _ratios(points: Points, rows, num_envs) -> dict[str, Estimate]:
         # A whole window, but for a run that is shorter.
         whole = end - window >= start or end == every[-1]
         inside = (every > end - window) & (every <= end) & whole
-        samples = np.stack([noise[name][rows][:, inside].ravel() for name in NOISE])
+        some = np.ix_(rows, np.flatnonzero(inside))
+        samples = np.stack([noise[name][some].ravel() for name in NOISE])
         above, below = samples[:, np.isfinite(samples).all(axis=0)]  # without what has diverged
         found.append(noise_ratios(above, below, num_envs))
     return {

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -123,6 +124,29 @@ def test_a_nan_of_the_environment_is_said_to_be_its_own(what):
     found = health.explain("my_clock", trainer.update, state, Hyperparams())
     assert found.startswith("my_clock gave it, in its reset or step: invalid value (nan)")
     assert "test_health.py:" in found and str(health.JAX) not in found
+
+
+def test_what_is_named_is_jaxpgs_own_wherever_its_checkout_lies(monkeypatch):
+    """A checkout called jaxpg may hold the environment with jax; a frame of jax's is not jaxpg's."""
+    checkout = Path("/home/me/jaxpg")
+    monkeypatch.setattr(health, "PACKAGE", checkout / "jaxpg")
+    monkeypatch.setattr(health, "JAX", checkout / ".venv/lib/jax")
+
+    def nested(*files):
+        """A function whose frames lie in these files, the last of which gives a NaN."""
+        found = {"FloatingPointError": FloatingPointError}
+        for name in reversed(files):
+            inner = "inner()" if "inner" in found else "raise FloatingPointError('a nan')"
+            exec(compile(f"def _step():\n    {inner}", str(checkout / name), "exec"), found)
+            found = {"inner": found["_step"]}
+        return found["inner"]
+
+    own = nested("jaxpg/trainer.py", "jaxpg/gradients.py", ".venv/lib/jax/lax.py")
+    assert health.explain("env", own) == f"a nan at {checkout}/jaxpg/gradients.py:2"
+    theirs = nested("jaxpg/rollout.py", "jaxpg_env/world.py", ".venv/lib/jax/lax.py")
+    found = health.explain("env", theirs)
+    assert found.startswith("env gave it, in its reset or step: a nan at ")
+    assert found.endswith("/jaxpg_env/world.py:2")
 
 
 def test_the_watch_for_nans_passes_what_has_no_value_yet():

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
@@ -10,11 +11,13 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from jaxpg.cli import main
-from jaxpg.experiment import metrics, plots
+from jaxpg.experiment import laboratory, metrics, plots
 from jaxpg.experiment.config import Grid, points
 from jaxpg.experiment.folder import CONFIG, EVALUATION, METRICS, TABLE, write_json
 from jaxpg.experiment.presets import preset
 from jaxpg.experiment.records import MOST_POINTS, best, read, score
+from jaxpg.lab.experiments import EXPERIMENTS
+from jaxpg.lab.experiments.frame import Result
 
 SEEDS = 5
 
@@ -294,6 +297,48 @@ def test_the_command_writes_pictures(tmp_path, monkeypatch, capsys):
     assert max(map(len, out.splitlines())) <= 80
     main(["plot", "one"])
     assert (tmp_path / "one" / "figures" / "curves.png").is_file()
+
+
+def test_a_picture_that_fails_costs_nothing_that_came_before_it(tmp_path, monkeypatch, capsys):
+    """Neither plot's table, nor the numbers of an experiment of the laboratory."""
+
+    def fail(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    folder = write_run(tmp_path / "r")
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(SystemExit) as exit_:
+        main(["plot", str(folder)])
+    said = capsys.readouterr()
+    assert exit_.value.code == 1 and "learning_rate=0.2" in said.out
+    assert "error: cannot write: not one of 3 pictures could be drawn: " in said.err
+    assert said.err.count("warning: no picture") == 3 and said.err.count("\n") == 4
+
+    def only_curves(figure, file, **options):
+        return savefig(figure, file, **options) if "curves" in file.name else fail()
+
+    monkeypatch.setattr(Figure, "savefig", only_curves)
+    main(["plot", str(folder)])
+    said = capsys.readouterr()
+    assert {f.name for f in (folder / "figures").iterdir()} == {"curves.png", "curves.svg"}
+    assert f"saved curves (.png, .svg) in {folder / 'figures'}" in said.out
+    assert said.err.count("warning: no picture") == said.err.count("\n") == 2
+
+    table = {"estimator": ["rtg"], "quantity": ["trace"], "measured": [1.5], "exact": [None],
+             "low": [1.0], "high": [2.0], "warning": [""]}  # fmt: skip
+    result = Result(table, {"found": 1.5}, lambda figure: None)
+    experiment = SimpleNamespace(summary="a stub", run=lambda settings, progress: result)
+    job = laboratory.Job("stub", experiment, EXPERIMENTS["gae"].quick, "")
+    laboratory.execute(laboratory.Plan([job], str(tmp_path / "lab"), False))
+    said = capsys.readouterr()
+    assert "saved in" in said.out and "1.5" in said.out and said.err.count("\n") == 1
+    assert json.loads((tmp_path / "lab" / "summary.json").read_text())["summary"] == {"found": 1.5}
+    assert {f.name for f in (tmp_path / "lab").iterdir()} == {
+        "summary.json",
+        "table.csv",
+        "table.parquet",
+    }
 
 
 def test_one_series_is_compared_with_nothing(tmp_path, capsys):

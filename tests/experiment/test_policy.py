@@ -17,7 +17,7 @@ from small_runs import start
 import jaxpg
 from jaxpg.cli import main
 from jaxpg.envs import from_gymnax, gymnax_names
-from jaxpg.experiment import playback
+from jaxpg.experiment import checkpoint, playback
 from jaxpg.experiment import policy as policies
 from jaxpg.experiment.build import build
 from jaxpg.experiment.config import Config
@@ -265,6 +265,29 @@ def test_recorded_episodes_are_whole_and_the_policys(run, tmp_path, capsys):
     mask = np.asarray(trajectory.mask)
     best = probabilities(run, 1, trajectory.obs).argmax(-1)
     np.testing.assert_array_equal(np.asarray(trajectory.action)[mask], best[mask])
+
+
+@pytest.mark.parametrize("update", [None, "best"])
+def test_a_checkpoint_that_training_removes_meanwhile_gives_way(run, tmp_path, monkeypatch, update):
+    folder = shutil.copytree(run, tmp_path / "r")
+    (folder / "params.npz").unlink()
+    kept = checkpoint.steps(folder / "checkpoints")
+    gone, read = [], checkpoint._read
+
+    def removed(path, items):
+        if not gone:
+            gone.append(int(path.name))
+            shutil.rmtree(path)
+        return read(path, items)
+
+    monkeypatch.setattr(checkpoint, "_read", removed)
+    assert read_run(folder, update).update in {*kept} - {*gone}
+    assert gone and {*checkpoint.steps(folder / "checkpoints")} == {*kept} - {*gone}
+    # One that was named is not replaced by another.
+    named = kept[1]
+    gone.clear()
+    with pytest.raises(ValueError, match=f"has no checkpoint of {named} updates; it has "):
+        read_run(folder, named)
 
 
 def decoded(path):

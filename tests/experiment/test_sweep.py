@@ -428,6 +428,28 @@ def test_a_sweep_that_diverges_everywhere_says_so_and_exits_1(tmp_path, monkeypa
     assert (tmp_path / "r" / "figures" / "response.png").is_file()
 
 
+def test_a_picture_that_fails_costs_a_sweep_nothing(tmp_path, monkeypatch, capsys):
+    found = sweep.prepare([*GRID.split(), "--run", str(tmp_path / "r")])
+
+    def climb(job, search, outcomes, *rest):
+        outcomes.updates[:], outcomes.evaluated[:] = 8, True
+        outcomes.returns[:] = np.arange(outcomes.returns.size).reshape(outcomes.returns.shape)
+        return ranking.Costs(0, 0.0, 0.0, 1, None)
+
+    def fail(*arguments, **options):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(sweep, "_climb", climb)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    sweep.execute(found)
+    said = capsys.readouterr()
+    assert said.err == f"jaxpg: warning: no picture {tmp_path}/r/figures/response: no font\n"
+    assert "best: --learning-rate" in said.out and f"saved in {tmp_path / 'r'}" in said.out
+    record = json.loads((tmp_path / "r" / "sweep.json").read_text())
+    assert record["complete"] and len(record["points"]) == 6
+    assert (tmp_path / "r" / "table.csv").is_file() and (tmp_path / "r" / "table.parquet").is_file()
+
+
 def test_a_grid_of_two_is_a_heat_map():
     rates, gammas = [0.1, 0.1, 0.2, 0.2, 0.4, 0.4], [0.9, 0.99] * 3
     values = np.array([10.0, 20, 30, 60, 50, 40])

@@ -1,9 +1,12 @@
 """Statements about a handful of seeds: against SciPy, closed forms and synthetic data with known answers."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy import stats
 
+from jaxpg import intervals
 from jaxpg.intervals import bootstrap
 from jaxpg.lab.reliability import (
     interquartile_mean,
@@ -73,6 +76,22 @@ def test_probability_of_improvement_of_normals():
     one, other = rng.normal(0.5, size=(2, 200, 3)) - np.array([0.0, 0.5])[:, None, None]
     estimate = bootstrap(probability_of_improvement, one, other, num_resamples=300)
     assert estimate.low < stats.norm.cdf(0.5 / np.sqrt(2)) < estimate.high
+
+
+def test_thousands_of_runs_are_resampled_in_parts(monkeypatch):
+    """Which are the same draws; and no array holds all of them, or all pairs of runs."""
+    scores = np.random.default_rng(6).normal(size=(30, 4))
+    whole = bootstrap(interquartile_mean, scores, num_resamples=200)
+    for most in (1, 1000):
+        monkeypatch.setattr(intervals, "MOST_SCORES", most)
+        parts = bootstrap(interquartile_mean, scores, num_resamples=200)
+        np.testing.assert_allclose(parts, whole, rtol=1e-13)
+    monkeypatch.setattr(intervals, "MOST_SCORES", 10**4)
+    many = np.random.default_rng(7).normal(size=(1000, 1))
+    tracemalloc.start()
+    bootstrap(probability_of_improvement, many, many[:500], num_resamples=20)
+    assert tracemalloc.get_traced_memory()[1] < 20 * many.size * 500  # a byte for each pair
+    tracemalloc.stop()
 
 
 def test_an_interval_needs_two_runs():
