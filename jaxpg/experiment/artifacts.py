@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +128,12 @@ def lines(table: dict[str, list]) -> list[str]:
     ]
     if len(chosen) < count:
         shown.append(f"({len(chosen)} of {count} rows; all are in {CSV})")
-    # What a flag does is said once for all rows, and what is not resolved is said in its place.
+    # What all rows share is said once, and what is not resolved is said in its place.
     said = [w.split(NOT_RESOLVED)[0].strip("; ") if w else "" for w in table["warning"]]
-    first = said[0].split("; ")[0] if said else ""
-    if first.startswith("--") and all(w.startswith(first) for w in said):
-        shown.append(f"warning: {first}")
-        said = [w.removeprefix(first).strip("; ") for w in said]
+    parts = [w.split("; ") for w in said]
+    shared = [x[0] for x in takewhile(lambda x: len({*x}) == 1, zip(*parts, strict=False))]
+    shown += [f"warning: {each}" for each in shared if each]
+    said = ["; ".join(each[len(shared) :]) for each in parts]
     # One line for each estimator: its last warning stands for the others, which are in the files.
     warnings = {e: w for e, w in zip(table["estimator"], said, strict=True) if w}
     shown += [f"warning: {name}: {text}" for name, text in list(warnings.items())[:MOST_WARNINGS]]

@@ -115,11 +115,11 @@ def _run(job: Job, folder: Path) -> tuple[Any, float]:
         progress(f"{job.name} on {settings.env}")
         result = job.experiment.run(settings, progress)
     seconds = time.perf_counter() - started
-    table = _noted(result.table, _departure(settings))
+    table = _noted(result.table, _departure(job))
     artifacts.write_table(folder, table)
     summary = {
         "experiment": job.name,
-        "settings": _described(settings),
+        "settings": _described(job),
         "summary": result.summary,
         "seconds": seconds,
         **_surroundings(),
@@ -134,13 +134,14 @@ def _report(job: Job, result) -> list[str]:
     return [textwrap.fill(headline, artifacts.WIDTH, break_on_hyphens=False), *rows]
 
 
-def _described(settings) -> dict[str, Any]:
+def _described(job: Job) -> dict[str, Any]:
     """The settings, a checkpoint by its run, and what they have otherwise than the run."""
+    settings = job.settings
     found, checkpoint = settings._asdict(), settings.checkpoint
     if settings.gamma is None:
         found["gamma"] = 1.0 if checkpoint is None else checkpoint.hyperparams.gamma
     found["checkpoint"] = None if checkpoint is None else checkpoint.origin
-    return found | {"not_the_runs": _departure(settings) or None}
+    return found | {"not_the_runs": _departure(job) or None}
 
 
 def _where_from(settings) -> str:
@@ -151,12 +152,15 @@ def _where_from(settings) -> str:
     return f"{settings.env}, seed {origin['seed']} of {origin['run']} at update {origin['update']}"
 
 
-def _departure(settings) -> str:
-    """What is asked otherwise than a checkpoint's run has it, or nothing."""
-    if settings.checkpoint is None or settings.gamma is None:
+def _departure(job: Job) -> str:
+    """What is asked, or measured, otherwise than a checkpoint's run has it, or nothing."""
+    settings = job.settings
+    if settings.checkpoint is None:
         return ""
-    own = settings.checkpoint.hyperparams.gamma
-    return "" if settings.gamma == own else f"--gamma {settings.gamma:g}, not the run's {own:g}"
+    own, said = settings.checkpoint.hyperparams.gamma, []
+    if settings.gamma not in (None, own):
+        said = [f"--gamma {settings.gamma:g}, not the run's {own:g}"]
+    return "; ".join([*said, *job.experiment.replaces(settings)])
 
 
 def _noted(table: dict[str, list], note: str) -> dict[str, list]:

@@ -2,13 +2,16 @@
 
 import io
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
-from jaxpg.experiment.config import read_config
+from jaxpg.algorithms import unmeasured
+from jaxpg.experiment.build import build_algorithm
+from jaxpg.experiment.config import Config, read_config
 from jaxpg.experiment.folder import EVALUATION, FIGURES, METRICS, TABLE
 from jaxpg.experiment.health import WATCHED, first_divergence
 from jaxpg.experiment.presets import preset
@@ -148,7 +151,10 @@ def _read(folder: Path) -> list[Series]:
     final = None if evaluation is None else np.array(evaluation["mean_return"], float)
     if "episode_return" not in points.metrics:
         raise ValueError(f"{folder} has no episode_return in its metrics")
-    metrics = {k: each for k, each in points.metrics.items() if not k.startswith(RATIOS)}
+    left = _unmeasured(structure)
+    metrics = {
+        k: x for k, x in points.metrics.items() if not k.startswith(RATIOS) and k not in left
+    }
     # Replicas that share every number are the seeds of one series.
     places: dict[tuple, list[int]] = {}
     for i, replica in enumerate(replicas):
@@ -169,6 +175,16 @@ def _read(folder: Path) -> list[Series]:
         )
         for values, rows in places.items()
     ]
+
+
+def _unmeasured(structure) -> list[str]:
+    """What a run of an earlier version recorded although it says nothing."""
+    known = {each.name for each in fields(Config)}
+    try:
+        row = build_algorithm(Config(**{k: x for k, x in structure.items() if k in known}))
+    except ValueError:  # a row, or a name, of another version
+        return []
+    return unmeasured(row)
 
 
 def _config(folder: Path) -> Any:

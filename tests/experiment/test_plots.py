@@ -147,6 +147,14 @@ def test_the_noise_scale_is_a_ratio_of_averages_or_a_bound(tmp_path):
     assert np.isnan(line["noise_scale"]).all() and (line["noise_scale_above"] > 0).any()
 
 
+def test_what_was_recorded_in_vain_is_not_drawn(tmp_path):
+    """Earlier versions recorded a KL of 0 and a share of 1 of one step from a policy's own data."""
+    recorded = {"ess": np.ones((SEEDS, 4))}
+    for name, kept in (("ppo", {"kl", "ess"}), ("trpo", {"kl"}), ("vpg", set())):
+        (series,) = read([write_run(tmp_path / name, name, rates=(0.1,), measured=recorded)])
+        assert {"kl", "ess"} & series.metrics.keys() == kept
+
+
 def test_labels_are_what_differs(tmp_path):
     ppo = write_run(tmp_path / "ppo", rates=(0.1,))
     vpg = write_run(tmp_path / "vpg", "vpg", rates=(0.1,))

@@ -133,6 +133,44 @@ def test_the_law_is_found_again():
     assert critical.fitted(fronts[:2]) is None
 
 
+def arrivals(sizes, least, data, seed, flattest=1 / 0.3, slope=100.0):
+    """Runs whose updates to the target spread by a fifth about S_min + E_min / N, at three rates."""
+    rng, trials, fronts = np.random.default_rng(seed), [], []
+    for size in sizes:
+        rates = 2.0 ** np.arange(-1, 2) / (flattest + slope / size)
+        mean = 10 * (least + data / size) * np.array([1.5, 1.0, 1.5])
+        steps = mean[:, None] * np.exp(0.2 * rng.normal(size=(3, 40)))
+        there = np.arange(int(4 * mean.max())) >= steps[..., None]
+        updates = [critical.updates_to(each, 0.5).value for each in there]
+        best = int(np.argmin(updates))
+        fronts.append({"batch": size, "measured": updates[best], "rate": rates[best]})
+        trials.append(critical.Trial(size, rates, there))
+    return fronts, trials
+
+
+def test_a_critical_batch_has_an_interval_or_a_bound():
+    """Runs drawn anew hold the truth as often as they say; a curve that never levels off has a bound."""
+    held = []
+    for seed in range(8):
+        law = critical.law_of(*arrivals((1, 8, 64, 512), 5, 100, seed))
+        assert law.critical_batch.low < law.fit.critical_batch < law.critical_batch.high < np.inf
+        held += [law.critical_batch.low <= 20 <= law.critical_batch.high]
+    assert np.mean(held) >= 0.75
+    # 1 / N and no more, as far as these sizes go: any B that is much larger would do.
+    law = critical.law_of(*arrivals((1, 2, 4), 0, 100, 0, flattest=0.0))
+    for name in ("critical_batch", "rate_knee", "largest_rate"):
+        found = getattr(law, name)
+        assert np.isnan(found.value) and found.high == np.inf, name
+        assert 0 < found.low == law.stated()[name]["above"], name
+    assert law.critical_batch.low > 4
+    assert critical.said(law.critical_batch).startswith("not resolved; above")
+    # The best of rates that are a factor of 2 apart is no closer to the truth than that.
+    law = critical.law_of(*arrivals((64, 256, 1024), 5, 0, 0))
+    assert (
+        law.critical_batch.high < 64 and law.largest_rate.low < 0.28 < 0.32 < law.largest_rate.high
+    )
+
+
 def test_the_noise_scale_of_one_parameter_is_simple():
     place = regulator_world(gain=-1.0, gamma=GAMMA, fixed_std=True)
     found = critical.noise_scales(place, -2.1)
@@ -165,7 +203,7 @@ def test_rates_of_measured_worlds_are_in_units_of_a_trajectory(short_cartpole):
     assert np.sqrt((lengths**2).mean()) == pytest.approx(1 / 32, rel=0.3)
     grid = critical.Grid((4, 16), rate * 2.0 ** np.arange(0, 6, 2), 20, 0.8)
     settings = Settings(env="CartPole-v1", repeats=4, quick=True)
-    found, target = critical.train_to_target(short_cartpole, grid, settings, silent)
+    found, target, _ = critical.train_to_target(short_cartpole, grid, settings, silent)
     fronts = [r for r in found if r["quantity"] == "updates_at_best_rate"]
     assert 20 < target <= 32 and [r["batch"] for r in fronts] == [4, 16]
     assert np.isfinite(fronts[-1]["measured"])
@@ -196,7 +234,9 @@ def test_the_best_rate_grows_linearly_and_then_no_more():
     found = result.summary
     # The knee lies between the noise scales along the way.
     low, high = (found[f"curved_noise_scale_at_{x}"] for x in ("start", "target"))
-    assert low / 2 < found["rate_knee"] < high and low / 2 < found["critical_batch"] < high
+    for name in ("rate_knee", "critical_batch"):
+        seen = found[name]
+        assert low / 2 < seen["value"] < high and seen["low"] < seen["value"] < seen["high"]
     table = result.table
     front = {
         n: (rate, updates)

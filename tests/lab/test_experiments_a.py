@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 from instances import instance_a, instance_c, instance_t
 
+from jaxpg.algorithms import algorithm
 from jaxpg.cli import main
 from jaxpg.experiment.policy import load
 from jaxpg.lab import exact
-from jaxpg.lab.experiments import EXPERIMENTS, ladder
+from jaxpg.lab.experiments import EXPERIMENTS, ladder, learning
 from jaxpg.lab.experiments.estimators import available, batch_moments, form, gradient, lambda_form
 from jaxpg.lab.experiments.frame import COLUMNS, Settings
 from jaxpg.lab.experiments.sampling import measure
+from jaxpg.lab.experiments.training import own_rate
 from jaxpg.lab.instances import INSTANCES
 from jaxpg.lab.worlds import lifted, tabular_world, world
+from jaxpg.optimizers import OPTIMIZERS
 
 KEY = jax.random.key(3)
 
@@ -30,7 +33,11 @@ def run(name, **settings):
         dict(zip(names, values, strict=True)) for values in zip(*result.table.values(), strict=True)
     ]
     assert set(COLUMNS) <= set(names)
-    json.dumps(result.summary)
+    # A number, or a bound, or the reason why there is neither.
+    assert "null" not in json.dumps(result.summary, allow_nan=False)
+    for r in rows:
+        unbounded = r["measured"] is not None and not np.isfinite([r["measured"], r["high"]]).all()
+        assert r["warning"] or not unbounded, r
     return rows, result.summary
 
 
@@ -400,6 +407,33 @@ def test_a_checkpoint_is_measured_where_it_was_trained(tmp_path, capsys):
     # The estimators read all of the run's numbers, and its lambda is the ladder's.
     assert here.hyperparams.lambda_ == 0.7
     assert "gae_0.7" in ladder._default(world("FrozenLake-misc", None, found))
+
+
+def test_what_training_has_otherwise_than_the_run_is_said(tmp_path, capsys):
+    """Its optimizer and learning rate are the run's, and what is the laboratory's own is on every row."""
+    folder, out = tmp_path / "run", tmp_path / "out"
+    flags = "--optimizer sgd --learning-rate 0.3 --max-grad-norm 2 --seeds 1 --run"
+    main([*FROZEN.split(), *flags.split(), str(folder)])
+    capsys.readouterr()
+    command = ["lab", "optimizers", "--quick", "--repeats", "2", "--checkpoint", str(folder)]
+    main([*command, "--out", str(out), "--gamma", "0.5"])
+    said = (
+        "--gamma 0.5, not the run's 0.99; adam's learning rate is the laboratory's; batches of 16, not the "
+        "run's 8; a constant learning rate, not the run's linear schedule; no limit of the gradient's norm, "
+        "not the run's 2"
+    )
+    assert json.loads((out / "summary.json").read_text())["settings"]["not_the_runs"] == said
+    with open(out / "table.csv") as file:
+        assert all(r["warning"].startswith(said) for r in csv.DictReader(file))
+    printed = capsys.readouterr().out
+    assert all(f"warning: {each}" in printed for each in said.split("; "))
+    settings = EXPERIMENTS["seeds"].quick._replace(checkpoint=load(str(folder)))
+    assert own_rate(settings, "sgd") == pytest.approx(0.3) and own_rate(settings, "adam") is None
+    assert not any("limit" in each for each in EXPERIMENTS["seeds"].replaces(settings))
+    row = learning._as_the_run(algorithm("a2c"), {"optimizer": "sgd"})
+    assert row.policy_optimizer is row.critic_optimizer is OPTIMIZERS["sgd"]
+    natural = learning._as_the_run(algorithm("npg"), {"optimizer": "sgd"})
+    assert natural.policy_optimizer is algorithm("npg").policy_optimizer
 
 
 def test_a_checkpoints_tables_are_those_of_its_own_environment(tmp_path):

@@ -1,5 +1,7 @@
 """The numeric signatures of the experiments on decompositions, batches, windows, discount and learning."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,8 @@ def test_measurements_agree_with_exact_values(name):
         # Intervals are of 95 %, about 2 standard errors either way: 5 of them, and rounding.
         reach = 2.5 * (row["high"] - row["low"]) + 1e-5 * abs(row["exact"]) + 1e-9
         assert abs(row["measured"] - row["exact"]) <= reach, row
+    # A number, or a bound, or the reason why there is neither.
+    assert "null" not in json.dumps(result.summary, allow_nan=False)
     result.draw(Figure())
 
 

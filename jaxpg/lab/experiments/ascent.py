@@ -27,6 +27,8 @@ from jaxpg.lab.experiments.training import (
     Curves,
     adam_rate,
     learner,
+    own_rate,
+    replaced,
     small_rate,
 )
 from jaxpg.lab.streaming import Estimate
@@ -128,13 +130,21 @@ def _sampled(world, name, scales, settings, num_updates) -> list[Curves]:
     slots = Algorithm(Estimator(), policy_optimizer=OPTIMIZERS[name])
     run = learner(world, slots, num_envs=BATCH, num_updates=num_updates)
     keys = jnp.tile(jax.random.split(key_of(settings), settings.repeats), len(scales))
-    rate = RATES[name]
-    if not has_exact(world):
-        rate = small_rate(world, key_of(settings)) if name == "sgd" else adam_rate(settings, world)
+    rate = own_rate(settings, name)
+    if rate is None and has_exact(world):
+        rate = RATES[name]
+    elif rate is None:
+        rate = small_rate(world, key_of(settings)) if name == "sgd" else adam_rate(world)
     numbers = world.hyperparams._replace(learning_rate=rate, max_grad_norm=NO_CLIP)
     curves = run(keys, numbers, np.repeat(scales, settings.repeats))
     parts = [np.split(x, len(scales)) for x in curves]
     return [Curves(*each) for each in zip(*parts, strict=True)]
+
+
+def _replaces(settings) -> list[str]:
+    others = [f"{each}'s learning rate is the laboratory's" for each in ("sgd", "adam")
+              if own_rate(settings, each) is None]  # fmt: skip
+    return [*others, *replaced(settings, BATCH, unlimited=True)]
 
 
 def _exact_rows(world, num_updates):
@@ -281,6 +291,7 @@ EXPERIMENTS = {
         Settings(repeats=64),
         Settings(repeats=16, quick=True),
         ignores=("estimators", "trajectories"),
+        replaces=_replaces,
     ),
     "committal": Experiment(
         "baselines of equal variance that decide whether a bandit finds its best arm",

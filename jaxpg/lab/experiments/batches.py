@@ -14,6 +14,7 @@ from jaxpg.lab.experiments.frame import (
     Settings,
     estimated,
     key_of,
+    stated,
     tidy,
     world_of,
 )
@@ -40,9 +41,9 @@ def batch_size(settings: Settings, progress: Progress) -> Result:
         slope, intercept = _slope([(n, found[each.name][n]) for n in sizes])
         one = batch_moments(each, world, 1) if each.exact is not None else None
         summary[each.name] = {
-            "slope": slope._asdict(),
-            "trace_at_one": intercept._asdict(),
-            "exact_trace_at_one": None if one is None else one.trace,
+            "slope": stated(slope),
+            "trace_at_one": stated(intercept),
+            **({} if one is None else {"exact_trace_at_one": one.trace}),
         }
         if slope.low > -0.95:
             rows[-1]["warning"] = f"slope {slope.value:.3f} > -0.95: batches share something"
@@ -125,7 +126,7 @@ def _draw_sizes(figure, forms, rows, world, summary):
     for index, each in enumerate(forms):
         mine = [row for row in rows if row["estimator"] == each.name]
         n = [row["batch"] for row in mine]
-        slope = summary[each.name]["slope"]["value"]
+        slope = summary[each.name]["slope"].get("value", np.nan)
         known = [row["exact"] for row in mine]
         if None not in known:
             line(axis, n, known, index, f"{each.name}, exact")

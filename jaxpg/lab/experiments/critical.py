@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from scipy import optimize
 
 from jaxpg.algorithms import Algorithm
+from jaxpg.intervals import Estimate, ratio, told, unresolved
 from jaxpg.lab import exact
 from jaxpg.lab.experiments import ascent, drawing
 from jaxpg.lab.experiments.estimators import batch_moments, form
@@ -26,6 +26,7 @@ from jaxpg.lab.experiments.frame import (
     Settings,
     estimated,
     key_of,
+    stated,
     tidy,
     world_of,
 )
@@ -35,15 +36,19 @@ from jaxpg.lab.experiments.training import (
     best_objective,
     learner,
     objective_of,
+    replaced,
     small_rate,
 )
-from jaxpg.lab.streaming import Estimate
 from jaxpg.lab.worlds import REGULATOR, World, has_exact, regulator_world
 from jaxpg.optimizers import sgd
 
 NO_CLIP = 1e9  # max_grad_norm
 SHARE = 0.9  # of the runs that have to be at the target at once
-NOT_REACHED = "not reached by 90 % of the runs at any learning rate"
+NOT_REACHED = "not reached by 90 % of the runs"
+NO_END = "no upper end: the share of the runs was never clear of 90 %"
+FEW_SIZES = "no law: fewer than 3 batch sizes reached the target"
+RESAMPLES = 400
+KNEES = 2**10  # tried in one pass of a fit
 
 
 class Grid(NamedTuple):
@@ -53,13 +58,36 @@ class Grid(NamedTuple):
     fraction: float  # of the way from the start to the best J
 
 
-class Fit(NamedTuple):
-    """S = S_min (1 + B / N) and rate = rate_max / (1 + B' / N)."""
+class Trial(NamedTuple):
+    """The runs with one batch size."""
 
-    least_updates: float
-    critical_batch: float
-    largest_rate: float
-    rate_knee: float  # B': here the exponent of the rate in N is one half
+    size: int
+    rates: np.ndarray  # [K]
+    there: np.ndarray  # [K, R, U] bool: at the target before each update
+
+
+class Fit(NamedTuple):
+    """S = S_min (1 + B / N) and rate = rate_max / (1 + B' / N): numbers, or arrays of resamples."""
+
+    least_updates: Any
+    critical_batch: Any
+    largest_rate: Any
+    rate_knee: Any  # B': here the exponent of the rate in N is one half
+
+
+class Law(NamedTuple):
+    """A fit with 95 % intervals; of what the data do not show a bound, see `ratio`."""
+
+    fit: Fit
+    least_updates: Estimate
+    least_trajectories: Estimate  # S_min B
+    critical_batch: Estimate
+    largest_rate: Estimate
+    rate_knee: Estimate
+
+    def stated(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {name: stated(getattr(self, name)) for name in self._fields[1:]}
 
 
 def large_batch(settings: Settings, progress: Progress) -> Result:
@@ -68,15 +96,16 @@ def large_batch(settings: Settings, progress: Progress) -> Result:
     grid = grid_of(settings)
     if not has_exact(world):
         grid = grid._replace(rates=grid.rates * small_rate(world, key_of(settings)))
-    rows, target = train_to_target(world, grid, settings, progress)
+    rows, target, trials = train_to_target(world, grid, settings, progress)
     fronts = [r for r in rows if r["quantity"] == "updates_at_best_rate"]
-    found = fitted(fronts)
+    law = law_of(fronts, trials, settings.seed)
+    scales = noise_scales(world, target)
     summary = {
         "target": target,
-        **(dict.fromkeys(Fit._fields) if found is None else found._asdict()),
-        **noise_scales(world, target),
+        **({"reason": FEW_SIZES} if law is None else law.stated()),
+        **scales,
     }
-    return Result(tidy(rows), summary, lambda figure: _draw(figure, rows, fronts, found, summary))
+    return Result(tidy(rows), summary, lambda figure: _draw(figure, rows, fronts, law, scales))
 
 
 def curved_world(gamma: float | None = None) -> World:
@@ -98,12 +127,13 @@ def grid_of(settings: Settings) -> Grid:
 
 def train_to_target(
     world: World, grid: Grid, settings: Settings, progress: Progress
-) -> tuple[list[dict[str, Any]], float]:
-    """A row for every batch size and learning rate tried, two for every best one; and the target."""
+) -> tuple[list[dict[str, Any]], float, list[Trial]]:
+    """A row for every batch size and learning rate tried, two for every best one; the target; the runs."""
     estimator = form("rtg", world).estimator
     assert estimator is not None
     slots = Algorithm(estimator, policy_optimizer=sgd)
     rates, num_updates, target, rows = grid.rates, grid.num_updates, np.nan, []
+    trials = []
     for index, size in enumerate(grid.sizes):
         progress(f"{len(rates)} learning rates x {settings.repeats} runs with batches of {size}")
         run = learner(world, slots, num_envs=size, num_updates=num_updates)
@@ -115,6 +145,7 @@ def train_to_target(
         curves = Curves(*(x.reshape(shape) for x in run(keys, numbers)))
         target = _target(world, curves.score, grid.fraction) if np.isnan(target) else target
         rows += _grid_rows(curves, target, size, rates)
+        trials.append(Trial(size, rates, curves.score >= target))
         best = rows[-1]
         if np.isfinite(best["updates"]):
             # A larger batch needs fewer updates, and a rate at most as many times larger as itself.
@@ -122,7 +153,7 @@ def train_to_target(
             near = (grid.rates >= best["rate"] / 2) & (grid.rates <= best["rate"] * grown)
             rates = grid.rates[near]
             num_updates = min(num_updates, int(1.5 * best["updates"]) + 10)
-    return rows, target
+    return rows, target, trials
 
 
 def updates_to(scores, target) -> Estimate:
@@ -146,11 +177,98 @@ def fitted(fronts) -> Fit | None:
     size, steps, rate = (
         np.array([r[c] for r in found], float) for c in ("batch", "measured", "rate")
     )
-    # No target is reached in less than one update, and no knee shows far outside the sizes tried.
-    knees = np.log(size.min() / 100), np.log(size.max() * 100)
-    least, critical = _knee(size, steps, 1.0, (0.0, np.inf), knees)
-    largest, knee = _knee(size, rate, -1.0, (-np.inf, np.inf), knees)
-    return Fit(least, critical, largest, knee)
+    return _fit(size, steps, rate)[0]
+
+
+def law_of(fronts, trials: Sequence[Trial], seed: int = 0) -> Law | None:
+    """The fit with percentile intervals from runs drawn anew, each learning rate's by themselves.
+
+    S = S_min + E_min / N, so that B = E_min / S_min is a ratio, and so is B' of the two numbers of 1 / rate.
+    Where no data show that a curve levels off, S_min and 1 / rate_max may be 0.
+    """
+    found = fitted(fronts)
+    if found is None:
+        return None
+    sizes = np.array([float(trial.size) for trial in trials])
+    drawn, levels = _fit(sizes, *_drawn(trials, np.random.default_rng(seed)))
+
+    def around(number, level=True):
+        values = number(drawn)
+        low, high = np.nanquantile([np.where(level, values, 0.0), values], [0.025, 0.975], axis=1)
+        return Estimate(float(number(found)), float(low[0]), float(high[1]))
+
+    data = around(lambda fit: fit.least_updates * fit.critical_batch)
+    least = around(lambda fit: fit.least_updates, levels[0])
+    slope = around(lambda fit: fit.rate_knee / fit.largest_rate)
+    flattest = around(lambda fit: 1 / fit.largest_rate, levels[1])
+    return Law(
+        found,
+        least,
+        data,
+        ratio(data, least, around(lambda fit: fit.critical_batch)),
+        ratio(Estimate(1.0, 1.0, 1.0), flattest, around(lambda fit: fit.largest_rate)),
+        ratio(slope, flattest, around(lambda fit: fit.rate_knee)),
+    )
+
+
+def _drawn(trials: Sequence[Trial], rng) -> tuple[np.ndarray, np.ndarray]:
+    """Updates at the best rate, and that rate, of runs drawn with replacement: [RESAMPLES, S] each.
+
+    Spread over what neither can tell apart: a whole update, and the way to the next rate.
+    """
+    columns = []
+    factor = max((t.rates[1] / t.rates[0] for t in trials if len(t.rates) > 1), default=2.0)
+    for _, rates, there in trials:
+        num_runs = there.shape[1]
+        chances, shape = np.full(num_runs, 1 / num_runs), (RESAMPLES, len(rates))
+        weight = rng.multinomial(num_runs, chances, shape).astype(np.float32) / num_runs
+        share = np.einsum("zkr,kru->zku", weight, there.astype(np.float32), optimize=True)
+        reached = share >= SHARE - 1e-5
+        steps = np.where(reached.any(axis=-1), reached.argmax(axis=-1), np.inf)
+        best = steps.argmin(axis=1)
+        finer = rng.uniform(-0.5, 0.5, (2, RESAMPLES))
+        columns.append(
+            (steps[np.arange(RESAMPLES), best] + finer[0], rates[best] * factor ** finer[1])
+        )
+    steps, rates = (np.stack(each, axis=1) for each in zip(*columns, strict=True))
+    return steps, rates
+
+
+def _fit(size, steps, rate) -> tuple[Fit, Any]:
+    """Of updates and rates [..., S], and whether either levels off; no size counts where updates are inf."""
+    # No target is reached in less than one update.
+    least, critical, low = _knee(size, steps, steps, 1.0)
+    smallest, knee, flat = _knee(size, 1 / rate, steps, 0.0)
+    return Fit(least, critical, 1 / smallest, knee), (low, flat)
+
+
+def _knee(size, values, steps, floor) -> tuple[Any, Any, Any]:
+    """a >= floor and B of values = a (1 + B / N), [...] each, and whether a is more than the least possible.
+
+    By least squares of logarithms over B, twice more finely; no B shows that is far beyond the sizes.
+    """
+    counts = np.isfinite(steps) & (steps > 0)
+    target = np.log(np.where(counts, values, 1.0))[..., None, :]
+    number = counts.sum(axis=-1)[..., None, None]
+    weight = np.where(number > 1, counts[..., None, :], np.nan) / np.maximum(number, 1)
+    least = np.log(floor) if floor else -np.inf
+    low, high = np.log(size.min() / 100), np.log(size.max() * 10)
+    span, knees = (high - low) / (KNEES - 1), np.linspace(low, high, KNEES)
+
+    def best_of(knees):
+        rise = np.log1p(np.exp(knees[..., None]) / size)
+        level = np.maximum((weight * (target - rise)).sum(axis=-1), least)
+        cost = (weight * (target - rise - level[..., None]) ** 2).sum(axis=-1)
+        best = cost.argmin(axis=-1)[..., None]
+        return (
+            np.take_along_axis(np.broadcast_to(x, cost.shape), best, axis=-1)[..., 0]
+            for x in (knees, level)
+        )
+
+    knee, _ = best_of(knees)
+    nearer = knee[..., None] + span * np.linspace(-1, 1, KNEES)
+    knee, log_a = best_of(np.minimum(nearer, high))
+    return np.exp(log_a), np.exp(knee), (knee < high - span) & ~(log_a <= least + 1e-9)
 
 
 def noise_scales(world: World, target: float) -> dict[str, Any]:
@@ -165,7 +283,9 @@ def noise_scales(world: World, target: float) -> dict[str, Any]:
         found = batch_moments(form("rtg", there), there, 1)
         assert found is not None
         square = float(found.mean @ found.mean)
-        scales[f"noise_scale_at_{name}"] = found.trace / square if square > 0 else None
+        if square == 0.0:  # noise alone
+            continue
+        scales[f"noise_scale_at_{name}"] = found.trace / square
         if there.regulator is not None:
             hessian = regulator_hessian(there)
             curvature = float(found.mean @ hessian @ found.mean)
@@ -181,19 +301,6 @@ def _curved(settings: Settings) -> bool:
 
 def _first(there) -> float:
     return float(there.argmax()) if there.any() else np.inf
-
-
-def _knee(size, values, sign, bounds, knees) -> tuple[float, float]:
-    """a and B of values = a (1 + B / N)^sign; `bounds` of log a, `knees` of log B."""
-
-    def model(log_size, log_a, log_knee):
-        return log_a + sign * np.log1p(np.exp(log_knee - log_size))
-
-    extreme = values.min() if sign > 0 else values.max()
-    start = max(np.log(extreme), bounds[0] + 0.1), np.log(size).mean()
-    limits = ([bounds[0], knees[0]], [bounds[1], knees[1]])
-    found, _ = optimize.curve_fit(model, np.log(size), np.log(values), start, bounds=limits)
-    return float(np.exp(found[0])), float(np.exp(found[1]))
 
 
 def _target(world: World, scores, fraction) -> float:
@@ -234,15 +341,18 @@ def _grid_rows(curves, target, size, rates):
     for rate, scores in zip(rates, curves.score, strict=True):
         value = updates_to(scores, target)
         row = {"rate": float(rate), "updates": value.value, "quantity": "updates", **common}
+        endless = None if np.isfinite(value.high) else NO_END
+        row["warning"] = endless if np.isfinite(value.value) else NOT_REACHED
         rows.append(estimated(value, **row))
     front = {**min(rows, key=lambda r: r["updates"]), "quantity": "updates_at_best_rate"}
-    front["warning"] = None if np.isfinite(front["updates"]) else NOT_REACHED
+    if front["warning"] == NOT_REACHED:
+        front["warning"] += " at any learning rate"
     more = {**front, "quantity": "trajectories_at_best_rate"}
     more |= {c: size * front[c] for c in ("measured", "low", "high")}
     return [*rows, more, front]
 
 
-def _draw(figure, rows, fronts, found: Fit | None, summary):
+def _draw(figure, rows, fronts, law: Law | None, scales):
     axes = drawing.panels(figure, columns=3, width=4.6)
     grid = [r for r in rows if r["quantity"] == "updates"]
     for i, size in enumerate(dict.fromkeys(r["batch"] for r in grid)):
@@ -255,15 +365,15 @@ def _draw(figure, rows, fronts, found: Fit | None, summary):
     drawing.points(axes[1], steps * sizes, steps, low, high, 0, "best rate for each N")
     rates = [r["rate"] for r in reached]
     drawing.points(axes[2], sizes, rates, rates, rates, 0, "measured")
-    if found is not None:
-        many = np.geomspace(sizes.min(), sizes.max(), 50)
+    if law is not None:
+        found, many = law.fit, np.geomspace(sizes.min(), sizes.max(), 50)
         curve = found.least_updates * (1 + found.critical_batch / many)
-        drawing.line(axes[1], many * curve, curve, 0, f"fit, B = {found.critical_batch:.3g}")
-        law = found.largest_rate / (1 + found.rate_knee / many)
-        drawing.line(axes[2], many, law, 0, f"fit, knee {found.rate_knee:.3g}")
+        drawing.line(axes[1], many * curve, curve, 0, f"fit, B {said(law.critical_batch)}")
+        rate = found.largest_rate / (1 + found.rate_knee / many)
+        drawing.line(axes[2], many, rate, 0, f"fit, knee {said(law.rate_knee)}")
         _guides(axes[2], found, sizes)
-    curved = "curved_" if "curved_noise_scale_at_start" in summary else ""
-    span = [summary.get(f"{curved}noise_scale_at_{x}") for x in ("start", "target")]
+    curved = "curved_" if "curved_noise_scale_at_start" in scales else ""
+    span = [scales.get(f"{curved}noise_scale_at_{x}") for x in ("start", "target")]
     if None not in span:
         text = f"noise scale, start {span[0]:,.0f} to target {span[1]:,.0f}"
         axes[2].axvspan(min(span), max(span), color="0.92", zorder=0, label=text)
@@ -283,6 +393,12 @@ def _draw(figure, rows, fronts, found: Fit | None, summary):
                           ha="center")  # fmt: skip
 
 
+def said(estimate: Estimate) -> str:
+    """`= 12 [9, 17]`, or that it is not resolved."""
+    value, low, high = estimate
+    return told(low) if unresolved(estimate) else f"= {value:.3g} [{low:.3g}, {high:.3g}]"
+
+
 def _guides(axis, found: Fit, sizes):
     """Growth linear before the knee, and like a square root about it."""
     knee, height = found.rate_knee, found.largest_rate / 2
@@ -298,6 +414,10 @@ def drawable(rows):
     return measured, low, np.where(np.isfinite(high), high, measured)
 
 
+def _replaces(settings) -> list[str]:
+    return ["SGD at learning rates of the laboratory's", *replaced(settings, None, unlimited=True)]
+
+
 EXPERIMENTS = {
     "large-batch": Experiment(
         "batch size against learning rate: updates and trajectories to a target J, and the knee",
@@ -305,5 +425,6 @@ EXPERIMENTS = {
         Settings(env=REGULATOR, repeats=64),
         Settings(env=REGULATOR, repeats=32, quick=True),
         ignores=("estimators", "trajectories"),
+        replaces=_replaces,
     ),
 }

@@ -19,6 +19,7 @@ from jaxpg.lab.experiments.frame import (
     Settings,
     estimated,
     key_of,
+    stated,
     tidy,
     world_of,
 )
@@ -65,7 +66,7 @@ def total_variance(settings: Settings, progress: Progress) -> Result:
             rows.append({"estimator": each.name, "quantity": split, "component": part, "step": step,
                          "exact": value, "warning": each.warning})  # fmt: skip
         summary[each.name] = {f"{k[0]}_{k[1]}": v for k, v in known.items() if k[2] is None}
-        summary[each.name]["measured_trace"] = found.trace()._asdict()
+        summary[each.name]["measured_trace"] = stated(found.trace())
     table = tidy(rows)
     return Result(table, summary, lambda figure: _draw_total(figure, rows, names))
 
@@ -191,7 +192,11 @@ def growth(rows) -> dict[str, float]:
     for name in dict.fromkeys(r["estimator"] for r in rows):
         found = [r for r in rows if r["estimator"] == name]
         found = [r for r in found if _value(r) is not None][-2:]
-        if len(found) == 2 and min(_value(r) for r in found) > 0:
+        # Of a trace that may be 0 there is no logarithm.
+        if (
+            len(found) == 2
+            and min(r["low"] if r["exact"] is None else r["exact"] for r in found) > 0
+        ):
             (x, y), (x1, y1) = ((r["horizon"], _value(r)) for r in found)
             exponents[name] = float(np.log(y1 / y) / np.log(x1 / x))
     return exponents

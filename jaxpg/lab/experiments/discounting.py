@@ -17,6 +17,7 @@ from jaxpg.lab.experiments.frame import (
     Settings,
     estimated,
     key_of,
+    stated_row,
     tidy,
     world_of,
 )
@@ -55,11 +56,7 @@ def discount(settings: Settings, progress: Progress) -> Result:
             row = {"estimator": name, "quantity": "asymmetry", "gamma": gamma, "warning": warning}
             rows.append(row | {"exact": known[f"asymmetry_{name}"]})
     known = {} if world.mdp is None else {g: discount_bias(world, g) for g in gammas}
-    found = {
-        r["gamma"]: r["measured"] if np.isfinite(r["measured"]) else None
-        for r in rows
-        if r["quantity"] == "relative_bias"
-    }
+    found = {r["gamma"]: stated_row(r) for r in rows if r["quantity"] == "relative_bias"}
     summary = {"relative_bias": found, "exact": known}
     return Result(tidy(rows), summary, lambda figure: _draw_discount(figure, rows))
 

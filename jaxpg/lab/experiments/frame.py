@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from jaxpg.intervals import Estimate, told, unresolved
+from jaxpg.intervals import NOT_RESOLVED, Estimate, told, unresolved
 from jaxpg.lab.worlds import TABLES, Checkpoint, World, world
 from jaxpg.types import Key
 
@@ -25,6 +26,10 @@ COLUMNS = (
     "env_steps",
     "warning",
 )
+
+
+BELOW = "an unbiased square, which may come out below 0"
+NO_VALUE = "the samples give no value"  # such as of degenerate weights
 
 
 class Settings(NamedTuple):
@@ -54,6 +59,9 @@ class Experiment(NamedTuple):
     quick: Settings
     worlds: tuple[str, ...] = ()  # the only ones it runs on, its own first; (): any
     ignores: tuple[str, ...] = ()  # settings that mean nothing to it, so that asking is a mistake
+    replaces: Callable[[Settings], list[str]] = (
+        lambda settings: []
+    )  # of a checkpoint's run, with what
 
 
 def world_of(settings: Settings) -> World:
@@ -75,18 +83,39 @@ def tidy(rows: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def _told(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row, its warning with what is known of a ratio that is not resolved."""
+    """The row, its warning with what is known of a ratio that is not resolved, or of a square below 0."""
     measured, low, high = (row.get(name) for name in ("measured", "low", "high"))
-    if measured is None or low is None or not unresolved(Estimate(measured, low, high)):
+    if measured is None or low is None:
         return dict(row)
-    said = "; ".join(filter(None, (row.get("warning"), told(low))))
-    return {**row, "warning": said}
+    more = None
+    if unresolved(Estimate(measured, low, high)):
+        more = told(low)
+    elif measured < 0 and row["quantity"].startswith("squared"):
+        more = BELOW
+    return {**row, "warning": "; ".join(filter(None, (row.get("warning"), more))) or None}
 
 
 def estimated(estimate, **rest) -> dict[str, Any]:
     """A row's `measured`, `low` and `high` from a (value, low, high)."""
     value, low, high = map(float, estimate)
     return {"measured": value, "low": low, "high": high, **rest}
+
+
+def stated(estimate: Estimate, name: str = "value") -> dict[str, Any]:
+    """An estimate as a summary has it: only what there is, and of a ratio not resolved its bound `above`."""
+    value, low, high = map(float, estimate)
+    if unresolved(estimate):
+        return {"reason": NOT_RESOLVED} | ({} if np.isnan(low) else {"above": low})
+    ends = {k: x for k, x in (("low", low), ("high", high)) if np.isfinite(x)}
+    return ({name: value} if np.isfinite(value) else {"reason": NO_VALUE}) | ends
+
+
+def stated_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row has measured, by `stated`, and what is exact."""
+    known = {} if row.get("exact") is None else {"exact": row["exact"]}
+    if row.get("measured") is None:
+        return known
+    return stated(Estimate(*(row[k] for k in ("measured", "low", "high"))), "measured") | known
 
 
 def need_exact(world: World, experiment: str) -> None:

@@ -20,6 +20,7 @@ from jaxpg.lab.experiments.frame import (
     Settings,
     estimated,
     key_of,
+    stated_row,
     tidy,
     world_of,
 )
@@ -111,8 +112,7 @@ def _rung(world: World, each: Form, measured: Measured | None, truth) -> list[di
 def _numbers(rows) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for row in rows:
-        one = {name: row.get(name) for name in ("measured", "low", "high", "exact")}
-        found.setdefault(row["quantity"], {})[row["estimator"]] = one
+        found.setdefault(row["quantity"], {})[row["estimator"]] = stated_row(row)
     return found
 
 
@@ -124,11 +124,14 @@ def _draw_ladder(figure, names, rows, world):
     }  # fmt: skip
     for axis, (quantity, (title, unit)) in zip(axes, titles.items(), strict=True):
         _bars(axis, names, [row for row in rows if row["quantity"] == quantity])
-        label(
-            axis, f"{title}, {world.name}", unit, "", legend=quantity == "trace", loc="lower right"
-        )
+        label(axis, f"{title}, {world.name}", unit, "", legend=False)
         axis.grid(False, axis="y")
     axes[1].set_yticklabels([])
+    # Below the panels: inside, a marker of the legend would be taken for a value.
+    handles = dict(x[::-1] for a in axes for x in zip(*a.get_legend_handles_labels(), strict=True))
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False
+    )
 
 
 def _bars(axis, names, rows):

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from jaxpg.algorithms import algorithm
+from jaxpg.algorithms import Algorithm, algorithm
 from jaxpg.intervals import bootstrap
 from jaxpg.lab.experiments import ascent, critical, drawing
 from jaxpg.lab.experiments.frame import (
@@ -16,13 +16,14 @@ from jaxpg.lab.experiments.frame import (
     tidy,
     world_of,
 )
-from jaxpg.lab.experiments.training import adam_rate, best_objective, learner
+from jaxpg.lab.experiments.training import adam_rate, best_objective, learner, replaced
 from jaxpg.lab.reliability import (
     interquartile_mean,
     performance_profile,
     probability_of_improvement,
 )
 from jaxpg.lab.worlds import has_exact
+from jaxpg.optimizers import OPTIMIZERS, adam
 
 NO_CLIP = 1e9  # max_grad_norm
 
@@ -31,18 +32,20 @@ def seeds(settings: Settings, progress: Progress) -> Result:
     """Many seeds of several algorithms: interquartile mean, profile and probability of improvement."""
     names = settings.estimators or (QUICK_NAMES if settings.quick else NAMES)
     worlds = [world_of(settings._replace(env=env)) for env in settings.env.split(",")]
-    num_updates, num_envs = (50, 8) if settings.quick else (200, 16)
+    num_updates, num_envs = (50 if settings.quick else 200), _batch(settings)
     curves, steps_taken = {}, {}
     for world in worlds:
         numbers = world.hyperparams
         if settings.checkpoint is None:
-            rate = adam_rate(settings, world)
+            rate = adam_rate(world)
             numbers = numbers._replace(
                 learning_rate=rate, critic_learning_rate=rate, max_grad_norm=NO_CLIP
             )
         for index, name in enumerate(names):
             progress(f"{settings.repeats} runs of {name} on {world.name}")
             row = algorithm(name)
+            if settings.checkpoint is not None:
+                row = _as_the_run(row, settings.checkpoint.origin["config"])
             steps = None if row.data.whole_episodes else max(8, world.env.horizon)
             run = learner(world, row, num_envs=num_envs, num_updates=num_updates, num_steps=steps)
             keys = jax.random.split(jax.random.fold_in(key_of(settings), index), settings.repeats)
@@ -62,6 +65,17 @@ def seeds(settings: Settings, progress: Progress) -> Result:
         if r["quantity"] == "probability_of_improvement"
     }
     return Result(tidy(rows), summary, lambda figure: _draw_seeds(figure, rows, names))
+
+
+def _batch(settings: Settings) -> int:
+    return 8 if settings.quick else 16
+
+
+def _as_the_run(row: Algorithm, config) -> Algorithm:
+    """The row with the optimizer of a run, where it is no natural gradient's."""
+    chosen = OPTIMIZERS[config["optimizer"]]
+    policy = chosen if row.policy_optimizer is adam else row.policy_optimizer
+    return row._replace(policy_optimizer=policy, critic_optimizer=row.critic_optimizer and chosen)
 
 
 def _normalised(worlds, names, curves):
@@ -151,6 +165,7 @@ EXPERIMENTS = {
         Settings(env="A,T", repeats=32),
         Settings(env="A", repeats=32, quick=True),
         ignores=("trajectories",),
+        replaces=lambda settings: replaced(settings, _batch(settings), unlimited=False),
     ),
     **ascent.EXPERIMENTS,
 }

@@ -7,6 +7,7 @@ import numpy as np
 from jaxpg.intervals import Estimate, ratio
 from jaxpg.lab import exact
 from jaxpg.lab.experiments import regulated
+from jaxpg.lab.experiments.critical import FEW_SIZES
 from jaxpg.lab.experiments.drawing import caption, label, line, panels, points
 from jaxpg.lab.experiments.estimators import batch_moments, coupled, form, true_gradient
 from jaxpg.lab.experiments.frame import (
@@ -16,6 +17,7 @@ from jaxpg.lab.experiments.frame import (
     Settings,
     estimated,
     key_of,
+    stated_row,
     tidy,
     world_of,
 )
@@ -45,13 +47,11 @@ def noise_scale(settings: Settings, progress: Progress) -> Result:
         rows += _over_training(world, settings, progress)
     rows += regulated.near_optimum()
     steps, scale = regulated.one_step(settings, progress)
-    to_target, fit = regulated.hyperbola(settings, progress)
+    to_target, law = regulated.hyperbola(settings, progress)
     rows += [*steps, *to_target]
     summary: dict[str, Any] = {
         "noise_scale": {
-            r["estimator"]: {name: r[name] for name in ("measured", "low", "high", "exact")}
-            for r in rows
-            if r["quantity"] == "noise scale"
+            r["estimator"]: stated_row(r) for r in rows if r["quantity"] == "noise scale"
         },
         "regulator_noise_to_signal": {
             f"{r['estimator']} k={r['k']:g}": r["exact"] for r in rows if "k" in r
@@ -60,9 +60,9 @@ def noise_scale(settings: Settings, progress: Progress) -> Result:
             "noise_scale": scale,
             "at_noise_scale": next(r["measured"] for r in steps if r["batch"] == round(scale)),
         },
-        "regulator_hyperbola": None if fit is None else fit._asdict(),
+        "regulator_hyperbola": {"reason": FEW_SIZES} if law is None else law.stated(),
     }
-    return Result(tidy(rows), summary, lambda figure: _draw(figure, rows, world.name, scale, fit))
+    return Result(tidy(rows), summary, lambda figure: _draw(figure, rows, world.name, scale, law))
 
 
 def _over_batches(world, forms, settings, progress) -> list[dict[str, Any]]:
@@ -73,9 +73,6 @@ def _over_batches(world, forms, settings, progress) -> list[dict[str, Any]]:
     for each in forms:
         measured, known = found[each.name], batch_moments(each, world, 1)
         scale = None if known is None else known.trace / float(known.mean @ known.mean)
-        signal = measured.signal()
-        if truth is not None:
-            signal = Estimate(*[float(truth @ truth)] * 3)
         common: dict[str, Any] = {
             "estimator": each.name,
             "trajectories": measured.trajectories,
@@ -85,8 +82,11 @@ def _over_batches(world, forms, settings, progress) -> list[dict[str, Any]]:
         value = measured.noise_scale()
         rows.append(estimated(value, quantity="noise scale", exact=scale, **common))
         for n in sizes:
-            trace = measured.trace(n)
-            error = ratio(trace, signal, Estimate(*(x / signal.value for x in trace)))
+            if truth is None:  # the signal has an error too
+                error = Estimate(*(x / n for x in measured.noise_scale(n)))
+            else:
+                signal, trace = Estimate(*[float(truth @ truth)] * 3), measured.trace(n)
+                error = ratio(trace, signal, Estimate(*(x / signal.value for x in trace)))
             known = None if scale is None else scale / n
             row = {"quantity": "relative error", "batch": n, "exact": known, **common}
             rows.append(estimated(error, **row))
@@ -130,7 +130,7 @@ def _over_training(world: World, settings, progress) -> list[dict[str, Any]]:
     return rows
 
 
-def _draw(figure, rows, world, scale, fit):
+def _draw(figure, rows, world, scale, law):
     training = [r for r in rows if r["quantity"] == "over training"]
     axes = panels(figure, 3 if training else 2, 2, width=4.6)
     _draw_errors(axes[0], [r for r in rows if r["quantity"] == "relative error"], world)
@@ -139,7 +139,7 @@ def _draw(figure, rows, world, scale, fit):
         axes.pop().set_axis_off()
     regulated.draw_near_optimum(axes[-3], rows)
     regulated.draw_one_step(axes[-2], rows, scale)
-    regulated.draw_hyperbola(axes[-1], rows, fit)
+    regulated.draw_hyperbola(axes[-1], rows, law)
     caption(figure)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxpg.envs import Lqr
 from jaxpg.estimators import Estimator, baselines, credit, importance
-from jaxpg.intervals import mean_interval
+from jaxpg.intervals import Estimate, mean_interval, ratio
 from jaxpg.lab.exact import lqr
 from jaxpg.lab.experiments import critical
 from jaxpg.lab.experiments.drawing import label, line, points
@@ -87,25 +87,28 @@ def one_step(settings: Settings, progress: Progress) -> tuple[list[dict[str, Any
 
 def hyperbola(
     settings: Settings, progress: Progress
-) -> tuple[list[dict[str, Any]], critical.Fit | None]:
+) -> tuple[list[dict[str, Any]], critical.Law | None]:
     """Updates S and trajectories E to a target J, in units of the least of each, at the best rates."""
     settings = settings._replace(env="LQR", policy=None, repeats=32 if settings.quick else RUNS)
     world = critical.curved_world()
-    rows, _ = critical.train_to_target(world, critical.grid_of(settings), settings, progress)
+    rows, _, trials = critical.train_to_target(
+        world, critical.grid_of(settings), settings, progress
+    )
     fronts = [r for r in rows if r["quantity"] == "updates_at_best_rate"]
-    found = critical.fitted(fronts)
-    if found is None:
+    law = critical.law_of(fronts, trials, settings.seed)
+    if law is None:
         return [], None
     rows = []
     for row in fronts:
-        size, values = row["batch"], [row[c] for c in ("measured", "low", "high")]
+        size, steps = row["batch"], Estimate(row["measured"], row["low"], row["high"])
         rest = {c: row[c] for c in ("estimator", "batch", "trajectories", "env_steps", "warning")}
-        for quantity, unit in (
-            ("updates / least", found.least_updates),
-            ("trajectories / least", found.least_updates * found.critical_batch / size),
+        for quantity, top, least in (
+            ("updates / least", steps, law.least_updates),
+            ("trajectories / least", Estimate(*(size * x for x in steps)), law.least_trajectories),
         ):
-            rows.append(estimated([x / unit for x in values], quantity=quantity, **rest))
-    return rows, found
+            value = ratio(top, least, Estimate(*(x / least.value for x in top)))
+            rows.append(estimated(value, quantity=quantity, **rest))
+    return rows, law
 
 
 def draw_near_optimum(axis, rows) -> None:
@@ -114,7 +117,7 @@ def draw_near_optimum(axis, rows) -> None:
         line(axis, [r["k"] for r in mine], [r["exact"] for r in mine], index, name)
     axis.axvline(BEST_GAIN, color="0.5", linewidth=0.8)
     axis.set_yscale("log")
-    label(axis, "… and diverges at the optimum: LQR", "gain k (line: the best)",
+    label(axis, "Noise diverges at the optimum: LQR", "gain k (line: the best)",
           "Var / g² of the k-gradient (trajectories)")  # fmt: skip
 
 
@@ -132,23 +135,24 @@ def draw_one_step(axis, rows, scale) -> None:
           "gain in J, of a noiseless step's")  # fmt: skip
 
 
-def draw_hyperbola(axis, rows, found: critical.Fit | None) -> None:
+def draw_hyperbola(axis, rows, law: critical.Law | None) -> None:
     time, data = (
         [r for r in rows if r["quantity"] == f"{name} / least" and np.isfinite(r["measured"])]
         for name in ("updates", "trajectories")
     )
-    if found is None or not time:
+    if law is None or not time:
         axis.set_axis_off()
         return
     excess = np.geomspace(0.02, 60, 80)
     line(axis, 1 + 1 / excess, 1 + excess, 0, "(S/S_min − 1)(E/E_min − 1) = 1")
     columns = [[r[k] for r in time] for k in ("measured", "low", "high")]
     columns[2] = [x if np.isfinite(x) else y for x, y in zip(columns[2], columns[0], strict=True)]
-    points(axis, [r["measured"] for r in data], *columns, index=0, label="measured")
+    points(axis, [r["measured"] for r in data], *columns, index=0,
+           label=f"measured: B {critical.said(law.critical_batch)}")  # fmt: skip
     for each, other in zip(data, time, strict=True):
         axis.annotate(f"{each['batch']}", (each["measured"], other["measured"]), xytext=(6, 3),
                       textcoords="offset points", fontsize=7)  # fmt: skip
     axis.set_xscale("log")
     axis.set_yscale("log")
-    label(axis, f"Time against data, by batch size (B = {found.critical_batch:.3g}): LQR",
+    label(axis, "Time against data, by batch size: LQR",
           "trajectories to the target, E / E_min", "updates, S / S_min")  # fmt: skip

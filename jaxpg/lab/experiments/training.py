@@ -58,7 +58,9 @@ def learner(
         env = scaled(world.env, reward_scale)
         trainer = make_trainer(env, agent, algorithm, num_envs=num_envs, num_steps=num_steps)
         state = trainer.init(key)
-        state = state._replace(params=AgentParams(world.params, state.params.critic))
+        trained = critic is not None and world.critic is not None
+        values = world.critic_params if trained else state.params.critic
+        state = state._replace(params=AgentParams(world.params, values))
 
         def step(state, _):
             before = state.params.policy
@@ -151,8 +153,31 @@ def small_rate(world: World, key: Key) -> float:
     return 1 / 32 / float(np.sqrt((np.asarray(rows) ** 2).sum(axis=1).mean()))
 
 
-def adam_rate(settings: Settings, world: World) -> float:
-    """A learning rate of Adam's: a run's own; else logits of a table move faster than a network's weights."""
-    if settings.checkpoint is not None:
-        return settings.checkpoint.hyperparams.learning_rate
+def own_rate(settings: Settings, optimizer: str) -> float | None:
+    """The learning rate of a checkpoint's run, if that is its optimizer."""
+    checkpoint = settings.checkpoint
+    if checkpoint is None or checkpoint.origin["config"]["optimizer"] != optimizer:
+        return None
+    return float(checkpoint.hyperparams.learning_rate)
+
+
+def adam_rate(world: World) -> float:
+    """A learning rate of Adam's: logits of a table move faster than a network's weights."""
     return 0.05 if has_exact(world) else 3e-3
+
+
+def replaced(settings: Settings, num_envs: int | None, *, unlimited: bool) -> list[str]:
+    """What training here has otherwise than a checkpoint's run."""
+    assert settings.checkpoint is not None
+    config, limit = (
+        settings.checkpoint.origin["config"],
+        settings.checkpoint.hyperparams.max_grad_norm,
+    )
+    said = []
+    if num_envs not in (None, config["num_envs"]):
+        said.append(f"batches of {num_envs}, not the run's {config['num_envs']}")
+    if config["schedule"] != "constant":
+        said.append(f"a constant learning rate, not the run's {config['schedule']} schedule")
+    if unlimited:
+        said.append(f"no limit of the gradient's norm, not the run's {limit:g}")
+    return said

@@ -17,6 +17,7 @@ from jaxpg.lab.experiments.frame import (
     Settings,
     estimated,
     key_of,
+    stated,
     tidy,
     world_of,
 )
@@ -30,7 +31,7 @@ from jaxpg.lab.experiments.streams import (
     measure_windows,
 )
 from jaxpg.lab.samples import gradient_samples
-from jaxpg.lab.streaming import jackknife, jackknife_ratio
+from jaxpg.lab.streaming import Estimate, jackknife, jackknife_ratio
 from jaxpg.lab.worlds import World, lifted
 
 WINDOWS = {
@@ -63,7 +64,11 @@ def windows(settings: Settings, progress: Progress) -> Result:
     true = truth["exact"] if truth["exact"] is not None else truth["measured"]
     summary: dict[str, Any] = {
         "true_gradient": true,
-        "pooled_bias": {r["steps"]: r["measured"] - true for r in pooled if not r["num_envs"]},
+        "pooled_bias": {
+            r["steps"]: stated(Estimate(*(r[k] - true for k in ("measured", "low", "high"))))
+            for r in pooled
+            if not r["num_envs"]
+        },
     }
     return Result(table, summary, lambda figure: _draw_windows(figure, rows, true, own))
 
