@@ -287,6 +287,31 @@ def _recording(parent: Path, repeats: int, updates: int) -> list[Row]:
     ]
 
 
+def rounding(repeats: int, quick: bool) -> Iterator[Row]:
+    """How far a seed's parameters come apart when other seeds are trained beside it: no time is measured."""
+    import jax
+    import numpy as np
+
+    from jaxpg.experiment.policy import read_run
+
+    updates = "4" if quick else "100"
+    for algorithm in ("ppo", "reinforce_baseline"):
+        with tempfile.TemporaryDirectory() as parent:
+            found = {}
+            for seeds in (8, 4, 1):
+                arguments = f"train CartPole-v1 --algorithm {algorithm} --seeds {seeds} --quiet"
+                command = [sys.executable, "-m", "jaxpg", *arguments.split()]
+                output(*command, "--updates", updates, "--run", f"{parent}/{seeds}")
+                found[seeds] = jax.tree.leaves(read_run(f"{parent}/{seeds}").params)
+            for seeds in (4, 1):
+                pairs = zip(found[8], found[seeds], strict=True)
+                differences = [np.abs(one[:seeds] - other).max() for one, other in pairs]
+                yield {
+                    "case": f"{updates} updates of {algorithm}, 8 seeds against {seeds}",
+                    "largest_difference_of_a_parameter": float(max(differences)),
+                }
+
+
 def training(repeats: int, quick: bool) -> Iterator[Row]:
     """See benchmark_training.py."""
     from benchmark_training import training
@@ -306,6 +331,7 @@ CASES = {
     "command": command,
     "laboratory": laboratory,
     "runs": runs,
+    "rounding": rounding,
     "training": training,
 }
 

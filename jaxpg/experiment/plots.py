@@ -10,7 +10,16 @@ import numpy as np
 from jaxpg.experiment.records import Series
 from jaxpg.experiment.statistics import band, robust, scaled
 from jaxpg.intervals import Estimate, bootstrap
-from jaxpg.lab.experiments.drawing import COLOURS, LINES, MARKERS, bounds, caption, label, panels
+from jaxpg.lab.experiments.drawing import (
+    BOUND,
+    COLOURS,
+    LINES,
+    MARKERS,
+    bounds,
+    caption,
+    label,
+    panels,
+)
 from jaxpg.lab.reliability import (
     interquartile_mean,
     performance_profile,
@@ -74,7 +83,8 @@ def diagnostics(figure, series: list[Series], x: str = "env_steps") -> None:
         axis.set_xlabel(AXES[x], fontsize=8)
     for axis in axes[len(names) :]:
         axis.remove()
-    caption(figure, f"{BAND}; {_seeds(series)}")
+    arrows = any(each.get_label() == BOUND for axis in axes for each in axis.get_lines())
+    caption(figure, f"{BAND}; {_seeds(series)}" + arrows * f"; arrows: {BOUND}")
     if len(places) > 1:
         handles = {h.get_label(): h for axis in axes for h in axis.get_lines()}
         chosen = [handles[name] for name in places if name in handles]

@@ -135,6 +135,7 @@ def test_the_noise_scale_is_a_ratio_of_averages_or_a_bound(tmp_path):
     assert np.isnan(found.value[:9]).all()
     figure = Figure()
     plots.diagnostics(figure, [series])
+    assert "arrows: not resolved" in figure.texts[-1].get_text()
     (axis,) = (a for a in figure.axes if a.get_title().startswith("noise scale"))
     heights = np.concatenate([each.get_ydata() for each in axis.get_lines()])
     assert np.nanmin(heights) > 0 and np.isfinite(found.low[30:]).all()

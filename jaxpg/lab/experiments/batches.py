@@ -198,7 +198,7 @@ def _draw_cosine(figure, forms, rows, world):
         axis.set_xscale("log", base=2)
         axis.set_ylim(min(0.0, axis.get_ylim()[0]), 1.03)
         label(axis, f"{text}, {world.name}", "batch size N (trajectories)", "mean cosine",
-              legend=axis is axes[0], loc="lower right")  # fmt: skip
+              legend=axis is axes[0])  # fmt: skip
 
 
 def _limit(each, world, sizes, quantity):

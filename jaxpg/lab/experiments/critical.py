@@ -376,7 +376,9 @@ def _draw(figure, rows, fronts, law: Law | None, scales):
     span = [scales.get(f"{curved}noise_scale_at_{x}") for x in ("start", "target")]
     if None not in span:
         text = f"noise scale, start {span[0]:,.0f} to target {span[1]:,.0f}"
-        axes[2].axvspan(min(span), max(span), color="0.92", zorder=0, label=text)
+        axes[2].axvspan(
+            min(span), max(span), facecolor="0.92", edgecolor="0.7", zorder=0, label=text
+        )
     drawing.label(
         axes[1], "Time against data", "trajectories to the target", "updates to the target"
     )
@@ -391,6 +393,8 @@ def _draw(figure, rows, fronts, law: Law | None, scales):
         else:
             axis.annotate("no batch reached the target", (0.5, 0.5), xycoords="axes fraction",
                           ha="center")  # fmt: skip
+            axis.set(xticks=[], yticks=[])
+            axis.get_legend().remove()
 
 
 def said(estimate: Estimate) -> str:

@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 
 from jaxpg.estimators import Estimator, importance
-from jaxpg.intervals import Estimate, within
+from jaxpg.intervals import NOT_RESOLVED, Estimate, within
 from jaxpg.lab import exact
 from jaxpg.lab.exact.tables import action_values, discounts, tabulate, visits
 from jaxpg.lab.experiments import drawing
@@ -147,6 +147,10 @@ def _draw_discount(figure, rows):
         drawing.points(axis, gammas, *intervals(found), 0, "measured")
         drawing.label(axis, title, r"discount $\gamma$ [per step]", y)
         axis.set_xlim(gammas[0] - 0.03, 1.0)  # also where few of them could be measured
+        lost = {g for g, r in zip(gammas, found, strict=True) if np.isnan(r["measured"])}
+        if lost:
+            caption = f"{NOT_RESOLVED} at {len(lost)} of {len(gammas)} values of γ"
+            axis.annotate(caption, (0.5, 0.02), xycoords="axes fraction", fontsize=8, ha="center")
     for i, (name, label) in enumerate(
         {"without_start": "$c_t = 1$", "from_start": r"$c_t = \gamma^t$"}.items()
     ):
