@@ -38,6 +38,7 @@ MOST_NAMED = 3  # series of which it is said in a caption that they diverged
 BAND = "interquartile mean with 95 % bootstrap band"
 PROFILE_POINTS = 101
 RESAMPLES = 500  # of a profile, for an eye
+LINE = 0.15  # inches of a line of a row's name, with what keeps rows apart
 HANDLE = 3.5  # of a legend: long enough to show a dash pattern beside its marker
 NOT_DIAGNOSTICS = (RETURN, "episodes")
 
@@ -89,8 +90,8 @@ def diagnostics(figure, series: list[Series], x: str = "env_steps") -> None:
         handles = {h.get_label(): h for axis in axes for h in axis.get_lines()}
         chosen = [handles[name] for name in places if name in handles]
         figure.legend(
-            handles=chosen, loc="outside upper center", ncols=3, fontsize=8, frameon=False,
-            handlelength=HANDLE,
+            handles=chosen, loc="outside upper center", fontsize=8, frameon=False, handlelength=HANDLE,
+            ncols=max(1, min(3, int(figure.get_figwidth() / (0.8 + 0.07 * max(map(len, places)))))),
         )  # fmt: skip
 
 
@@ -101,8 +102,10 @@ def comparison(figure, series: list[Series]) -> None:
     """
     scores, unit = final_scores(series)
     pairs = _pairs(scores)
-    axes = panels(figure, columns=3 if pairs else 2, width=4.2,
-                  height=1.6 + 0.55 * max(len(scores), len(pairs), 3))  # fmt: skip
+    named = [[_folded(name) for name in scores], list(map(_over, pairs))]
+    tall = max(len(each) * (1 + max(x.count("\n") for x in each)) for each in named if each)
+    height = 1.6 + max(0.55 * max(*map(len, named), 3), LINE * tall)
+    axes = panels(figure, columns=3 if pairs else 2, width=4.2, height=height)
     _draw_means(axes[0], scores, unit)
     _draw_profiles(axes[1], scores, unit)
     if pairs:
@@ -245,7 +248,7 @@ def _pairs(scores) -> list[tuple[str, str]]:
 def _draw_improvement(axis, scores, pairs):
     for i, (one, other) in enumerate(pairs):
         _interval(axis, bootstrap(probability_of_improvement, scores[one], scores[other]), i, 0)
-    _rows(axis, [f"{_folded(one)}\nover {_folded(other)}" for one, other in pairs])
+    _rows(axis, list(map(_over, pairs)))
     axis.set_xlim(-0.02, 1.02)
     axis.axvline(0.5, color="0.3", linewidth=0.8)
     label(axis, "Probability of improvement", "P(a run of the first is better)", "", legend=False)
@@ -260,6 +263,11 @@ def _interval(axis, estimate, row, place):
 
 def _folded(name):
     return name.replace(", ", ",\n")
+
+
+def _over(pair):
+    one, other = map(_folded, pair)
+    return f"{one}\nover {other}"
 
 
 def _rows(axis, names):

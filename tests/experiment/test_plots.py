@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import asdict
+from itertools import combinations
 from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -259,6 +261,36 @@ def test_comparison_of_two_runs(tmp_path):
     assert np.isclose(improvement.get_lines()[0].get_xdata()[0], 1 - better)
     at, above = profile.get_lines()[0].get_data()
     np.testing.assert_allclose(above, [(100 + np.arange(5) > x).mean() for x in at])
+
+
+def test_long_names_fit(tmp_path):
+    """Rows that name many settings do not run into each other, nor does a legend leave the picture."""
+    settings = {"schedule": "constant", "hidden": [64, 64], "entropy_coef": 0.123456789}
+    runs = [
+        write_run(tmp_path / f"{i}", name, rates=(0.1 * (i + 1),), num_envs=4 * (i + 1), **more)
+        for i, (name, more) in enumerate(
+            (
+                ("ppo", {}),
+                ("vpg", settings),
+                ("a2c", {"optimizer": "rmsprop"}),
+                ("reinforce", settings),
+            )
+        )
+    ]
+    for draw in (plots.comparison, plots.diagnostics):
+        figure = Figure()
+        draw(figure, read(runs))
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        figure.draw(renderer)
+        width, height = figure.canvas.get_width_height()
+        texts = [t for axis in figure.axes for t in axis.get_yticklabels() if "=" in t.get_text()]
+        boxes = [t.get_window_extent(renderer) for t in texts]
+        assert boxes or draw is plots.diagnostics
+        boxes += [legend.get_window_extent(renderer) for legend in figure.legends]
+        for one, other in combinations(boxes, 2):
+            assert not one.overlaps(other)
+        for box in boxes:
+            assert 0 <= box.x0 < box.x1 <= width and 0 <= box.y0 < box.y1 <= height
 
 
 def test_several_environments_are_rescaled_and_stratified(tmp_path):
