@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from worlds import clock, random_mdp
 
-from jaxpg import Hyperparams, make_trainer, train
+from jaxpg import Hyperparams, make_trainer, rollout, train
 from jaxpg.algorithms import algorithm
 from jaxpg.devices import compiler_options
 from jaxpg.envs import Box, Discrete, Env, from_gymnax, from_mdp, repeat_action
@@ -301,7 +301,8 @@ def test_every_episode_of_a_stream_starts_afresh(num_envs, chance):
     assert abs(starts.mean() - 0.5) < 5 * 0.29 / starts.size**0.5
 
 
-def test_both_kinds_of_key_give_the_same_numbers():
+def test_both_kinds_of_key_give_the_same_numbers(monkeypatch):
+    monkeypatch.setattr(rollout, "GROUP", 3)
     env = repeat_action(from_mdp(random_mdp(2, horizon=4)), 2)
     agent = actor_critic(env, "tabular")
     trainer = make_trainer(env, agent, algorithm("a2c"), num_envs=2, num_steps=3)
@@ -314,6 +315,8 @@ def test_both_kinds_of_key_give_the_same_numbers():
         found = {
             "init": params,
             "episodes": episodes(env, agent, params, key, 3),
+            "groups": episodes(env, agent, params, key, 6),
+            "again": rollout.episodes_again(env, agent, params, key, 6, 2, 1),
             "stream": unroll(env, agent, params, stream, key, 5),
             "evaluate": evaluate(env, agent, params, key, 3),
             "train": train(trainer, trainer.init(key), Hyperparams(), num_updates=2),

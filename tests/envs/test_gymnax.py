@@ -94,6 +94,29 @@ def test_every_environment_computes_in_32_bits_whatever_the_default(name, x64):
     assert not re.search(r"[iuf]64\[", str(program))
 
 
+@pytest.mark.parametrize(
+    ("name", "setting", "values"),
+    [
+        ("CartPole-v1", "length", (0.2, 2.0)),
+        ("MountainCarContinuous-v0", "max_action", (0.5, 1.0)),
+        ("MemoryChain-bsuite", "memory_length", (1, 5)),
+    ],
+)
+def test_a_traced_setting_is_the_number_that_it_is(name, setting, values):
+    def after(value):
+        env = from_gymnax(name, **{setting: value})
+        kind = jnp.float32 if isinstance(env.action, Box) else jnp.int32
+        state, _ = env.reset(jax.random.key(0))
+        for _ in range(2):
+            state, result = env.step(jax.random.key(0), state, jnp.ones(env.action.shape, kind))
+        return result.obs, result.reward, jax.tree.leaves(state)
+
+    many = jax.jit(jax.vmap(after))(jnp.array(values))
+    alone = [jax.jit(lambda value=value: after(value))() for value in values]
+    for i, one in enumerate(alone):
+        jax.tree.map(lambda x, y, i=i: np.testing.assert_allclose(x[i], y, 1e-6), many, one)
+
+
 def test_what_was_wide_steps_and_is_tabulated_in_64_bits(x64):
     env = from_gymnax("UmbrellaChain-bsuite")
     state, _ = env.reset(jax.random.key(0))

@@ -181,6 +181,15 @@ def test_a_recurrent_policy_remembers_until_an_episode_is_first():
     fresh, _ = policy.step(key, rows[:1], policy.initial_carry(1), jnp.array([True]))
     assert again == fresh
     assert not np.allclose(expected[2][1], expected[3][1])
+    # Both kinds of key draw the same.
+    typed, raw = (
+        (
+            policy.step(make(3), rows, policy.initial_carry(5), jnp.ones(5, bool)),
+            policy.act(make(3), rows, first=True),
+        )
+        for make in (jax.random.key, jax.random.PRNGKey)
+    )
+    jax.tree.map(np.testing.assert_array_equal, typed, raw)
 
 
 def test_a_policy_takes_the_wrappers_of_its_run_with_it():

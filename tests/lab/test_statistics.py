@@ -89,6 +89,17 @@ def test_a_coupling_baseline_of_the_users_own_is_measured_by_batches_too():
     assert own.trace.value == pytest.approx(built_in.trace.value, rel=1e-4)
 
 
+def test_both_kinds_of_key_measure_the_same():
+    env = from_mdp(A.mdp)
+    policy, params = tabular(env.observation, env.action), {"logits": jnp.asarray(A.logits)}
+    typed, raw = (
+        gradient_statistics(env, policy, TO_GO, params, key, 64, HP, (params, params))
+        for key in (jax.random.key(3), jax.random.PRNGKey(3))
+    )
+    jax.tree.map(np.testing.assert_array_equal, typed, raw)
+    assert typed.trace.value > 0
+
+
 def test_coupled_estimators_are_measured_by_replicated_batches():
     loo = Estimator(credit.total_return, baselines.leave_one_out)
     plain = Hyperparams(gamma=1.0)
