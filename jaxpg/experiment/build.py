@@ -74,7 +74,7 @@ def instructed(parts: Parts, config: Config) -> Parts:
     if not config.demonstrations:
         return parts
     env, agent, trainer, _ = parts
-    demonstrations = read_demonstrations(config.demonstrations, env, config.environment)
+    demonstrations = read_demonstrations(config.demonstrations, env, named(config))
     row = build_algorithm(config)
     if config.imitate:
         init = informed(
@@ -91,6 +91,18 @@ def wrapped(env: Env, config: Config) -> Env:
     if config.repeat > 1:
         env = repeat_action(env, config.repeat)
     return env if config.history is None else history(env, config.history)
+
+
+def named(config: Config) -> str:
+    """What `wrapped` makes of an environment: its name, and the flags of its wrappers."""
+    parts = [config.environment]
+    if config.keep:
+        parts.append(f"--keep {','.join(map(str, config.keep))}")
+    if config.repeat > 1:
+        parts.append(f"--repeat {config.repeat}")
+    if config.history is not None:
+        parts.append(f"--history {config.history}")
+    return " ".join(parts)
 
 
 def build_algorithm(config: Config) -> Algorithm:

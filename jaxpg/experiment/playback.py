@@ -15,7 +15,7 @@ from jaxpg.devices import check_devices
 from jaxpg.envs import Env, from_gymnax
 from jaxpg.experiment import health
 from jaxpg.experiment import policy as policies
-from jaxpg.experiment.build import settings_of
+from jaxpg.experiment.build import named, settings_of
 from jaxpg.experiment.config import Config, points
 from jaxpg.experiment.console import parser, say, whole
 from jaxpg.experiment.experts import expert
@@ -112,7 +112,7 @@ class _Actor(NamedTuple):
     env: Env
     agent: Agent
     params: AgentParams
-    environment: str
+    environment: str  # with the flags of its wrappers
     name: str
 
 
@@ -123,7 +123,7 @@ def _trained(given) -> _Actor:
     if given.greedy:
         agent = agent._replace(policy=policies.greedily(agent.policy))
     params = jax.tree.map(lambda x: x[chosen], run.params)
-    return _Actor(env, agent, params, run.config.environment, f"replica {chosen}")
+    return _Actor(env, agent, params, named(run.config), f"replica {chosen}")
 
 
 def _expert(given) -> _Actor:

@@ -2,11 +2,11 @@
 
 An .npz file with, time first, T steps of B episodes:
 
-    obs [T, B, ...], action [T, B, ...]   as the environment has them
+    obs [T, B, ...], action [T, B, ...]   as the agent met them: behind the run's wrappers, where it had any
     reward [T, B], discount [T, B]        discount 0 where terminated, else 1
     mask [T, B]                           the step counts: from the start of each episode to its end
     log_prob [T, B]                       of the action under whoever acted; may be absent
-    environment                           its name; may be absent
+    environment                           its name, and the flags of the wrappers; may be absent
 """
 
 from pathlib import Path

@@ -1,20 +1,25 @@
 """Files of episodes: what is written is read, and what is wrong is said in one line."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 from worlds import clock
 
-from jaxpg.envs import from_gymnax, from_mdp, mdp_from_gymnax
+from jaxpg.data import log_prob_of
+from jaxpg.envs import Box, from_gymnax, from_mdp, mdp_from_gymnax
+from jaxpg.experiment import playback
 from jaxpg.experiment.build import build, instructed, settings_of
-from jaxpg.experiment.config import Config
+from jaxpg.experiment.config import Config, Grid
 from jaxpg.experiment.experts import SLIP, expert
+from jaxpg.experiment.policy import Run
 from jaxpg.experiment.trajectories import (
     read_demonstrations,
     read_trajectories,
     write_trajectories,
 )
-from jaxpg.policies import Agent, actor_critic, init_params
+from jaxpg.policies import Agent, actor_critic, init_params, mlp
 from jaxpg.rollout import episodes
 
 T, B = 5, 3
@@ -44,6 +49,56 @@ def test_a_file_gives_back_what_was_recorded(tmp_path):
         assert np.array_equal(kept, was), field
     again = read_demonstrations(tmp_path / "a.npz", env, "Clock")
     assert np.array_equal(again.action, trajectory.action)
+
+
+def test_fixed_and_unbounded_entries_of_an_action_are_read_back(tmp_path):
+    largest = float(np.finfo(np.float32).max)
+    bounds = np.array([[-1, 0.25, -largest], [1, 0.25, largest]], np.float32)
+    env = clock(T, continuous=True)._replace(action=Box(*bounds))
+    agent = Agent(mlp(env.observation, env.action, hidden=(4,)))
+    params = init_params(agent, jax.random.key(0))
+    trajectory, _ = episodes(env, agent, params, jax.random.key(1), B)
+    write_trajectories(tmp_path / "a.npz", trajectory, "Clock")
+    found = read_demonstrations(tmp_path / "a.npz", env, "Clock")
+    assert (found.action[..., 1] == 0.25).all() and np.isfinite(found.action).all()
+    again = log_prob_of(agent.policy, params.policy, (), found)
+    np.testing.assert_allclose(again, trajectory.log_prob, rtol=1e-5)
+
+
+def test_episodes_are_those_of_a_runs_wrappers(tmp_path, monkeypatch):
+    """What the agent met is recorded, and only a run that meets the same may learn from it."""
+    met = Config("CartPole-v1", hidden=(4,), seeds=1, keep=(0, 2), repeat=2, history=3)
+    parts = build(met)
+    params = jax.vmap(lambda key: init_params(parts.agent, key))(
+        jax.random.split(jax.random.key(0), 1)
+    )
+    run = Run(tmp_path, met, Grid(), parts, params, None, np.array([False]))
+    monkeypatch.setattr(playback, "read_run", lambda folder, update: run)
+    out = tmp_path / "a.npz"
+    playback.record(["r", "--episodes", "2", "--out", str(out)])
+    name = "CartPole-v1 --keep 0,2 --repeat 2 --history 3"
+    trajectory, found = read_trajectories(out)
+    assert found == name
+    obs, action = np.asarray(trajectory.obs), np.asarray(trajectory.action)
+    assert obs.shape[2:] == (3 * (2 + 2),) == parts.env.observation.shape
+    # A window's last row: the action that led there, one-hot, and the two entries that are kept.
+    led = obs[1:, :, -4:-2].argmax(-1)
+    assert (led == action[:-1])[np.asarray(trajectory.mask)[1:]].all()
+
+    def learn(**flags):
+        config = replace(met, algorithm="behaviour_cloning", demonstrations=str(out), **flags)
+        return instructed(build(config), config).demonstrations
+
+    demonstrations = learn()
+    assert demonstrations is not None and np.array_equal(demonstrations.obs, obs)
+    for flags, other in (
+        ({"repeat": 1}, "--keep 0,2 --history 3"),
+        ({"keep": (0, 1)}, "--keep 0,1 "),
+    ):
+        with pytest.raises(
+            ValueError, match=f"holds episodes of {name}, not of CartPole-v1 {other}"
+        ):
+            learn(**flags)
 
 
 def test_log_probs_may_be_absent(tmp_path):
