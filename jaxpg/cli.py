@@ -3,6 +3,7 @@
 import atexit
 import difflib
 import gc
+import logging
 import os
 import sys
 import threading
@@ -35,7 +36,13 @@ options:
 example: jaxpg train CartPole-v1 --learning-rate 1e-3,3e-3
 """
 # In what Python, NumPy and jax raise where a process may have no more.
-EXHAUSTED = ("MemoryError", "can't start new thread", "RESOURCE_EXHAUSTED", "Out of memory")
+EXHAUSTED = (
+    "MemoryError",
+    "can't start new thread",
+    "RESOURCE_EXHAUSTED",
+    "Out of memory",
+    "failed to map segment",
+)
 COMMANDS = ("train", "sweep", "evaluate", "record", "render", "plot", "lab")
 
 
@@ -67,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         what = "" if error.filename is None else f" {error.filename}"
         _fail(f"cannot read or write{what}: {error.strerror or error}", status=1)
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ImportError) as error:
         if not any(sign in repr(error) for sign in EXHAUSTED):
             raise
         why = str(error).partition("\n")[0] or "no more memory is to be had"
@@ -157,7 +164,13 @@ def _sweep(argv):
 
 @contextmanager
 def _only_own_exceptions():
-    """Tracebacks of the main thread alone: after a failed write, tensorstore's threads print theirs."""
+    """Tracebacks of the main thread alone: after a failed write, tensorstore's threads print theirs.
+
+    And asyncio logs those of orbax's tasks.
+    """
+    log = logging.getLogger("asyncio")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     hooks = {name: getattr(sys, name) for name in ("excepthook", "unraisablehook")}
 
     def only_main(hook):
@@ -172,6 +185,7 @@ def _only_own_exceptions():
     try:
         yield
     finally:
+        log.setLevel(level)
         for name, hook in hooks.items():
             setattr(sys, name, hook)
 

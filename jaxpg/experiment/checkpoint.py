@@ -265,7 +265,7 @@ def _written(folder, action):
     # tensorstore raises ValueError, and jax its own errors; the system's number is in their words.
     except Exception as error:
         text = str(error) or repr(error)
-        if "can't start new thread" in text or "Out of memory" in text:
+        if isinstance(error, ImportError) or "new thread" in text or "Out of memory" in text:
             raise
         system = re.search(r"os_error_code='(\d+)'|OS error (\d+)", text)
         code = int(system[1] or system[2]) if system else None

@@ -35,6 +35,8 @@ def heard() -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.filename is not None:  # of a file
+            raise
         raise Unheard(error.strerror or error) from error
 
 

@@ -14,6 +14,9 @@ from jaxpg.experiment.presets import preset
 from jaxpg.types import Hyperparams
 
 EITHER = "--resume-or-start"
+# Of tyro, with so many words: a shell, and a file.
+COMPLETIONS = (("--tyro-print-completion", 2), ("--tyro-write-completion", 3))
+SHELLS = ("bash", "zsh", "fish")
 _STRUCTURE = {f.name: f.type for f in fields(Config)}
 # flag -> (the setting, its kind)
 _KINDS: dict[str, tuple[str, Any]] = {
@@ -94,9 +97,14 @@ def _changed(base: tuple[Config, Grid], given: dict[str, Any]) -> tuple[Config, 
 
 def _given(argv: Sequence[str], prog: str) -> dict[str, Any]:
     """The settings that the arguments name, and --config and --resume. Raises ValueError."""
-    if {"-h", "--help"} & {*argv} or any(word.startswith("--tyro") for word in argv):
+    if {"-h", "--help"} & {*argv} or _completes(argv):
         _help(argv, prog)
     return dict(_read(argv, prog))
+
+
+def _completes(argv: Sequence[str]) -> bool:
+    """Whether tyro is asked for a shell's completion."""
+    return (*argv[:1], len(argv)) in COMPLETIONS and argv[1] in SHELLS
 
 
 def _read(argv, prog) -> Iterator[tuple[str, Any]]:

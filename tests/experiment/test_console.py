@@ -1,6 +1,7 @@
 """What a command says, where it says it, and what it heeds of its process's environment."""
 
 import io
+import logging
 import os
 import re
 import subprocess
@@ -84,6 +85,7 @@ def test_output_that_nobody_takes_is_no_traceback(full, monkeypatch, capsys):
         MemoryError(),
         RuntimeError("can't start new thread"),
         jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.\nMore"),
+        ImportError("lib.so: failed to map segment from shared object"),
         RuntimeError("anything else"),
     ],
 )
@@ -99,7 +101,10 @@ def test_a_lack_of_memory_or_threads_is_said(error, monkeypatch, capsys, tmp_pat
     if known:
         assert raised.value.args == (1,) and said.count("\n") == 1
         assert "this process ran out of memory or threads: " in said
-    # Nor is it said of a checkpoint that it cannot be written.
+    # Nor is it said of a checkpoint that it cannot be written, or with what orbax's tasks would add.
+    with cli._only_own_exceptions():
+        assert not logging.getLogger("asyncio").isEnabledFor(logging.ERROR)
+    assert logging.getLogger("asyncio").isEnabledFor(logging.ERROR)
     with pytest.raises(type(error) if known else OSError):
         checkpoint._written(tmp_path, run)
 
