@@ -10,7 +10,7 @@ from worlds import bandit, clock
 
 from jaxpg import Hyperparams, data, make_trainer, train
 from jaxpg.algorithms import ALGORITHMS, Algorithm, algorithm
-from jaxpg.envs import Box, Env, MultiDiscrete, from_gymnax, from_mdp, history
+from jaxpg.envs import Box, Env, Lqr, MultiDiscrete, from_gymnax, from_lqr, from_mdp, history
 from jaxpg.estimators import (
     Estimator,
     baselines,
@@ -40,12 +40,12 @@ def demonstrations(env, num_episodes=NUM_ENVS):
     return episodes(env, agent, params, jax.random.key(98), num_episodes)[0]
 
 
-def build(name, env, network="mlp", **settings):
+def build(name, env, network="mlp", shows=True, **settings):
     row = algorithm(name)
     agent = actor_critic(env, network, **({"hidden": (8,)} if network != "tabular" else {}))
     num_steps = None if row.data.whole_episodes else NUM_STEPS
     trainer = make_trainer(env, agent, row, num_envs=NUM_ENVS, num_steps=num_steps, **settings)
-    return trainer, demonstrations(env) if row.data.demonstrations else None
+    return trainer, demonstrations(env) if shows and row.data.demonstrations else None
 
 
 def take(tree, i):
@@ -350,6 +350,22 @@ def test_action_vectors_are_learnt(action, name):
     _, metrics = jax.jit(lambda s: train(trainer, s, hyperparams, num_updates=updates))(state)
     assert metrics["episode_return"][-5:].mean() > 0.85
     assert metrics["episode_return"][0] < 0.5
+
+
+def test_every_row_traces_in_64_bits_on_a_world_that_has_them(x64):
+    env = from_lqr(Lqr())
+    shown = jax.eval_shape(lambda: demonstrations(env))
+    for name in ALGORITHMS:
+        trainer, _ = build(name, env, shows=False)
+
+        def run(key, shown, trainer=trainer):
+            state = trainer.init(key)
+            return state, train(trainer, state, Hyperparams(), shown, num_updates=1)
+
+        before, (after, metrics) = jax.eval_shape(run, jax.random.key(0), shown)
+        assert before == after, name
+        found = jax.tree.leaves((before.params, before.opt_state, metrics))
+        assert {x.dtype.name for x in found} <= {"float64", "int32", "int64"}, name
 
 
 @pytest.mark.parametrize("network", ["mlp", "gru"])
