@@ -153,7 +153,7 @@ def _cell(table, name, i) -> str:
             half = (high - low) / 2
             even = abs(value - (high + low) / 2) <= 0.1 * half
             if half > 0:  # an interval finer than what is counted is no certainty
-                text += f" ±{half:.1g}" if even else f" [{low:.3g}, {high:.3g}]"
+                text += f" ±{float(f'{half:.1g}'):g}" if even else f" [{low:.3g}, {high:.3g}]"
     return text
 
 

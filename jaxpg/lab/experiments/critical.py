@@ -44,7 +44,7 @@ from jaxpg.optimizers import sgd
 
 NO_CLIP = 1e9  # max_grad_norm
 SHARE = 0.9  # of the runs that have to be at the target at once
-NOT_REACHED = "not reached by 90 % of the runs"
+NOT_REACHED = "not reached by 90 % of the runs at {} learning rate"
 NO_END = "no upper end: the share of the runs was never clear of 90 %"
 FEW_SIZES = "no law: fewer than 3 batch sizes reached the target"
 RESAMPLES = 400
@@ -342,11 +342,11 @@ def _grid_rows(curves, target, size, rates):
         value = updates_to(scores, target)
         row = {"rate": float(rate), "updates": value.value, "quantity": "updates", **common}
         endless = None if np.isfinite(value.high) else NO_END
-        row["warning"] = endless if np.isfinite(value.value) else NOT_REACHED
+        row["warning"] = endless if np.isfinite(value.value) else NOT_REACHED.format("this")
         rows.append(estimated(value, **row))
     front = {**min(rows, key=lambda r: r["updates"]), "quantity": "updates_at_best_rate"}
-    if front["warning"] == NOT_REACHED:
-        front["warning"] += " at any learning rate"
+    if not np.isfinite(front["updates"]):
+        front["warning"] = NOT_REACHED.format("any")
     more = {**front, "quantity": "trajectories_at_best_rate"}
     more |= {c: size * front[c] for c in ("measured", "low", "high")}
     return [*rows, more, front]
