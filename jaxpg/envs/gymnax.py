@@ -24,6 +24,7 @@ from jaxpg.types import TimeStep
 # Importing these takes gymnax nearly two seconds.
 _DRAWING = ("matplotlib", "matplotlib.pyplot", "matplotlib.colors", "seaborn")
 _NARROW = {f"{kind}64": f"{kind}32" for kind in ("int", "uint", "float")}
+MOST_SIZE = 2**12  # of an argument of a constructor, which fills tables of it
 
 
 def from_gymnax(environment, params=None, **settings) -> Env:
@@ -177,6 +178,9 @@ def _make(name, settings):
         )
     if for_make:
         checked = _checked(name, for_make, {k: accepted[k].default for k in for_make})
+        for k, v in checked.items():
+            if isinstance(v, int) and v > MOST_SIZE and "seed" not in k:
+                raise ValueError(f"{name}: {k}={v} must be at most {MOST_SIZE}: it is a shape")
         with _refused(name, for_make):
             environment, params = gymnax.make(name, **checked)
     return environment, params, {k: v for k, v in settings.items() if k not in for_make}

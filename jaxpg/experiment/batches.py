@@ -12,9 +12,9 @@ import numpy as np
 
 from jaxpg.experiment import health
 from jaxpg.experiment.build import Parts
-from jaxpg.experiment.checkpoint import on_host
+from jaxpg.experiment.checkpoint import on_host, stored_as
 from jaxpg.experiment.config import Config
-from jaxpg.experiment.folder import write_atomically
+from jaxpg.experiment.folder import declared_arrays, read_arrays, write_atomically
 from jaxpg.experiment.loop import chunk_length, wait_for
 from jaxpg.experiment.replicas import Programs, Replicas, compile_programs, replicas_of
 from jaxpg.types import Hyperparams
@@ -155,24 +155,41 @@ def write(path: Path, rows: np.ndarray, numbers: dict[str, Any], states: Any) ->
     write_atomically(path, lambda file: np.savez(file, rows=rows, **numbers, **leaves))
 
 
-def read(job: Job, path: Path, rows: np.ndarray) -> tuple[dict[str, np.ndarray], Any] | None:
-    """What was written of the batch of these rows, if anything was. Raises ValueError."""
+def read(
+    job: Job, path: Path, rows: np.ndarray, like: dict[str, Any]
+) -> tuple[dict[str, np.ndarray], Any] | None:
+    """What was written of the batch of these rows, if anything was. Raises ValueError.
+
+    like: numbers as they are written.
+    """
     if not path.exists():
         return None
     try:
-        with np.load(path) as file:
-            numbers = {name: file[name] for name in file.files}
-    except Exception as error:  # whatever zipfile and numpy make of a damaged file
-        raise ValueError(
-            f"cannot read {path}: {error}; remove it, to train its batch again"
-        ) from error
-    if not np.array_equal(numbers["rows"], rows):
+        declared = declared_arrays(path)
+        init = jax.eval_shape(job.parts.trainer.init, jax.random.key(0))
+        leaves = {f"state_{i}": stored_as(x) for i, x in enumerate(jax.tree.leaves(init))}
+        wanted = {
+            name: (np.shape(x), np.asarray(x).dtype) for name, x in (like | {"rows": rows}).items()
+        }
+        if "state_0" in declared:
+            wanted |= {
+                name: ((len(rows), *shape), dtype) for name, (shape, dtype) in leaves.items()
+            }
+        for name, (shape, dtype) in wanted.items():
+            # Of another precision, they become what is expected.
+            found = declared.get(name)
+            if found is None or (found.shape, found.dtype.kind) != (shape, dtype.kind):
+                has = "lacks it" if found is None else f"has {found.dtype}{found.shape}"
+                raise ValueError(
+                    f"{path} does not hold {name} of this sweep, {dtype}{shape}: it {has}"
+                )
+        arrays = read_arrays(path, wanted)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it, to train its batch again") from error
+    if not np.array_equal(arrays["rows"], rows):
         raise ValueError(f"{path} is a batch of other agents than this sweep's; remove it")
-    leaves = [
-        numbers.pop(f"state_{i}") for i in range(sum(n.startswith("state_") for n in numbers))
-    ]
-    tree = jax.tree.structure(jax.eval_shape(job.parts.trainer.init, jax.random.key(0)))
-    return numbers, jax.tree.unflatten(tree, leaves) if leaves else None
+    states = [arrays.pop(name) for name in leaves if name in arrays]
+    return arrays, jax.tree.unflatten(jax.tree.structure(init), states) if states else None
 
 
 def state_bytes(parts: Parts) -> int:

@@ -14,17 +14,51 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxpg.experiment.config import CONFIG
+from jaxpg.experiment.schema import expect
 
 LAYOUT = 1  # of what is written here; a tree's own is in its leaves
 KEEP = 3  # the newest, and beside them the best
 REMOVAL = 1.0  # seconds that removing one may take
+
+
+class Leaf(TypedDict):
+    """What a checkpoint says of an array."""
+
+    shape: list[int]
+    dtype: str
+    crc32: int
+
+
+class Host(TypedDict):
+    """What the host knows beside the tree."""
+
+    layout: int
+    leaves: dict[str, Leaf]
+    record: dict[str, Any]
+    updates: NotRequired[int]  # that of before has none, nor settings
+    settings: NotRequired[dict[str, Any]]
+
+
+class Scored(TypedDict):
+    """What is said of a checkpoint that has a score."""
+
+    score: float
+
+
+class Record(TypedDict):
+    """What the record of a run has to have."""
+
+    env_steps: list[int]  # of every replica
+    seconds: float
+    diverged: dict[str, int]  # of a replica, the update
+    lines: NotRequired[int]  # of metrics.jsonl
 
 
 class Checkpoints(NamedTuple):
@@ -103,7 +137,9 @@ def best(folder: Path) -> int:
         if (path / "metrics").is_dir():
             items = _orbax().args.Composite(metrics=_orbax().args.JsonRestore())
             try:
-                scores[step] = _read(path, items).metrics["score"]
+                found = _read(path, items).metrics
+                expect(found, Scored, f"cannot read the checkpoint {path}: metrics")
+                scores[step] = found["score"]
             except ValueError:
                 if not removed(path):
                     raise
@@ -138,6 +174,7 @@ def restore(folder: Path, step: int, shapes: Any, settings: dict | None = None) 
             f"{path} has layout {found}, and this version of jaxpg reads {LAYOUT}; "
             "use the version that wrote it, which config.json names"
         )
+    expect(host, Host, f"cannot read the checkpoint {path}: host")
     if host.get("updates", step) != step:
         raise ValueError(
             f"{path} is the checkpoint of {host['updates']} updates, not of {step}; give it its own "
@@ -154,6 +191,25 @@ def restore(folder: Path, step: int, shapes: Any, settings: dict | None = None) 
             raise ValueError(f"{path} is damaged: {name} is not what was written{_other(path)}")
         found.append(_as_saved(array, leaf))
     return jax.tree.unflatten(jax.tree.structure(shapes), found), host["record"]
+
+
+def restore_run(
+    folder: Path, step: int, shapes: Any, count: int, settings: dict | None = None
+) -> tuple[Any, Record]:
+    """`restore` of a run of so many replicas, whose record has what the run goes on with."""
+    state, record = restore(folder, step, shapes, settings)
+    where = f"cannot read the checkpoint {folder / str(step)}: record"
+    expect(record, Record, where)
+    found: Any = record
+    if len(found["env_steps"]) != count:
+        raise ValueError(
+            f"{where}.env_steps has {len(found['env_steps'])} entries for {count} replicas"
+        )
+    if wrong := found["diverged"].keys() - set(map(str, range(count))):
+        raise ValueError(
+            f"{where}.diverged names {min(wrong)!r}; there are replicas 0 to {count - 1}"
+        )
+    return state, found
 
 
 def check_settings(path: Path, found: dict | None, expected: dict | None) -> None:
@@ -195,8 +251,9 @@ def _same_leaves(path, saved, expected):
                 f"{path} {which} {name}, unlike what its config.json makes in this version of "
                 "jaxpg; use the version that wrote it"
             )
-        shape, dtype = _stored_as(expected[name])
-        alike = jnp.dtype(saved[name]["dtype"]).kind == dtype.kind  # in 32 bits or 64
+        shape, dtype = stored_as(expected[name])
+        kinds = (str(x).rstrip("0123456789") for x in (saved[name]["dtype"], dtype))
+        alike = len({*kinds}) == 1  # in 32 bits or 64
         if list(shape) != saved[name]["shape"] or not alike:
             raise ValueError(
                 f"{path} has {name} as {saved[name]['dtype']}{saved[name]['shape']}, and its "
@@ -208,14 +265,15 @@ def _is_key(leaf) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _stored_as(leaf):
+def stored_as(leaf: Any) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype of a leaf on the host."""
     if _is_key(leaf):
         leaf = jax.eval_shape(jax.random.key_data, leaf)
     return leaf.shape, leaf.dtype
 
 
 def _empty(leaf):
-    shape, dtype = _stored_as(leaf)
+    shape, dtype = stored_as(leaf)
     return np.zeros(shape, dtype)
 
 

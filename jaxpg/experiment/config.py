@@ -2,6 +2,7 @@
 
 import math
 import struct
+import sys
 from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
@@ -30,7 +31,16 @@ FREE = (
 
 
 MOST = 2**31 - 1  # of what is a size: devices count in 32 bits
+MOST_EPOCHS = 10**6  # whose keys and metrics an update keeps
+MOST_STEPS = 10**4  # that one observation shows, or one action takes
 MOST_ENTRIES = 1000  # of a list of sizes
+LEAST_SINGLE = 2.0**-126  # below it are only numbers that processors take for 0
+
+
+class Resumed(TypedDict):
+    """What config.json has to say of every time that the run went on."""
+
+    recorded_from: NotRequired[int]  # the first update whose metrics there are
 
 
 class Stored(TypedDict):
@@ -40,7 +50,7 @@ class Stored(TypedDict):
     hyperparameters: dict[str, tuple[float, ...]]
     replicas: NotRequired[list[dict[str, float]]]
     demonstrations_sha256: NotRequired[str | None]
-    resumed: NotRequired[list[Any]]
+    resumed: NotRequired[list[Resumed]]
 
 
 def _flag(default: Any, help: str, least: int = 1, most: int = MOST) -> Any:
@@ -66,8 +76,12 @@ class Config:
     )
     settings: str | None = _flag(None, "of the environment, as in size=16,unscaled_move_cost=0")
     keep: tuple[int, ...] = _flag((), "entries of the observation to see, as in 0,2; none: all", 0)
-    repeat: int = _flag(1, "times that every action is taken; the rewards are summed")
-    history: int | None = _flag(None, "see the last so many observations and actions")
+    repeat: int = _flag(
+        1, "times that every action is taken; the rewards are summed", 1, MOST_STEPS
+    )
+    history: int | None = _flag(
+        None, "see the last so many observations and actions", 1, MOST_STEPS
+    )
     normalise: bool = _flag(False, "scale observations by their running mean and deviation")
     network: str = _flag("mlp", "mlp, linear, gru or tabular; policy and critic are built alike")
     hidden: tuple[int, ...] = _flag((64, 64), "widths of the hidden layers")
@@ -83,9 +97,9 @@ class Config:
     reference_batch: int | None = _flag(
         None, "the batch that the learning rates fit, in steps; for reinforce*, in episodes"
     )
-    num_epochs: int = _flag(1, "passes over each batch that move the policy")
+    num_epochs: int = _flag(1, "passes over each batch that move the policy", 1, MOST_EPOCHS)
     num_minibatches: int = _flag(1, "parts of a batch, one step of the optimizer each")
-    critic_epochs: int = _flag(0, "further passes that move only the critic", 0)
+    critic_epochs: int = _flag(0, "further passes that move only the critic", 0, MOST_EPOCHS)
     critic_minibatches: int = _flag(1, "parts of a batch in those")
     fisher_samples: int | None = _flag(
         None, "steps (or lanes) of the batch that the Fisher matrix is of; by default all"
@@ -127,6 +141,11 @@ class Config:
 def points(grid: Grid) -> list[Hyperparams]:
     """The full grid: every combination of the listed values, the last field varying fastest."""
     return [Hyperparams(*values) for values in product(*grid)]
+
+
+def num_points(grid: Grid) -> int:
+    """How many points the full grid has."""
+    return math.prod(map(len, grid))
 
 
 def varying(grid: Grid) -> list[str]:
@@ -214,19 +233,17 @@ def _held(name, value) -> float:
         single = struct.unpack("<f", struct.pack("<f", value))[0]
     except OverflowError:
         single = math.inf
-    if math.isfinite(single) and (single or not value):
+    if value == 0 or LEAST_SINGLE <= abs(single) < math.inf:
         return single
     # Only beyond float32 does it matter what arrays are, so only there jax is waited for.
     from jax.numpy import result_type
 
-    if result_type(float) == "float64":
+    if result_type(float) == "float64" and abs(value) >= sys.float_info.min:
         return value
-    if single:
-        raise ValueError(
-            f"{name}={value:g} is beyond float32, which ends at 3.4e38; give less, or set "
-            "JAX_ENABLE_X64=1 to compute in float64"
-        )
-    return single
+    why = "is beyond float32, which ends at 3.4e38; give less"
+    if abs(single) < 1:
+        why = f"would be 0: float32 begins at {LEAST_SINGLE:.2g}; give 0 or more"
+    raise ValueError(f"{name}={value:g} {why}, or set JAX_ENABLE_X64=1 to compute in float64")
 
 
 def load_config(run: str | Path) -> tuple[Config, Grid]:

@@ -23,13 +23,14 @@ import numpy as np
 
 from jaxpg.experiment import health
 from jaxpg.experiment.cache import processor
-from jaxpg.experiment.config import CONFIG, FREE, Config, Grid
+from jaxpg.experiment.config import CONFIG, FREE, Config, Grid, read_config
 from jaxpg.experiment.lock import LOCK, locked
 from jaxpg.experiment.schema import parsed
 
 METRICS, PARAMS, EVALUATION = "metrics.jsonl", "params.npz", "evaluation.json"
 TABLE = "metrics.parquet"  # a folder of parts, which readers of Parquet take for one table
 CHECKPOINTS, FIGURES = "checkpoints", "figures"
+RUNS = Path("runs")  # where folders are made that nobody names
 BATCHES = "batches"  # of a sweep that goes on
 TENSORBOARD, WANDB = "tensorboard", "wandb"
 TEMPORARY = r"\..+\.\d+\.tmp"  # the names of files that are being written
@@ -45,7 +46,7 @@ def create_folder(config: Config, over: bool = False) -> Path:
     over: what a run left that was killed before its first checkpoint is removed.
     """
     if config.run is None:
-        return _new_folder(Path("runs"), f"{config.environment}-{config.algorithm}")
+        return _new_folder(RUNS, f"{config.environment}-{config.algorithm}")
     folder = Path(config.run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +118,14 @@ def discard_folder(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
         for name in (TENSORBOARD, WANDB, CHECKPOINTS):
             shutil.rmtree(folder / name, ignore_errors=True)
-        folder.rmdir()
+        remove_empty(folder)
+
+
+def remove_empty(folder: Path) -> None:
+    """Removes an empty folder, and runs/ where nothing else is in it. Raises OSError."""
+    folder.rmdir()
+    if folder.parent == RUNS:
+        RUNS.rmdir()
 
 
 def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
@@ -177,7 +185,7 @@ def settings(folder: Path) -> dict[str, Any]:
 
     A checkpoint and params.npz carry them. Long lists are told apart by their digests.
     """
-    saved = json.loads((folder / CONFIG).read_text())
+    saved = read_config(folder)[1]
     found = saved["config"] | saved["hyperparameters"]
     found["demonstrations_sha256"] = saved.get("demonstrations_sha256")
 
@@ -306,7 +314,7 @@ def check_links(folder: Path) -> None:
 def check_demonstrations(folder: Path, config: Config) -> None:
     """Raises ValueError when the file that the folder's run learnt from has become another."""
     # A run of before they were kept has none to compare.
-    began = json.loads((folder / CONFIG).read_text()).get("demonstrations_sha256")
+    began = read_config(folder)[1].get("demonstrations_sha256")
     if began is not None and began != _digest(config):
         raise ValueError(
             f"{config.demonstrations} has changed since {folder} began with it, so a resumed run would "

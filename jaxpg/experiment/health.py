@@ -10,12 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxpg.algorithms import algorithm
+from jaxpg.data import episodes
 from jaxpg.envs import Env
 from jaxpg.experiment.config import Config
 
 # Non-finite values of these mean that a run has diverged; a curve's NaN means that it has no value yet.
 WATCHED = ("objective", "critic_loss", "grad_norm", "entropy")
 FEW_UPDATES = 100
+REPLICA_BYTES = 2000  # of the machine's memory for each, whatever its state
 PACKAGE, JAX = Path(__file__).parent.parent, Path(jax.__file__).parent
 MANY_STEPS = 100_000  # of one agent, from which few updates are a waste
 
@@ -78,25 +81,47 @@ def check_sizes(config: Config, env: Env, state_bytes: int, replicas: int) -> No
     available = available_bytes()
     if available is None or config.force:
         return
-    row = jax.eval_shape(env.reset, jax.random.key(0))
-    lane = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(row))
+    start = jax.eval_shape(env.reset, jax.random.key(0))
+    lane, row = (
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(x)) for x in (start, start[1])
+    )
+    # Whole episodes in one piece are rolled out again where they are many.
+    data = algorithm(config.algorithm).data
+    kept = data is not episodes or config.num_minibatches > 1
+    batch = max(2 * lane, row * num_steps(config, env) * kept)
     epochs = config.num_epochs + config.critic_epochs
-    for what, one, count, remedy in (
+    agent = 2 * state_bytes + REPLICA_BYTES
+    for what, noun, one, count, remedy in (
         (
-            "the states of {} agents",
-            2 * state_bytes,
-            replicas,
-            "fewer --seeds or a narrower --hidden",
+            "one agent's batch of",
+            "environment",
+            batch,
+            config.num_envs,
+            "--num-envs or --num-steps",
         ),
-        ("evaluating {} episodes", lane * replicas, config.evaluation_episodes, "fewer episodes"),
-        ("the keys of {} epochs", 8 * replicas, epochs, "fewer epochs"),
+        (
+            "the states of",
+            "agent",
+            agent,
+            replicas,
+            "--seeds or --num-envs, or a narrower --hidden",
+        ),
+        ("evaluating", "episode", 2 * lane * replicas, config.evaluation_episodes, "episodes"),
+        ("the metrics of", "epoch", 4 * replicas, epochs, "epochs"),
     ):
         if one * count > available:
+            fits = f"{int(available // one):,}" if one <= available else "none"
             raise ValueError(
-                f"at least {_giga(one * count)} of memory is needed for {what.format(f'{count:,}')}, and "
-                f"there is {_giga(available)}, enough for {int(available // one):,}; give {remedy}, or "
-                "--force to try"
+                f"at least {_giga(one * count)} of memory is needed for {what} {count:,} {noun}"
+                f"{'s' * (count > 1)}, and there is {_giga(available)}, enough for "
+                f"{fits}; give fewer {remedy}, or --force to try"
             )
+
+
+def num_steps(config: Config, env: Env) -> int:
+    """Of each environment and update; of whole episodes, the most."""
+    usual = env.horizon if algorithm(config.algorithm).data.whole_episodes else 128
+    return config.num_steps or usual
 
 
 def check_memory(compiled: Any, replicas: int = 1, force: bool = False) -> None:

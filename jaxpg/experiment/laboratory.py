@@ -282,10 +282,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _folder(out: str | None, name: str) -> Path:
-    from jaxpg.experiment.folder import _new_folder
+    from jaxpg.experiment.folder import RUNS, _new_folder
 
     if out is None:
-        return _new_folder(Path("runs"), name)
+        return _new_folder(RUNS, name)
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -301,10 +301,12 @@ def _folder(out: str | None, name: str) -> Path:
 
 
 def _discard(folder: Path) -> None:
+    from jaxpg.experiment.folder import remove_empty
+
     with suppress(OSError):
         for name in artifacts.FILES:
             (folder / name).unlink(missing_ok=True)
-        folder.rmdir()
+        remove_empty(folder)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from jaxpg.experiment import checkpoint as checkpoints
 from jaxpg.experiment import folder as files
 from jaxpg.experiment import health
 from jaxpg.experiment.build import Parts, build, build_algorithm, settings_of
-from jaxpg.experiment.config import Config, Grid, load_config, points
+from jaxpg.experiment.config import Config, Grid, load_config, num_points, points
 from jaxpg.experiment.folder import (
     CHECKPOINTS,
     EVALUATION,
@@ -24,7 +24,6 @@ from jaxpg.experiment.folder import (
     read_arrays,
 )
 from jaxpg.experiment.records import read_evaluation
-from jaxpg.experiment.replicas import make_replicas
 from jaxpg.lab.worlds import TABULATED, Checkpoint, tabulated
 from jaxpg.policies import Agent, AgentParams, Network, init_params
 from jaxpg.types import Array, Carry, Key
@@ -115,21 +114,21 @@ def read_run(run: str | Path, update: int | str | None = None) -> Run:
     """A run with the parameters of all its replicas. Raises ValueError."""
     folder = Path(run)
     config, grid = load_config(folder)
-    parts = build(config)
+    parts, count = build(config), num_points(grid) * config.seeds
     if update is None and (folder / PARAMS).is_file():
-        params = _read_params(folder, parts.agent, points(grid), config.seeds)
+        params = _read_params(folder, parts.agent, grid, config.seeds)
         good = health.finite(params)
         evaluation = read_evaluation(folder, len(good))
         returns = evaluation["mean_return"] if evaluation else [0.0] * len(good)
         gone = ~good | np.array([each is None for each in returns])
         return Run(folder, config, grid, parts, params, None, gone)
-    keys = make_replicas(config, points(grid)).keys
+    keys = jax.ShapeDtypeStruct((count,), jax.random.key(0, impl="threefry2x32").dtype)
     shapes = jax.eval_shape(jax.vmap(parts.trainer.init), keys)
     place, settings = folder / CHECKPOINTS, files.settings(folder)
     while True:
         chosen = _chosen(folder, update)
         try:
-            state, record = checkpoints.restore(place, chosen, shapes, settings)
+            state, record = checkpoints.restore_run(place, chosen, shapes, count, settings)
         except ValueError:
             # Training beside us may have removed it for newer ones, of which there is another then.
             if checkpoints.removed(place / str(chosen)):
@@ -260,9 +259,9 @@ def _update_of(run: Run) -> int | None:
     return about["updates"] if about else None
 
 
-def _read_params(folder: Path, agent: Agent, settings: list, seeds: int) -> AgentParams:
+def _read_params(folder: Path, agent: Agent, grid: Grid, seeds: int) -> AgentParams:
     """Of every replica, [N, ...]. Raises ValueError, naming the array that is not as the run made it."""
-    path, count = folder / PARAMS, len(settings) * seeds
+    path, count = folder / PARAMS, num_points(grid) * seeds
     about = files.about_params(path)
     checkpoints.check_settings(path, about and about["settings"], files.settings(folder))
     shapes = jax.eval_shape(lambda key: init_params(agent, key), jax.random.key(0))
@@ -282,7 +281,7 @@ def _read_params(folder: Path, agent: Agent, settings: list, seeds: int) -> Agen
     arrays = read_arrays(path, expected)
     evaluation = read_evaluation(folder, count)
     # One setting that diverges ends its run; in a grid the others went on.
-    diverged = np.full(count, len(settings) > 1)
+    diverged = np.full(count, num_points(grid) > 1)
     if evaluation is not None:
         diverged = np.array([each is None for each in evaluation["mean_return"]])
     for name, array in arrays.items():

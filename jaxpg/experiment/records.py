@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
@@ -54,6 +54,7 @@ class Evaluation(TypedDict):
     """What evaluation.json has to have, for each replica."""
 
     mean_return: list[float | None]  # None: diverged
+    update: NotRequired[int]  # after how many; older ones do not say
 
 
 def read(folders: list[Path]) -> list[Series]:

@@ -14,8 +14,18 @@ import numpy as np
 from jaxpg.experiment import checkpoint, console, health, metrics
 from jaxpg.experiment import folder as files
 from jaxpg.experiment.batches import state_bytes
-from jaxpg.experiment.build import Parts, build, build_algorithm, instructed
-from jaxpg.experiment.config import Config, Grid, check, completed, load_config, points, varying
+from jaxpg.experiment.build import Parts, build, instructed
+from jaxpg.experiment.config import (
+    Config,
+    Grid,
+    check,
+    completed,
+    load_config,
+    num_points,
+    points,
+    read_config,
+    varying,
+)
 from jaxpg.experiment.interrupt import heeding, signals
 from jaxpg.experiment.lock import locked
 from jaxpg.experiment.loop import (
@@ -32,6 +42,7 @@ from jaxpg.experiment.loop import (
 from jaxpg.experiment.metrics import Sink
 from jaxpg.experiment.presets import preset
 from jaxpg.experiment.progress import display
+from jaxpg.experiment.records import read_evaluation
 from jaxpg.experiment.replicas import (
     Replicas,
     compile_programs,
@@ -69,8 +80,8 @@ def prepare(config: Config, grid: Grid, over: bool = False) -> Experiment:
 
 def _parts(config: Config, grid: Grid) -> Parts:
     parts = build(config)
-    replicas = len(points(grid)) * config.seeds
-    health.check_sizes(config, parts.env, state_bytes(parts), replicas)
+    count = num_points(grid) * config.seeds
+    health.check_sizes(config, parts.env, state_bytes(parts), count)
     return instructed(parts, config)
 
 
@@ -83,17 +94,17 @@ def prepare_either(config: Config, grid: Grid) -> Experiment | None:
     found = checkpoint.steps(folder / files.CHECKPOINTS)
     if not found:
         return prepare(config, grid, over=True)
-    done = found[-1] >= config.updates and _evaluated(folder, config.updates)
+    done = found[-1] >= config.updates and _evaluated(config, grid)
     return None if done else prepare_resume(config, grid)
 
 
-def _evaluated(folder: Path, updates: int) -> bool:
-    """Whether there is an evaluation after so many updates or more."""
-    file = folder / files.EVALUATION
+def _evaluated(config: Config, grid: Grid) -> bool:
+    """Whether the folder config.run has an evaluation after config.updates or more."""
     try:
-        return file.is_file() and json.loads(file.read_text()).get("update", updates) >= updates
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"cannot read {file}: {error}; remove it, to evaluate again") from error
+        found = read_evaluation(Path(str(config.run)), num_points(grid) * config.seeds)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it, to evaluate again") from error
+    return found is not None and found.get("update", config.updates) >= config.updates
 
 
 def prepare_resume(config: Config, grid: Grid) -> Experiment:
@@ -117,7 +128,7 @@ def prepare_resume(config: Config, grid: Grid) -> Experiment:
             f"updates={config.updates} in all, and {folder} has made {start} already; ask for more"
         )
     _check_schedule(folder, config, grid)
-    if config.updates == start and _evaluated(folder, start):
+    if config.updates == start and _evaluated(config, grid):
         raise ValueError(
             f"{folder} has finished its {start} updates; --updates {2 * start} goes on to "
             f"{2 * start} in all"
@@ -198,7 +209,7 @@ def _begin(experiment, replicas, say) -> tuple[Any, Progress]:
     now = files.description(config, grid, replicas.labels) | {"lanes": lanes(replicas)}
     if start is not None:
         return _go_on(experiment, replicas, now, say)
-    warning = health.starving(config.updates, _steps_per_update(config, parts))
+    warning = health.starving(config.updates, config.num_envs * health.num_steps(config, parts.env))
     if warning and not _as_preset(config):
         say(warning)
     files.write_json(folder / files.CONFIG, now, exact=True)
@@ -214,9 +225,11 @@ def _go_on(experiment, replicas, now: dict, say) -> tuple[Any, Progress]:
     files.check_links(folder)
     shapes = jax.eval_shape(jax.vmap(parts.trainer.init), replicas.keys)
     settings = files.settings(folder)
-    state, record = checkpoint.restore(folder / files.CHECKPOINTS, start, shapes, settings)
+    state, record = checkpoint.restore_run(
+        folder / files.CHECKPOINTS, start, shapes, len(replicas.labels), settings
+    )
     state = jax.device_put(state, replicas.sharding)
-    saved = json.loads((folder / files.CONFIG).read_text())
+    saved: dict[str, Any] = dict(read_config(folder)[1])
     entry = {"update": start, "time": now["started"], **_recorded(experiment, saved, record, say)}
     say(f"resuming {folder} after {start} of {config.updates} updates")
     if "lines" not in record:
@@ -226,7 +239,7 @@ def _go_on(experiment, replicas, now: dict, say) -> tuple[Any, Progress]:
         say(f"its numbers will be those of one go to rounding, not bit by bit: {said}")
         entry["changed"] = changed
     for part, name in (("config", "schedule"), ("hyperparameters", "schedule_updates")):
-        if json.loads(json.dumps(now[part][name])) != saved[part][name]:
+        if json.loads(json.dumps(now[part][name])) != saved[part].get(name):
             entry[name] = now[part][name]
             saved[part][name] = now[part][name]
     saved["config"]["updates"] = config.updates
@@ -238,29 +251,23 @@ def _go_on(experiment, replicas, now: dict, say) -> tuple[Any, Progress]:
     return state, Progress(start, record["env_steps"], record["seconds"], diverged, lines)
 
 
-def _recorded(experiment, saved: dict, record: dict, say) -> dict[str, int]:
+def _recorded(experiment, saved: dict, record: checkpoint.Record, say) -> dict[str, int]:
     """Checks and rewinds what was recorded up to the checkpoint; what config.json has to say of it.
 
     Raises ValueError, leaving all as it is, where the table has a hole.
     """
     config, _, _, folder, start = experiment
     lines, table = folder / files.METRICS, folder / files.TABLE
-    since = max((each.get("recorded_from", 1) for each in saved.get("resumed", [])), default=1)
+    since = max((each.get("recorded_from", 1) for each in saved.get("resumed", ())), default=1)
     if not lines.exists() and not table.exists() and since <= start:
         say(f"{folder} has lost {lines.name} and {table.name}: both begin at update {start + 1}")
         return {"recorded_from": start + 1}
-    metrics.check_table(table, since, start, len(saved["replicas"]))
+    metrics.check_table(table, since, start, len(record["env_steps"]))
     metrics.rewind(lines, table, start)
-    chunk, count = chunk_length(saved["config"]["updates"]), record.get("lines")
+    chunk, count = chunk_length(load_config(folder)[0].updates), record.get("lines")
     if said := metrics.mend_lines(lines, table, (since, start), chunk, count, config.num_envs):
         say(said)
     return {}
-
-
-def _steps_per_update(config, parts) -> int:
-    """Of one agent; of whole episodes, the most."""
-    usual = parts.env.horizon if build_algorithm(config).data.whole_episodes else 128
-    return config.num_envs * (config.num_steps or usual)
 
 
 def _as_preset(config) -> bool:

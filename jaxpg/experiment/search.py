@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxpg.experiment.config import Grid, points
+from jaxpg.experiment.config import Grid, num_points, points
 from jaxpg.types import Hyperparams
 
 EXAMPLE = "1e-4:1e-2:log8"
+MOST_VALUES = 100_000  # of a range
 HELP = """\
 usage: jaxpg sweep ENV [--NUMBER VALUES] [--random POINTS] [--halving FACTOR]
 
@@ -117,6 +117,11 @@ def read_range(name: str, text: str) -> Range:
         raise ValueError(f"{said}: a range has finite ends")
     if count is not None and count < 2:
         raise ValueError(f"{said} has {count} values; a range has 2 or more, as in {EXAMPLE}")
+    if count is not None and count > MOST_VALUES:
+        raise ValueError(
+            f"{said} has {count:,} values; at most {MOST_VALUES:,} are possible, and --random draws from "
+            "a range without a count"
+        )
     if low >= high:
         raise ValueError(f"{said}: {low:g} is not below {high:g}; give the lower end first")
     if logarithmic and low <= 0:
@@ -157,7 +162,7 @@ def choose(grid: Grid, options: Options, seed: int) -> list[Hyperparams]:
 
 def count(grid: Grid, options: Options) -> int:
     """How many points `choose` gives."""
-    return options.random or math.prod(len(values) for values in grid)
+    return options.random or num_points(grid)
 
 
 def rungs(num_points: int, updates: int, chunk: int, factor: float | None) -> list[Rung]:
@@ -168,15 +173,23 @@ def rungs(num_points: int, updates: int, chunk: int, factor: float | None) -> li
     """
     if factor is None:
         return [Rung(num_points, updates)]
-    for cuts in range(int(math.log(num_points) / math.log(factor) + 1e-9), 0, -1):
-        ends = [
-            max(chunk, round(updates / factor ** (cuts - k) / chunk) * chunk)
-            for k in range(cuts + 1)
-        ]
-        if all(a < b for a, b in pairwise(ends)):
+    if factor * (num_points - 1) < num_points and num_points > 1:
+        raise ValueError(
+            f"--halving {factor:.9g} keeps all of {num_points:,} points; {num_points / (num_points - 1):.6g} "
+            "or more keeps fewer"
+        )
+
+    def end(left):
+        """After which update a rung ends that has so many cuts ahead of it."""
+        return max(chunk, round(updates / factor**left / chunk) * chunk)
+
+    # Every end is another number of chunks.
+    most = min(int(math.log(num_points) / math.log(factor) + 1e-9), updates // chunk)
+    for cuts in range(most, 0, -1):
+        if all(end(left) < end(left - 1) for left in range(cuts, 0, -1)):
             return [
-                Rung(max(1, math.ceil(num_points / factor**k - 1e-9)), end)
-                for k, end in enumerate(ends)
+                Rung(max(1, math.ceil(num_points / factor**k - 1e-9)), end(cuts - k))
+                for k in range(cuts + 1)
             ]
     raise ValueError(
         f"--halving {factor:g} cannot thin {num_points} points over {updates} updates; it needs "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import jax
 import numpy as np
@@ -25,12 +25,23 @@ from jaxpg.experiment.progress import Show, Status, display
 from jaxpg.experiment.ranking import Costs, Outcomes, Search
 from jaxpg.experiment.records import SWEEP
 from jaxpg.experiment.replicas import use_cpu_cores
+from jaxpg.experiment.schema import read_json
 from jaxpg.experiment.search import Options, choose, count, rungs, take_options
 from jaxpg.intervals import attained
 
-REPLICA_BYTES = 2000  # of the machine's memory for each, whatever its state
 NOTHING = "before the first update; nothing was saved"
 UNHEARD = ("tensorboard", "wandb", "debug_nans")  # flags of train that mean nothing here
+
+
+class Began(TypedDict):
+    """What sweep.json has to have, of a sweep that has ended or of one that goes on."""
+
+    config: dict[str, Any]
+    hyperparameters: dict[str, Any]
+    search: dict[str, Any]
+    demonstrations_sha256: str | None
+    complete: NotRequired[bool]
+    batch: NotRequired[int]
 
 
 class Sweep(NamedTuple):
@@ -82,20 +93,23 @@ def _began(config: Config, search: Search) -> dict[str, Any] | None:
     if not found:
         return None
     files.check_links(folder)
-    try:
-        records = [json.loads(path.read_text()) for path in found]
-        began = _settings(records[0])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"cannot read {found[0]}: {error}") from error
+    records: list[dict[str, Any]] = [read_json(path, Began) for path in found]
+    began = _settings(records[0])
     now = _settings(json.loads(json.dumps(ranking.description(config, search))))
     for name, value in now.items():
         if began.get(name, value) != value:
             raise ValueError(
-                f"{folder} has a sweep with another {name.strip('_')}; give it the flags that it began "
+                f"{found[0]} has a sweep with another {name.strip('_')}; give it the flags that it began "
                 "with, or name a new folder with --run"
             )
-    if not records[0].get("complete", False) and "batch" not in records[-1]:
-        raise ValueError(f"{folder} has no batches to go on with; name a new folder with --run")
+    if not records[0].get("complete", False):
+        if "batch" not in records[-1]:
+            raise ValueError(f"{folder} has no batches to go on with; name a new folder with --run")
+        most = len(search.points) * config.seeds + jax.device_count() - 1
+        if not 1 <= records[-1]["batch"] <= most:
+            raise ValueError(
+                f"cannot read {found[-1]}: batch={records[-1]['batch']} must be between 1 and {most}"
+            )
     return records[-1] | {"complete": records[0].get("complete", False)}
 
 
@@ -118,7 +132,7 @@ def _search(config: Config, grid: Grid, options: Options) -> Search:
 
 def _check_room(points: int, seeds: int, state: int = 0) -> None:
     """Raises ValueError when what is kept of every replica between batches would not fit."""
-    free, each = health.machine_bytes(), seeds * (REPLICA_BYTES + state)
+    free, each = health.machine_bytes(), seeds * (health.REPLICA_BYTES + state)
     if free is None or points * each <= free:
         return
     what = "their states between rungs" if state else "their results"
@@ -131,7 +145,7 @@ def _check_room(points: int, seeds: int, state: int = 0) -> None:
 
 def _folder(config: Config, over: bool) -> Path:
     if config.run is None:
-        return files._new_folder(Path("runs"), f"sweep-{config.environment}-{config.algorithm}")
+        return files._new_folder(files.RUNS, f"sweep-{config.environment}-{config.algorithm}")
     return files.create_folder(config, over)
 
 
@@ -210,14 +224,17 @@ def _climb(
     total, chunks = _total_updates(search, plan.size, seeds), [0]
     saved = [compiled]
 
+    def numbers(rows, done):
+        found = {name: x.reshape(-1)[rows] for name, x in _by_row(outcomes).items()}
+        spent = {"env_steps": costs[0].env_steps, "seconds": costs[0].seconds}
+        return found | spent | {"done": done}
+
     def save(path, rows, done, states):
         if not (place / SWEEP).exists():
             place.mkdir(exist_ok=True)
             about = ranking.description(job.config, search) | {"batch": plan.size}
             files.write_json(place / SWEEP, about, exact=True)
-        numbers = {name: x.reshape(-1)[rows] for name, x in _by_row(outcomes).items()}
-        spent = {"env_steps": costs[0].env_steps, "seconds": costs[0].seconds}
-        batches.write(path, rows, numbers | spent | {"done": done}, states)
+        batches.write(path, rows, numbers(rows, done), states)
         saved[0] = time.perf_counter()
 
     show(f"compiled in {compiled - started:.1f} s")
@@ -235,19 +252,22 @@ def _climb(
 
     def restored(path, rows):
         """The updates and the states of a batch that was kept, in which outcomes are those it had."""
-        found = None if began is None else batches.read(job, path, rows)
+        found = None if began is None else batches.read(job, path, rows, numbers(rows, 0))
         if found is None:
             return 0, None
-        numbers, states = found
+        kept, states = found
+        done = int(kept["done"])
+        if not 0 <= done <= job.config.updates or done % chunk_length(job.config.updates):
+            raise ValueError(f"cannot read {path}: no chunk ends after {done} updates; remove it")
         for name, x in outcomes._asdict().items():
-            (x.reshape(-1) if x.ndim == 2 else x)[rows if x.ndim == 2 else rows // seeds] = numbers[
+            (x.reshape(-1) if x.ndim == 2 else x)[rows if x.ndim == 2 else rows // seeds] = kept[
                 name
             ]
-        base[0] = float(numbers["seconds"]) - (time.perf_counter() - compiled)
+        base[0] = float(kept["seconds"]) - (time.perf_counter() - compiled)
         costs[0] = costs[0]._replace(
-            env_steps=int(numbers["env_steps"]), seconds=float(numbers["seconds"])
+            env_steps=int(kept["env_steps"]), seconds=float(kept["seconds"])
         )
-        return int(numbers["done"]), states
+        return done, states
 
     base = [0.0]
     alive, states, before = np.arange(len(search.points)), None, 0

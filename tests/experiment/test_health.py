@@ -282,6 +282,8 @@ def test_too_little_memory_is_refused_with_what_fits(monkeypatch):
         ("--seeds 2000000000", "the states of 2,000,000,000 agents"),
         ("--evaluation-episodes 2147483647", "evaluating 2,147,483,647 episodes"),
         ("--hidden 1000000,1000000", "the states of 2 agents"),
+        ("--num-envs 2147483647", "one agent's batch of 2,147,483,647 environments"),
+        ("--num-steps 2147483647", "one agent's batch of 16 environments"),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "sweep"])

@@ -54,7 +54,9 @@ def test_kinds(value, kind, fits):
         ("num_steps", []), ("initial_std", "1"), ("initial_std", 1e39), ("settings", {}),
         ("checkpoint_seconds", float("inf")), ("evaluation_episodes", 10**12), ("num_batches", 10**6),
         ("gamma", 0.9), ("gamma", []), ("gamma", [[0.9]]), ("gamma", [None]),
-        ("learning_rate", [1e39]), ("max_grad_norm", [1e-50]), ("learning_rate", [10**400]),
+        ("learning_rate", [1e39]), ("max_grad_norm", [1e-50]), ("learning_rate", [1e-50]),
+        ("gamma", [1e-40]), ("num_epochs", 10**7), ("critic_epochs", 2**31 - 1), ("history", 10**9),
+        ("repeat", 10**9), ("learning_rate", [10**400]),
     ],
 )  # fmt: skip
 def test_a_stored_setting_names_its_file_and_field(run, name, value):
@@ -64,6 +66,15 @@ def test_a_stored_setting_names_its_file_and_field(run, name, value):
     saved["hyperparameters" if name in saved["hyperparameters"] else "config"][name] = value
     path.write_text(json.dumps(saved))
     refused(lambda: load_config(run), f"config.json: .*{name}")
+
+
+@pytest.mark.usefixtures("x64")
+def test_what_is_0_in_32_bits_is_not_in_64(run):
+    path = run / "config.json"
+    saved = json.loads(path.read_text())
+    saved["hyperparameters"]["learning_rate"] = [1e-50, 0.0]
+    path.write_text(json.dumps(saved))
+    assert load_config(run)[1].learning_rate == (1e-50, 0.0)
 
 
 @pytest.mark.parametrize(

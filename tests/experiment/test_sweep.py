@@ -280,7 +280,7 @@ def test_a_damaged_batch_is_said(tmp_path):
     (tmp_path / "0-0.npz").write_bytes(b"PK")
     job: Any = None
     with pytest.raises(ValueError, match=r"0-0.npz.*remove it, to train its batch again"):
-        batches.read(job, tmp_path / "0-0.npz", np.arange(2))
+        batches.read(job, tmp_path / "0-0.npz", np.arange(2), {})
 
 
 # Without any training
@@ -501,6 +501,9 @@ BAD = {
     "CartPole-v1 --gamma .9,.99 --random": "--random takes a number of points",
     "CartPole-v1 --gamma .9,.99 --halving 1": "--halving 1 must be above 1",
     "CartPole-v1 --gamma .9,.99 --halving 3": "cannot thin 2 points",
+    "CartPole-v1 --gamma 0:1:log1000000000": "has 1,000,000,000 values; at most 100,000 are possible",
+    "CartPole-v1 --gamma 0:1:lin8 --halving 1.0000001": "keeps all of 8 points; 1.14286 or more keeps fewer",
+    "CartPole-v1 --gamma .9,.99 --critic-epochs 2147483647": "critic_epochs=2147483647 must be at most",
     "CartPole-v1 --gamma .9,.99 --tensorboard": "--tensorboard means nothing to a sweep",
     "CartPol-v1 --gamma .9,.99": "did you mean CartPole-v1",
     "CartPole-v1 --gamma .9,.99 --run full": "full is not empty",
