@@ -188,6 +188,31 @@ def test_a_checkpoint_of_another_run_or_update_is_refused(copy):
         read_run(copy, 3)
 
 
+def test_what_the_host_noted_is_checked(copy):
+    host = copy / "checkpoints" / "4" / "host" / "metadata"
+    whole = json.loads(host.read_text())
+    for place, value, message in (
+        (("record", "env_steps"), [1], "record.env_steps has 1 entries for 2 replicas"),
+        (("record", "env_steps"), ["x", 1], r"record.env_steps\[0\] must be a whole number"),
+        (("record", "diverged"), {"7": 1}, "record.diverged names '7'; there are replicas 0 to 1"),
+        (("record", "seconds"), None, "record.seconds must be a finite number"),
+        (("leaves", "key"), {"shape": [2]}, "host.leaves.key.dtype is missing"),
+        (("updates",), "4", "host.updates must be a whole number"),
+    ):
+        saved = json.loads(json.dumps(whole))
+        table = saved
+        for name in place[:-1]:
+            table = table[name]
+        table[place[-1]] = value
+        host.write_text(json.dumps(saved))
+        refused(copy, f"cannot read the checkpoint .*checkpoints.4: {message}")
+    host.write_text(json.dumps(whole))
+    evaluation = copy / "evaluation.json"
+    evaluation.write_text(json.dumps(json.loads(evaluation.read_text()) | {"update": "4"}))
+    with pytest.raises(ValueError, match=r"evaluation.json: update must be .*; remove it, to eval"):
+        go_on(copy)
+
+
 def test_what_may_change_is_not_compared_and_what_changes_bits_is_said(copy):
     said = go_on(copy, "--updates", "8", "--checkpoint-seconds", "7", "--debug-nans")
     assert said == [f"resuming {copy} after 4 of 8 updates"]

@@ -68,15 +68,6 @@ def test_a_stored_setting_names_its_file_and_field(run, name, value):
     refused(lambda: load_config(run), f"config.json: .*{name}")
 
 
-@pytest.mark.usefixtures("x64")
-def test_what_is_0_in_32_bits_is_not_in_64(run):
-    path = run / "config.json"
-    saved = json.loads(path.read_text())
-    saved["hyperparameters"]["learning_rate"] = [1e-50, 0.0]
-    path.write_text(json.dumps(saved))
-    assert load_config(run)[1].learning_rate == (1e-50, 0.0)
-
-
 @pytest.mark.parametrize(
     "content", ["[" * 100_000, "null", "3", '{"config": []}', "\xff\xfe", "9" * 5000]
 )
