@@ -102,6 +102,29 @@ def test_an_optimizer_of_the_users_own_takes_any_number_of_episodes(num_envs, gr
     assert not np.allclose(moved["logits"], plain["logits"], rtol=0.1)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_optimizer_of_the_users_own_is_told_of_the_whole_batch(recompute, groups_of_four):
+    """Its own gradient of the loss is the one that it is given, and every episode has a log-probability."""
+
+    def own(hyperparams):
+        def update(updates, state, params, *, loss, kl, fisher_kl, episode_log_probs, **extra):
+            del updates, extra
+            step = jax.tree.map(lambda x: -hyperparams.learning_rate * x, jax.grad(loss)(params))
+            assert episode_log_probs(params).shape == (12,)
+            same = kl(params) + fisher_kl(params)  # 0
+            return jax.tree.map(lambda x: x + same, step), state
+
+        return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+    row = algorithm("reinforce_baseline")._replace(policy_optimizer=own)
+    moved, *_ = one_step(row, recompute=recompute)
+    plain, *_ = one_step(
+        row._replace(policy_optimizer=lambda numbers: optax.sgd(numbers.learning_rate))
+    )
+    assert np.abs(plain["logits"]).max() > 1e-2
+    np.testing.assert_allclose(moved["logits"], plain["logits"], atol=1e-6)
+
+
 def test_more_than_a_group_is_where_groups_begin():
     """The numbers of a device decide how many groups run at once, never how large one is."""
     assert rollout.lanes_at_once(1024) == 1024 and rollout.lanes_at_once(65536) == 1024
