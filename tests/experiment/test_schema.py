@@ -191,7 +191,8 @@ def test_an_archive_is_measured_before_it_is_unpacked(tmp_path, monkeypatch):
         "train --resume " + "x" * 300, "sweep CartPole-v1 --gamma .9,x", "plot " + "x" * 300,
         "plot r --x sideways", "evaluate", "evaluate r --seed x", "record r", "render r --out",
         "evaluate " + "x" * 300, "lab ladder --seed x", "train --tyro-nonsense",
-        "train --tyro-print-completion", "train --tyro-print-completion powershell", "x" * 5000, "plot " + "x" * 5000,
+        "train --tyro-print-completion", "train --tyro-print-completion powershell",
+        "x" * 5000, "plot " + "x" * 5000,
         *(f"{command} --{name} {value}"
           for command, names in (
               ("evaluate r", ("seed", "episodes", "update")),
