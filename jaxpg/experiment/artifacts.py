@@ -72,7 +72,8 @@ def write_figure(folder: Path, draw: Callable[[Any], None], name: str = "figure"
                 lambda file: figure.savefig(file, format="svg", metadata={"Date": None}),
             )
     except Exception as error:  # a missing font, a full disk, numbers that have no picture
-        warn(f"no picture {folder / name}: {error or type(error).__name__}")
+        why = getattr(error, "strerror", None) or error
+        warn(f"no picture {folder / name}: {why or type(error).__name__}")
         return False
     return True
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -21,6 +22,8 @@ def use_compilation_cache() -> None:
     when it exceeds a gigabyte; a named one may hold other programs' entries, so nothing is deleted there.
     Without a folder that can be written nothing is kept; and what the user has told jax about it stays.
     """
+    # A full disk costs time, and nothing else.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
     # By default, only what takes more than a second is kept; a run has many programs that take less.
     prefer("jax_persistent_cache_min_compile_time_secs", 0, 1.0)
     prefer("jax_persistent_cache_min_entry_size_bytes", -1, 0)

@@ -129,7 +129,7 @@ def remove_empty(folder: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
-    """Calls write(binary file), then gives the file its name."""
+    """Calls write(binary file), then gives the file its name. An OSError says which."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w+b") as file:
@@ -137,6 +137,10 @@ def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -26,10 +26,11 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
     def half(file):
         file.write(b'{"new"')
-        raise OSError("disk full")
+        raise OSError(28, "disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match="disk full") as raised:
         write_atomically(path, half)
+    assert raised.value.filename == str(path)
     assert json.loads(path.read_text()) == {"old": True}
     assert list(tmp_path.iterdir()) == [path]
 
