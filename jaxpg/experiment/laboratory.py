@@ -271,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="per measured point; 1e6 and 2**20 are read",
     )
-    add("--repeats", type=whole(1), metavar="N", help="independent batches or runs")
+    add("--repeats", type=whole(1, 100_000), metavar="N", help="independent batches or runs")
     add("--seed", type=whole(0, 2**32 - 1), help="of all randomness; default: 0")
     add("--gamma", type=float, help="discount; default: the run's, or 1")
     add(

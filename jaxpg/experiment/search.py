@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxpg.experiment.config import Grid, num_points, points
+from jaxpg.experiment.config import MOST, Grid, num_points, points
 from jaxpg.types import Hyperparams
 
 EXAMPLE = "1e-4:1e-2:log8"
@@ -95,6 +95,8 @@ def take_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
         rest.append(word)
     if random is not None and random < 1:
         raise ValueError(f"--random {random} must be at least 1")
+    if random is not None and random > MOST:
+        raise ValueError(f"--random {str(random)[:20]} must be at most {MOST}")
     if halving is not None and not (math.isfinite(halving) and halving > 1):
         raise ValueError(f"--halving {halving:g} must be above 1: 3 keeps the best third")
     return Options(ranges, random, halving), rest

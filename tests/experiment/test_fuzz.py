@@ -310,12 +310,9 @@ def damaged(draw, made, tmp_path, name):
     # orbax has checksums of its own where the arrays are.
     path = damage(draw, place, lambda x: "state" not in x.parts and ".lock" not in x.name)
     # A checkpoint is named by its folder.
-    within = [path, *path.parents][: len(path.relative_to(place).parts) - 1]
-    return (
-        command.split(),
-        place,
-        [f"{each.relative_to(place)}" for each in within] or [path.name, "is not empty"],
-    )
+    parts = path.relative_to(place).parts
+    names = ["/".join(parts[:i]) for i in range(2, len(parts) + 1)] or list(parts)
+    return command.split(), place, [*names, f"no {path.name}", f"{parts[0]} is not empty"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -366,7 +363,7 @@ def hostile(draw, made, tmp_path):
     added = [f"{flag}={text}"] if draw(st.booleans()) else [flag, text]
     name = flag.strip("-").replace("-", "_")
     # After a flag that takes none, a value is taken for an environment.
-    names = (flag, name, re.split("[\n,]", text)[0], "environment", "--resume")
+    names = (flag, name, re.split("[\n,]", text)[0][:40], "environment", "--resume")
     return [*command.split(), *added], fresh(made, tmp_path, "r"), names
 
 

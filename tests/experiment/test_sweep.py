@@ -497,6 +497,7 @@ BAD = {
     "CartPole-v1 --learning-rate 1e-4:1e-2:log": "has no count, as log8 has; add one, or draw with --random",
     "CartPole-v1 --gamma .9:1.1:lin3": "gamma=1.1 must lie in [0, 1]",
     "CartPole-v1 --gamma .9,.99 --random 0": "--random 0 must be at least 1",
+    f"CartPole-v1 --gamma .9,.99 --random {10**400}": "must be at most 2147483647",
     "CartPole-v1 --gamma .9,.99 --random many": "--random many takes a number of points",
     "CartPole-v1 --gamma .9,.99 --random": "--random takes a number of points",
     "CartPole-v1 --gamma .9,.99 --halving 1": "--halving 1 must be above 1",
