@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxpg import rollout
 from jaxpg.envs import Env
-from jaxpg.estimators import Estimator, importance
+from jaxpg.estimators import Estimator, importance, masked
 from jaxpg.estimators.estimator import Batch
 from jaxpg.estimators.importance import Importance
 from jaxpg.policies import Agent, AgentCarry, AgentParams, Network, initial_carry
@@ -269,7 +269,7 @@ def _gather_mixture(task: Task, moment: Moment, state: Params) -> tuple[Params, 
 def _given(moment: Moment) -> Trajectory:
     if moment.demonstrations is None:
         raise ValueError("this algorithm learns from demonstrations, and none were given")
-    return moment.demonstrations
+    return masked(moment.demonstrations)
 
 
 demonstrations = Data(

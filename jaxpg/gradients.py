@@ -125,6 +125,8 @@ def _over_lanes(
     like: arrays of the sum's shapes, because to find them by tracing `one` doubles the time to trace.
     """
     num_lanes, lanes = mask.shape[1], lanes_at_once(mask.shape[1])
+    if again is None and not jax.tree.leaves(carry):
+        lanes = num_lanes  # blocks bound what a step takes, whatever the number of lanes
 
     def part(index, data, carry, mask):
         data = again(index, data) if again else data

@@ -80,7 +80,7 @@ def episodes(
     lanes, part = lanes_at_once(num_episodes), partial(_part, env, agent, params, key)
     part = partial(part, num_episodes=num_episodes, num_steps=num_steps)
     if lanes == num_episodes:
-        return part(0)
+        return _completed(*part(0))
 
     def fill(index, state):
         whole, total = state
@@ -97,7 +97,17 @@ def episodes(
         lambda x: jnp.zeros((x.shape[0], num_episodes, *x.shape[2:]), x.dtype), shapes
     )
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
-    return jax.lax.fori_loop(0, num_episodes // lanes, fill, (whole, zeros))
+    return _completed(*jax.lax.fori_loop(0, num_episodes // lanes, fill, (whole, zeros)))
+
+
+def _completed(trajectory: Trajectory, sums: EpisodeSums) -> tuple[Trajectory, EpisodeSums]:
+    """With the fields that cost memory to carry and nothing to say afterwards."""
+    mask = trajectory.mask
+    trajectory = trajectory._replace(first=mask & (jnp.arange(len(mask))[:, None] == 0))
+    if isinstance(trajectory.value, tuple):  # without a critic
+        zeros = jnp.zeros_like(trajectory.reward)
+        trajectory = trajectory._replace(value=zeros, next_value=zeros)
+    return trajectory, sums
 
 
 def episodes_again(
@@ -110,7 +120,7 @@ def episodes_again(
     index: Array,
 ) -> Trajectory:
     """The index-th `lanes_at_once` lanes of `episodes`, rolled out again because they were not kept."""
-    return _part(env, agent, params, key, index, num_episodes, num_steps)[0]
+    return _completed(*_part(env, agent, params, key, index, num_episodes, num_steps))[0]
 
 
 def lanes_at_once(num_episodes: int) -> int:
@@ -195,8 +205,7 @@ def _episodes(
     obs, action, log_prob, reward, discount, last, mask = jax.tree.map(
         lambda x: x[:num_steps], rows
     )
-    first = mask & (jnp.arange(num_steps)[:, None] == 0)
-    value = next_value = jnp.zeros_like(reward)
+    value = next_value = ()
     if agent.critic is not None:
         # The successors of last steps stand in the rows after them, but for the row after the loop.
         final = _where(loop[4], loop[1])[None]
@@ -208,8 +217,8 @@ def _episodes(
         next_value = jnp.where(mask & (discount > 0.0), found[1 : num_steps + 1], 0.0)
         obs = _where(mask, obs)
     trajectory = Trajectory(
-        obs, action, log_prob, reward, discount, first, last, mask, value, next_value
-    )
+        obs, action, log_prob, reward, discount, (), last, mask, value, next_value
+    )  # see _completed
     sums = EpisodeSums(reward.sum(), mask.sum().astype(reward.dtype), last.sum())
     return trajectory, sums
 

@@ -191,7 +191,8 @@ def _reinforce(env, agent, repeats, counts) -> Iterator[Row]:
     length = float(metrics["episode_length"][-1])
     base = floor(env, bare, state.params, 1024, 1, repeats)
     for count in counts:
-        run, fresh = trained(row, env, bare, count, None, 1)
+        # Several, as in training: the first update of a program pays for memory that the others use again.
+        run, fresh = trained(row, env, bare, count, None, 4 if count <= 10_000 else 1)
         start = fresh._replace(params=state.params)
         often = 0 if count == LARGE[-1] and jax.default_backend() == "cpu" else repeats
         found = measured(run, start, numbers(0.0), repeats=often)

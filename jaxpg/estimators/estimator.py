@@ -46,10 +46,10 @@ def assess(
 ) -> Batch:
     """log-ratio -> importance -> credit -> baseline -> advantage; the one place that stops gradients.
 
+    trajectory: with zeros where steps do not count, as rollouts give it; `masked` makes any other so.
     log_prob: [T, B] under the policy to improve (trajectory.log_prob itself when on-policy).
     policy, params: only read by the baselines that weigh by scores; lanes must be whole episodes then.
     """
-    trajectory = masked(trajectory)
     log_ratio = jnp.where(trajectory.mask, log_prob - trajectory.log_prob, 0.0)
     weights = estimator.importance(log_ratio, trajectory, hyperparams)
     psi = estimator.credit(weights.trace, trajectory, hyperparams)
