@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpg.batching import any_replica, divisor
 from jaxpg.estimators import Estimator, facts_of, objective, rescaled
 from jaxpg.estimators.estimator import Batch
 from jaxpg.policies import Network
-from jaxpg.rollout import any_replica, divisor, lanes_at_once
+from jaxpg.rollout import lanes_at_once
 from jaxpg.types import Array, Carry, Hyperparams, Metrics, Params, Trajectory
 
 # Steps in a block. On a CPU a block's activations should stay in the cache, and larger products are spread

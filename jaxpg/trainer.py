@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from jaxpg import adaptation
 from jaxpg.algorithms import Algorithm, check_algorithm
+from jaxpg.batching import in_groups
 from jaxpg.data import Moment, Task, corrected, episodes
-from jaxpg.devices import in_groups
 from jaxpg.envs import Env, check_env
 from jaxpg.estimators import assess, describe, facts_of
 from jaxpg.improvement import improve, noise, optimizers

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpg.devices import in_groups, over_halves
+from jaxpg.batching import in_groups
+from jaxpg.devices import over_halves
 
 
 def work(params, key, common):

@@ -9,6 +9,7 @@ import pytest
 
 from jaxpg import Hyperparams, episodes
 from jaxpg.algorithms import Algorithm
+from jaxpg.batching import divisor
 from jaxpg.data import stream
 from jaxpg.envs import from_gymnax
 from jaxpg.estimators import Estimator, assess, baselines, credit, surrogates
@@ -17,7 +18,6 @@ from jaxpg.gradients import gradient_of
 from jaxpg.improvement import improve, optimizers
 from jaxpg.optimizers import sgd
 from jaxpg.policies import Agent, AgentCarry, AgentParams, mlp
-from jaxpg.rollout import divisor
 
 SURROGATES = {
     "score": surrogates.score,

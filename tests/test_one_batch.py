@@ -9,20 +9,21 @@ import optax
 import pytest
 from worlds import random_mdp
 
-from jaxpg import Hyperparams, episodes, make_trainer, rollout, train
+from jaxpg import Hyperparams, episodes, make_trainer, train
 from jaxpg.algorithms import Algorithm, algorithm
 from jaxpg.envs import from_mdp
 from jaxpg.estimators import Estimator, baselines
 from jaxpg.natural import precondition_by_fisher
 from jaxpg.optimizers import sgd
 from jaxpg.policies import Agent, AgentParams, actor_critic, tabular
+from jaxpg.rollout import episodic
 
 NUMBERS = Hyperparams(learning_rate=1.0, max_grad_norm=1e9, gamma=0.9)
 
 
 @pytest.fixture
 def groups_of_four(monkeypatch):
-    monkeypatch.setattr(rollout, "GROUP", 4)
+    monkeypatch.setattr(episodic, "GROUP", 4)
 
 
 def one_step(row, num_envs=12, network="tabular", **settings):
@@ -75,10 +76,10 @@ def test_every_episode_is_compared_with_all_others(name, x64, groups_of_four):
 def test_how_it_is_computed_changes_no_estimate(baseline, network, monkeypatch):
     """Groups one after another, side by side, and rolled out again: with memory and without."""
     row = Algorithm(Estimator(baseline=baseline), policy_optimizer=sgd)
-    monkeypatch.setattr(rollout, "GROUP", 4)
+    monkeypatch.setattr(episodic, "GROUP", 4)
     expected, metrics, _ = one_step(row, network=network)
     again = one_step(row, network=network, recompute=True)
-    monkeypatch.setattr(rollout, "GROUPS_AT_ONCE", {"cpu": 3})
+    monkeypatch.setattr(episodic, "GROUPS_AT_ONCE", {"cpu": 3})
     beside = one_step(row, network=network)
     for moved, others, _ in (again, beside):
         for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(expected), strict=True):
@@ -127,9 +128,9 @@ def test_an_optimizer_of_the_users_own_is_told_of_the_whole_batch(recompute, gro
 
 def test_more_than_a_group_is_where_groups_begin():
     """The numbers of a device decide how many groups run at once, never how large one is."""
-    assert rollout.lanes_at_once(1024) == 1024 and rollout.lanes_at_once(65536) == 1024
-    assert rollout.lanes_at_once(10_000) == 1000
-    assert rollout.lanes_at_once(7919) == 7919, "a prime has no groups of a fair size"
+    assert episodic.lanes_at_once(1024) == 1024 and episodic.lanes_at_once(65536) == 1024
+    assert episodic.lanes_at_once(10_000) == 1000
+    assert episodic.lanes_at_once(7919) == 7919, "a prime has no groups of a fair size"
 
 
 def test_only_own_episodes_of_one_minibatch_are_rolled_out_again():

@@ -12,7 +12,9 @@ from jaxpg.estimators import Estimator
 from jaxpg.imitation import imitate
 from jaxpg.lab import gradient_samples
 from jaxpg.policies import Agent, Categorical, Network, actor_critic, gru, init_params, mlp
-from jaxpg.rollout import BLOCK, FEW, episodes, evaluate, init_stream, unroll
+from jaxpg.rollout import episodes, evaluate, init_stream, unroll
+from jaxpg.rollout.episodic import BLOCK
+from jaxpg.rollout.stream import FEW
 from jaxpg.types import TimeStep
 
 

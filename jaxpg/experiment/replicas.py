@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxpg.algorithms import algorithm
-from jaxpg.devices import HALVES, check_devices, compiler_options, group_size, prefer
+from jaxpg.batching import group_size
+from jaxpg.devices import HALVES, check_devices, compiler_options, prefer
 from jaxpg.experiment.build import Parts
 from jaxpg.experiment.config import Config
 from jaxpg.rollout import evaluate

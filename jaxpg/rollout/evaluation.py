@@ -1,0 +1,74 @@
+"""Evaluation: the mean return of whole episodes, each counted once."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpg.batching import any_replica
+from jaxpg.envs import Env
+from jaxpg.policies import Agent, AgentParams, initial_carry
+from jaxpg.rollout.stepping import (
+    StepKeys,
+    act,
+    check_sizes,
+    kept,
+    noise_function,
+    reset_lanes,
+    step_lanes,
+)
+from jaxpg.types import Array, Key
+
+
+class Evaluation(NamedTuple):
+    """Over whole episodes, one per environment, so long episodes are not under-represented."""
+
+    mean: Array
+    standard_error: Array  # infinite for one episode, which says nothing about the spread
+    episodes: Array  # how many
+    smallest: Array  # return of an episode: with the largest, a range that returns can attain
+    largest: Array
+
+
+def evaluate(
+    env: Env,
+    agent: Agent,
+    params: AgentParams,
+    key: Key,
+    num_episodes: int,
+    greedy: bool = False,
+) -> Evaluation:
+    """The mean undiscounted return of fresh episodes, one per environment, and its standard error.
+
+    One whole episode per environment weighs every episode alike; pooling whatever ends in a window
+    over-counts short ones (Glynn and Heidelberger, 1990). An episode that still runs at the environment's
+    horizon ends there, as in training, and counts. greedy: take the distribution's mode. Raises ValueError
+    for fewer than one episode or step.
+    """
+    check_sizes(num_episodes, env.horizon)
+    k_reset, k_steps = jax.random.split(key)
+    env_state, obs = reset_lanes(env, k_reset, num_episodes)
+    carry = initial_carry(agent, num_episodes).policy
+    returns = jnp.zeros(num_episodes, jnp.result_type(float))
+    alive = jnp.ones(num_episodes, bool)
+    noise_of = noise_function(agent, params.policy, obs)
+
+    def step(state):
+        t, env_state, obs, carry, alive, returns = state
+        key = StepKeys(*(jax.random.fold_in(k_steps, 3 * t + use) for use in range(3)))
+        noise = jax.tree.map(lambda x: x[0], noise_of(key.action[None]))
+        action, _, carry = act(agent, params.policy, carry, obs, t == 0, noise, greedy)
+        env_state, result = step_lanes(env, key.step, env_state, action)
+        returns = returns + kept(alive, result.reward)
+        alive = alive & ~(result.terminated | result.truncated)
+        return t + 1, env_state, result.obs, carry, alive, returns
+
+    start = (jnp.int32(0), env_state, obs, carry, alive, returns)
+    *_, returns = jax.lax.while_loop(
+        lambda state: (state[0] < env.horizon) & any_replica(state[4]), step, start
+    )
+    error = jnp.full((), jnp.inf, returns.dtype)
+    if num_episodes > 1:
+        error = returns.std(ddof=1) / num_episodes**0.5
+    count = jnp.int32(num_episodes)
+    return Evaluation(returns.mean(), error, count, returns.min(), returns.max())

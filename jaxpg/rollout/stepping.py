@@ -1,0 +1,82 @@
+"""Stepping: keys, noise, one action and one step of many environments at once."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpg.envs import Env, check_action, check_env
+from jaxpg.policies import Agent, initial_carry
+from jaxpg.types import Array, Key, Params
+
+
+class EpisodeSums(NamedTuple):
+    """Sums over the episodes that ended in a rollout; scalars."""
+
+    returns: Array
+    lengths: Array
+    episodes: Array  # how many
+
+
+class StepKeys(NamedTuple):
+    action: Key
+    step: Key
+    reset: Key
+
+
+def step_keys(key: Key, num_steps: int) -> StepKeys:
+    """[T] each."""
+    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(3 * num_steps))
+    return StepKeys(*(keys[use::3] for use in range(3)))  # typed keys or rows of raw ones
+
+
+def noise_function(agent: Agent, params: Params, obs):
+    """keys [T] -> the noise of actions [T, B, ...]; a distribution that has only `sample` gets the keys."""
+
+    def distribution(carry, obs):
+        first = jnp.zeros((1, obs.shape[0]), bool)
+        _, found = agent.policy.apply(params, carry, obs[None], first)
+        return jax.tree.map(lambda x: x[0], found)
+
+    carry = jax.eval_shape(lambda: initial_carry(agent, obs.shape[0]).policy)
+    noise = getattr(jax.eval_shape(distribution, carry, obs), "noise", None)
+    return jax.vmap(noise) if noise else lambda keys: keys
+
+
+def act(agent: Agent, params: Params, carry, obs, first, noise, greedy=False):
+    first = jnp.broadcast_to(first, obs.shape[:1])
+    carry, distribution = agent.policy.apply(params, carry, obs[None], first[None])
+    distribution = jax.tree.map(lambda x: x[0], distribution)
+    draw = getattr(distribution, "draw", distribution.sample)
+    action = distribution.mode() if greedy else draw(noise)
+    return action, distribution.log_prob(action), carry
+
+
+def step_lanes(env: Env, key, env_state, action):
+    check_action(env, action)
+    # XLA drops the split where the environment does not read its key.
+    keys = jax.random.split(key, action.shape[0])
+    env_state, result = jax.vmap(env.step)(keys, env_state, action)
+    return env_state, result._replace(reward=jnp.asarray(result.reward, jnp.result_type(float)))
+
+
+def reset_lanes(env: Env, key, num_lanes):
+    check_env(env)
+    return jax.vmap(env.reset)(jax.random.split(key, num_lanes))
+
+
+def check_sizes(num_episodes: int, num_steps: int) -> None:
+    for name, value in (("num_episodes", num_episodes), ("the longest episode", num_steps)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+
+
+def kept(keep, x):
+    return select(keep, x, jnp.zeros_like(x))
+
+
+def select(condition, yes, no):
+    return jnp.where(
+        condition.reshape(condition.shape + (1,) * (yes.ndim - condition.ndim)), yes, no
+    )
