@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from worlds import clock, random_mdp
 
-from jaxpg import Hyperparams, make_trainer, rollout, train
+from jaxpg import Hyperparams, make_trainer, train
 from jaxpg.algorithms import algorithm
 from jaxpg.devices import compiler_options
 from jaxpg.envs import Box, Discrete, Env, from_gymnax, from_mdp, repeat_action
@@ -12,7 +12,7 @@ from jaxpg.estimators import Estimator
 from jaxpg.imitation import imitate
 from jaxpg.lab import gradient_samples
 from jaxpg.policies import Agent, Categorical, Network, actor_critic, gru, init_params, mlp
-from jaxpg.rollout import episodes, evaluate, init_stream, unroll
+from jaxpg.rollout import episodes, episodic, evaluate, init_stream, unroll
 from jaxpg.rollout.episodic import BLOCK
 from jaxpg.rollout.stream import FEW
 from jaxpg.types import TimeStep
@@ -304,7 +304,7 @@ def test_every_episode_of_a_stream_starts_afresh(num_envs, chance):
 
 
 def test_both_kinds_of_key_give_the_same_numbers(monkeypatch):
-    monkeypatch.setattr(rollout, "GROUP", 3)
+    monkeypatch.setattr(episodic, "GROUP", 3)
     env = repeat_action(from_mdp(random_mdp(2, horizon=4)), 2)
     agent = actor_critic(env, "tabular")
     trainer = make_trainer(env, agent, algorithm("a2c"), num_envs=2, num_steps=3)
@@ -318,7 +318,7 @@ def test_both_kinds_of_key_give_the_same_numbers(monkeypatch):
             "init": params,
             "episodes": episodes(env, agent, params, key, 3),
             "groups": episodes(env, agent, params, key, 6),
-            "again": rollout.episodes_again(env, agent, params, key, 6, 2, 1),
+            "again": episodic.episodes_again(env, agent, params, key, 6, 2, 1),
             "stream": unroll(env, agent, params, stream, key, 5),
             "evaluate": evaluate(env, agent, params, key, 3),
             "train": train(trainer, trainer.init(key), Hyperparams(), num_updates=2),

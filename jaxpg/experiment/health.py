@@ -10,16 +10,18 @@ from typing import Any
 import jax
 import numpy as np
 
+import jaxpg
 from jaxpg.algorithms import algorithm
 from jaxpg.data import episodes
 from jaxpg.envs import Env
 from jaxpg.experiment.config import Config
+from jaxpg.rollout.stepping import reset_lanes, step_lanes
 
 # Non-finite values of these mean that a run has diverged; a curve's NaN means that it has no value yet.
 WATCHED = ("objective", "critic_loss", "grad_norm", "entropy")
 FEW_UPDATES = 100
 REPLICA_BYTES = 2000  # of the machine's memory for each, whatever its state
-PACKAGE, JAX = Path(__file__).parent.parent, Path(jax.__file__).parent
+PACKAGE, JAX = Path(jaxpg.__file__).parent, Path(jax.__file__).parent
 MANY_STEPS = 100_000  # of one agent, from which few updates are a waste
 
 
@@ -183,6 +185,7 @@ def explain(environment: str, update: Callable, *arguments: Any) -> str:
     Rewards and observations come first, so a NaN of the environment's is said to be its own. Not so for
     infinities: jax's watch for them stops at the -inf from which every maximum starts.
     """
+    called = step_lanes.__name__, reset_lanes.__name__
     with jax.debug_nans(True), jax.disable_jit():
         try:
             update(*arguments)
@@ -191,7 +194,8 @@ def explain(environment: str, update: Callable, *arguments: Any) -> str:
             own = [f for f in frames if Path(f.filename).is_relative_to(PACKAGE)]
             text = str(error).splitlines()[0]
             if any(
-                f.name in ("_step", "_reset") and f.filename.endswith("rollout.py") for f in own
+                f.name in called and f.filename == str(PACKAGE / "rollout" / "stepping.py")
+                for f in own
             ):
                 own = [f for f in frames if not Path(f.filename).is_relative_to(JAX)]
                 text = f"{environment} gave it, in its reset or step: {text}"

@@ -123,7 +123,7 @@ def _episodes(
     num_blocks = -(-num_steps // BLOCK)
     block = -(-num_steps // num_blocks)
     k_reset, k_steps = jax.random.split(key)
-    env_state, obs = reset_lanes(env, k_reset, num_episodes)
+    env_state, obs = reset_lanes(env, jax.random.split(k_reset, num_episodes))
     carry = initial_carry(agent, num_episodes)
     alive = jnp.ones(num_episodes, bool)
     keys, noise_of = (

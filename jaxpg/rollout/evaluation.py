@@ -47,7 +47,7 @@ def evaluate(
     """
     check_sizes(num_episodes, env.horizon)
     k_reset, k_steps = jax.random.split(key)
-    env_state, obs = reset_lanes(env, k_reset, num_episodes)
+    env_state, obs = reset_lanes(env, jax.random.split(k_reset, num_episodes))
     carry = initial_carry(agent, num_episodes).policy
     returns = jnp.zeros(num_episodes, jnp.result_type(float))
     alive = jnp.ones(num_episodes, bool)

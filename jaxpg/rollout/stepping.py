@@ -61,9 +61,9 @@ def step_lanes(env: Env, key, env_state, action):
     return env_state, result._replace(reward=jnp.asarray(result.reward, jnp.result_type(float)))
 
 
-def reset_lanes(env: Env, key, num_lanes):
+def reset_lanes(env: Env, keys):
     check_env(env)
-    return jax.vmap(env.reset)(jax.random.split(key, num_lanes))
+    return jax.vmap(env.reset)(keys)
 
 
 def check_sizes(num_episodes: int, num_steps: int) -> None:

@@ -45,7 +45,7 @@ class RolloutState(NamedTuple):
 
 def init_stream(env: Env, agent: Agent, key: Key, num_envs: int) -> RolloutState:
     """B freshly reset environments."""
-    env_state, obs = reset_lanes(env, key, num_envs)
+    env_state, obs = reset_lanes(env, jax.random.split(key, num_envs))
     zeros = jnp.zeros(num_envs, jnp.result_type(float))
     first = jnp.ones(num_envs, bool)
     return RolloutState(env_state, obs, first, initial_carry(agent, num_envs), zeros, zeros)
@@ -152,7 +152,7 @@ def _values(critic: Network, params: Params, trajectory: Trajectory) -> Array:
 def _pool(env: Env, key, size):
     """So many starts; each has the key of its place, so a larger pool begins with the same ones."""
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(size))
-    return jax.vmap(env.reset)(keys)
+    return reset_lanes(env, keys)
 
 
 def _reset_ended(env: Env, ended, pool, key, env_state, obs):

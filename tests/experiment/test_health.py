@@ -142,13 +142,13 @@ def test_what_is_named_is_jaxpgs_own_wherever_its_checkout_lies(monkeypatch):
         found = {"FloatingPointError": FloatingPointError}
         for name in reversed(files):
             inner = "inner()" if "inner" in found else "raise FloatingPointError('a nan')"
-            exec(compile(f"def _step():\n    {inner}", str(checkout / name), "exec"), found)
-            found = {"inner": found["_step"]}
+            exec(compile(f"def step_lanes():\n    {inner}", str(checkout / name), "exec"), found)
+            found = {"inner": found["step_lanes"]}
         return found["inner"]
 
     own = nested("jaxpg/trainer.py", "jaxpg/gradients.py", ".venv/lib/jax/lax.py")
     assert health.explain("env", own) == f"a nan at {checkout}/jaxpg/gradients.py:2"
-    theirs = nested("jaxpg/rollout.py", "jaxpg_env/world.py", ".venv/lib/jax/lax.py")
+    theirs = nested("jaxpg/rollout/stepping.py", "jaxpg_env/world.py", ".venv/lib/jax/lax.py")
     found = health.explain("env", theirs)
     assert found.startswith("env gave it, in its reset or step: a nan at ")
     assert found.endswith("/jaxpg_env/world.py:2")
