@@ -5,30 +5,39 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxpg import algorithms, envs, estimators, lab, optimizers, policies
-    from jaxpg.algorithms import Algorithm
-    from jaxpg.experiment.policy import load_policy
     from jaxpg.rollout import episodes, evaluate, unroll
-    from jaxpg.trainer import Trainer, TrainState, make_trainer, train
+    from jaxpg.runs.play.policy import load_policy
+    from jaxpg.training.algorithm import Algorithm
+    from jaxpg.training.trainer import Trainer, TrainState, make_trainer, train
     from jaxpg.types import Hyperparams, TimeStep, Trajectory
 
 __version__ = "0.1.0"
 
 # Imported at first use, so that the command's help does not wait for jax (PEP 562).
 _HOMES = {
-    "Algorithm": "jaxpg.algorithms",
+    "Algorithm": "jaxpg.training.algorithm",
     "Hyperparams": "jaxpg.types",
     "TimeStep": "jaxpg.types",
-    "TrainState": "jaxpg.trainer",
-    "Trainer": "jaxpg.trainer",
+    "TrainState": "jaxpg.training.trainer",
+    "Trainer": "jaxpg.training.trainer",
     "Trajectory": "jaxpg.types",
     "episodes": "jaxpg.rollout",
     "evaluate": "jaxpg.rollout",
-    "load_policy": "jaxpg.experiment.policy",
-    "make_trainer": "jaxpg.trainer",
-    "train": "jaxpg.trainer",
+    "load_policy": "jaxpg.runs.play.policy",
+    "make_trainer": "jaxpg.training.trainer",
+    "train": "jaxpg.training.trainer",
     "unroll": "jaxpg.rollout",
 }
-_MODULES = {"algorithms", "devices", "envs", "estimators", "lab", "optimizers", "policies"}
+_MODULES = {
+    "algorithms",
+    "devices",
+    "envs",
+    "estimators",
+    "lab",
+    "natural",
+    "optimizers",
+    "policies",
+}
 
 __all__ = [
     "Algorithm",

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-from jaxpg.experiment.console import Unheard, flush, say, shortened, tell
+from jaxpg.runs.console import Unheard, flush, say, shortened, tell
 
 HELP = """\
 usage: jaxpg COMMAND ...
@@ -107,13 +107,13 @@ def _run(command, rest):
 
 def _train(argv):
     # Imported here, so that help does not wait for jax.
-    from jaxpg.experiment.flags import request
+    from jaxpg.runs.config.flags import request
 
     asked = request(argv, prog="jaxpg train")
-    from jaxpg.experiment.cache import use_compilation_cache
-    from jaxpg.experiment.health import Diverged
-    from jaxpg.experiment.interrupt import Interrupted
-    from jaxpg.experiment.run import execute, prepare, prepare_either, prepare_resume
+    from jaxpg.runs.host.cache import use_compilation_cache
+    from jaxpg.runs.host.health import Diverged
+    from jaxpg.runs.host.interrupt import Interrupted
+    from jaxpg.runs.train.run import execute, prepare, prepare_either, prepare_resume
 
     begin = {True: prepare_resume, False: prepare, None: prepare_either}[asked.resume]
     experiment = begin(asked.config, asked.grid)
@@ -136,15 +136,15 @@ def _train(argv):
 
 
 def _sweep(argv):
-    from jaxpg.experiment.search import HELP as SWEEP_HELP
+    from jaxpg.runs.sweep.search import HELP as SWEEP_HELP
 
     if not argv or {"-h", "--help"} & {*argv}:
         say(*SWEEP_HELP.splitlines())
         return
-    from jaxpg.experiment.cache import use_compilation_cache
-    from jaxpg.experiment.health import Diverged
-    from jaxpg.experiment.interrupt import Interrupted
-    from jaxpg.experiment.sweep import execute, prepare
+    from jaxpg.runs.host.cache import use_compilation_cache
+    from jaxpg.runs.host.health import Diverged
+    from jaxpg.runs.host.interrupt import Interrupted
+    from jaxpg.runs.sweep.sweep import execute, prepare
 
     sweep = prepare(argv)
     if sweep.done:
@@ -191,8 +191,8 @@ def _only_own_exceptions():
 
 
 def _play(command, argv):
-    from jaxpg.experiment import playback
-    from jaxpg.experiment.cache import use_compilation_cache
+    from jaxpg.runs.host.cache import use_compilation_cache
+    from jaxpg.runs.play import playback
 
     use_compilation_cache()
     with _only_own_exceptions():
@@ -200,7 +200,7 @@ def _play(command, argv):
 
 
 def _plot(argv):
-    from jaxpg.experiment.pictures import execute, prepare
+    from jaxpg.runs.plot.command import execute, prepare
 
     request = prepare(argv)
     try:
@@ -212,7 +212,7 @@ def _plot(argv):
 def _lab(argv):
     import signal
 
-    from jaxpg.experiment.laboratory import execute, prepare
+    from jaxpg.runs.laboratory import execute, prepare
 
     def terminate(number, frame):
         del number, frame

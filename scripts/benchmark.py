@@ -42,7 +42,7 @@ def python(code: str) -> float:
 
 def startup(repeats: int, quick: bool) -> list[Row]:
     """What `import jaxpg` adds to its libraries, in alternation; and the command's help."""
-    every = "; import jaxpg.trainer, jaxpg.policies, jaxpg.envs"
+    every = "; import jaxpg.training.trainer, jaxpg.policies, jaxpg.envs"
     libraries, package, console = [], [], []
     for _ in range(repeats):
         libraries.append(python("import jax, flax.linen, optax"))
@@ -101,7 +101,7 @@ def laboratory(repeats: int, quick: bool) -> list[Row]:
     from jaxpg.envs import from_gymnax, from_mdp
     from jaxpg.estimators import Estimator, credit, importance
     from jaxpg.lab import gradient_samples, gradient_statistics
-    from jaxpg.lab.worlds import world
+    from jaxpg.lab.worlds.world import world
     from jaxpg.policies import mlp
 
     hyperparams, rows = Hyperparams(), []
@@ -145,7 +145,7 @@ def _probes(env, policy, params, hyperparams, repeats: int) -> list[Row]:
     import jax
 
     from jaxpg.estimators import Estimator
-    from jaxpg.lab import samples, traces
+    from jaxpg.lab.measure import samples, traces
 
     source = samples.Source(env, policy, Estimator(), params, jax.random.key(2), hyperparams)
     chunk = jax.jit(lambda: samples.gather(source, 0, 64))()
@@ -223,12 +223,12 @@ def _recording(parent: Path, repeats: int, updates: int) -> list[Row]:
     """Training with all that is written and shown, against the bare program."""
     import jax
 
-    from jaxpg.experiment import loop, run
-    from jaxpg.experiment.checkpoint import on_host
-    from jaxpg.experiment.config import points
-    from jaxpg.experiment.flags import parse
-    from jaxpg.experiment.progress import display
-    from jaxpg.experiment.replicas import compile_programs, make_replicas
+    from jaxpg.runs.config.config import points
+    from jaxpg.runs.config.flags import parse
+    from jaxpg.runs.host.progress import display
+    from jaxpg.runs.store.checkpoint import on_host
+    from jaxpg.runs.train import loop, run
+    from jaxpg.runs.train.replicas import compile_programs, make_replicas
 
     flags = f"CartPole-v1 --seeds 64 --updates {updates} --run {parent / 'loop'}"
     experiment = run.prepare(*parse(flags.split(), "jaxpg train"))
@@ -292,7 +292,7 @@ def rounding(repeats: int, quick: bool) -> Iterator[Row]:
     import jax
     import numpy as np
 
-    from jaxpg.experiment.policy import read_run
+    from jaxpg.runs.play.policy import read_run
 
     updates = "4" if quick else "100"
     for algorithm in ("ppo", "reinforce_baseline"):

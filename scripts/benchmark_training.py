@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxpg import Hyperparams, make_trainer, train
-from jaxpg.algorithms import Algorithm, algorithm
 from jaxpg.envs import Env, from_gymnax
 from jaxpg.estimators import assess
-from jaxpg.gradients import gradient_of
 from jaxpg.policies import Agent, actor_critic, init_params
 from jaxpg.rollout import episodes, init_stream, unroll
+from jaxpg.training.accumulation import gradient_of
+from jaxpg.training.algorithm import Algorithm, algorithm
 
 # Otherwise this process would take most of a GPU's memory before a peer's starts.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

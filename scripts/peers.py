@@ -19,11 +19,11 @@ def jaxpg(num_envs: int, updates: int, repeats: int) -> dict:
     import jax
 
     from jaxpg import Hyperparams, evaluate, make_trainer, train
-    from jaxpg.algorithms import algorithm
     from jaxpg.devices import over_halves
     from jaxpg.envs import from_gymnax
-    from jaxpg.experiment.replicas import use_cpu_cores
     from jaxpg.policies import actor_critic
+    from jaxpg.runs.train.replicas import use_cpu_cores
+    from jaxpg.training.algorithm import algorithm
 
     use_cpu_cores()
     env = from_gymnax("CartPole-v1")

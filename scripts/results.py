@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpg.experiment.statistics import interval, number, robust, summarise
-from jaxpg.intervals import attained
+from jaxpg.stats.intervals import attained
+from jaxpg.stats.seeds import interval, number, robust, summarise
 
 ROOT = Path(__file__).parent.parent
 EPISODES, SEEDS = 128, 10

@@ -18,7 +18,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import jax
 import pytest
 
-from jaxpg.experiment.cache import use_compilation_cache
+from jaxpg.runs.host.cache import use_compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 use_compilation_cache()

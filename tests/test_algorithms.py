@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from worlds import bandit, clock
 
-from jaxpg import Hyperparams, data, make_trainer, train
-from jaxpg.algorithms import ALGORITHMS, Algorithm, algorithm
+from jaxpg import Hyperparams, make_trainer, train
 from jaxpg.envs import Box, Env, Lqr, MultiDiscrete, from_gymnax, from_lqr, from_mdp, history
 from jaxpg.estimators import (
     Estimator,
@@ -25,6 +24,8 @@ from jaxpg.optimizers import OPTIMIZERS, SCHEDULES, linear, scheduled, sgd
 from jaxpg.policies import Agent, actor_critic, init_params, mlp
 from jaxpg.policies import linear as linear_network
 from jaxpg.rollout import episodes
+from jaxpg.training import data
+from jaxpg.training.algorithm import ALGORITHMS, Algorithm, algorithm
 from jaxpg.types import TimeStep
 
 NUM_ENVS, NUM_STEPS = 8, 16

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 from worlds import bandit, random_mdp
 
-from jaxpg import Hyperparams, adaptation, make_trainer, train
-from jaxpg import data as sources
-from jaxpg.algorithms import Algorithm, algorithm
+from jaxpg import Hyperparams, make_trainer, train
 from jaxpg.envs import from_mdp
 from jaxpg.estimators import Estimator, assess, baselines, credit, importance, objective, surrogates
 from jaxpg.estimators.importance import IMPORTANCES
-from jaxpg.imitation import informed
-from jaxpg.improvement import improve
 from jaxpg.lab.exact import stationary
-from jaxpg.optimizers import sgd
+from jaxpg.optimizers import adaptation, sgd
 from jaxpg.policies import Agent, actor_critic, init_params, initial_carry, tabular
 from jaxpg.rollout import episodes
+from jaxpg.training import data as sources
+from jaxpg.training.algorithm import Algorithm, algorithm
+from jaxpg.training.imitation import informed
+from jaxpg.training.improvement import improve
 
 B, K = 6, 3
 NUMBERS = Hyperparams(gamma=0.9, ess_floor=0.0)

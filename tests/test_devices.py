@@ -54,12 +54,12 @@ APART = """
 from functools import partial
 import jax, jax.numpy as jnp, numpy as np
 from jaxpg import Hyperparams, make_trainer, train
-from jaxpg.algorithms import algorithm
+from jaxpg.training.algorithm import algorithm
 from jaxpg.devices import beside, over_halves
 from jaxpg.envs import from_gymnax
-from jaxpg.experiment.presets import preset
-from jaxpg.experiment.config import points
-from jaxpg.experiment.replicas import make_replicas, use_cpu_cores
+from jaxpg.runs.config.presets import preset
+from jaxpg.runs.config.config import points
+from jaxpg.runs.train.replicas import make_replicas, use_cpu_cores
 from jaxpg.policies import actor_critic
 from dataclasses import replace
 

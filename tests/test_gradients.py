@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from jaxpg import Hyperparams, episodes
-from jaxpg.algorithms import Algorithm
 from jaxpg.batching import divisor
-from jaxpg.data import stream
 from jaxpg.envs import from_gymnax
 from jaxpg.estimators import Estimator, assess, baselines, credit, surrogates
 from jaxpg.estimators.estimator import Batch
-from jaxpg.gradients import gradient_of
-from jaxpg.improvement import improve, optimizers
 from jaxpg.optimizers import sgd
 from jaxpg.policies import Agent, AgentCarry, AgentParams, mlp
+from jaxpg.training.accumulation import gradient_of
+from jaxpg.training.algorithm import Algorithm
+from jaxpg.training.data import stream
+from jaxpg.training.improvement import improve, optimizers
 
 SURROGATES = {
     "score": surrogates.score,

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from jaxpg import Hyperparams, make_trainer, train
-from jaxpg.algorithms import ALGORITHMS, Algorithm, algorithm
 from jaxpg.envs import Box, Discrete, Env
 from jaxpg.estimators import Estimator, baselines, credit, masked, surrogates
 from jaxpg.lab import gradient_samples
 from jaxpg.optimizers import adam
 from jaxpg.policies import actor_critic, init_params
 from jaxpg.rollout import episodes
+from jaxpg.training.algorithm import ALGORITHMS, Algorithm, algorithm
 from jaxpg.types import TimeStep
 
 BOUND = np.full(2, np.inf, np.float32)

@@ -9,10 +9,9 @@ import optax
 import pytest
 
 from jaxpg import Hyperparams, make_trainer, train
-from jaxpg.algorithms import algorithm
 from jaxpg.envs import Mdp, from_gymnax
 from jaxpg.lab import exact
-from jaxpg.natural import (
+from jaxpg.optimizers.natural import (
     backtrack,
     conjugate_gradients,
     enac,
@@ -23,6 +22,7 @@ from jaxpg.natural import (
     trpo,
 )
 from jaxpg.policies import actor_critic
+from jaxpg.training.algorithm import algorithm
 
 LOGITS = np.array([(0.2, -0.1), (-0.4, 0.3), (0.5, 0.1)])
 

@@ -10,13 +10,13 @@ import pytest
 from worlds import random_mdp
 
 from jaxpg import Hyperparams, episodes, make_trainer, train
-from jaxpg.algorithms import Algorithm, algorithm
 from jaxpg.envs import from_mdp
 from jaxpg.estimators import Estimator, baselines
-from jaxpg.natural import precondition_by_fisher
 from jaxpg.optimizers import sgd
+from jaxpg.optimizers.natural import precondition_by_fisher
 from jaxpg.policies import Agent, AgentParams, actor_critic, tabular
 from jaxpg.rollout import episodic
+from jaxpg.training.algorithm import Algorithm, algorithm
 
 NUMBERS = Hyperparams(learning_rate=1.0, max_grad_norm=1e9, gamma=0.9)
 

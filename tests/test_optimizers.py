@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpg.algorithms import ALGORITHMS
-from jaxpg.experiment.build import build_algorithm
-from jaxpg.experiment.config import Config
-from jaxpg.experiment.presets import PRESETS, preset
 from jaxpg.optimizers import BATCH_SCALINGS, OPTIMIZERS, SCHEDULES, batch_scaled, constant, linear
+from jaxpg.runs.config.config import Config
+from jaxpg.runs.config.presets import PRESETS, preset
+from jaxpg.runs.train.build import build_algorithm
+from jaxpg.training.algorithm import ALGORITHMS
 from jaxpg.types import Hyperparams
 
 DECAYING = {"adamw", "lion", "muon"}

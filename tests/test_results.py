@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxpg.experiment.config import check, completed
-from jaxpg.experiment.flags import parse
+from jaxpg.runs.config.config import check, completed
+from jaxpg.runs.config.flags import parse
 
 SCRIPT = Path(__file__).parent.parent / "scripts/results.py"
 spec = importlib.util.spec_from_file_location("results", SCRIPT)

@@ -5,16 +5,16 @@ import pytest
 from worlds import clock, random_mdp
 
 from jaxpg import Hyperparams, make_trainer, train
-from jaxpg.algorithms import algorithm
 from jaxpg.devices import compiler_options
 from jaxpg.envs import Box, Discrete, Env, from_gymnax, from_mdp, repeat_action
 from jaxpg.estimators import Estimator
-from jaxpg.imitation import imitate
 from jaxpg.lab import gradient_samples
 from jaxpg.policies import Agent, Categorical, Network, actor_critic, gru, init_params, mlp
 from jaxpg.rollout import episodes, episodic, evaluate, init_stream, unroll
 from jaxpg.rollout.episodic import BLOCK
 from jaxpg.rollout.stream import FEW
+from jaxpg.training.algorithm import algorithm
+from jaxpg.training.imitation import imitate
 from jaxpg.types import TimeStep
 
 

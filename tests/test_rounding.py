@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from jaxpg import Hyperparams, make_trainer, train
-from jaxpg.algorithms import Algorithm
-from jaxpg.data import episodes as own_episodes
 from jaxpg.envs import Box, Discrete, Env
 from jaxpg.estimators import Estimator, assess, baselines, credit, rescaled, surrogates
 from jaxpg.optimizers import sgd
 from jaxpg.policies import actor_critic
+from jaxpg.training.algorithm import Algorithm
+from jaxpg.training.data import episodes as own_episodes
 from jaxpg.types import TimeStep, Trajectory
 
 STANDARDISED = surrogates.standardised(surrogates.score)

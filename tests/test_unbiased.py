@@ -13,7 +13,8 @@ sys.path.append(str(Path(__file__).parent / "lab"))
 from instances import random_instance
 
 from jaxpg.estimators import Estimator, baselines, credit, importance, surrogates
-from jaxpg.lab import enumeration, exact
+from jaxpg.lab import exact
+from jaxpg.lab.exact import enumeration
 from jaxpg.types import Hyperparams
 
 pytestmark = pytest.mark.usefixtures("x64")

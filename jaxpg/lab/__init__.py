@@ -1,10 +1,11 @@
 """The variance laboratory: exact answers where they exist, honest measurements where they do not."""
 
-from jaxpg.lab import enumeration, exact
-from jaxpg.lab.samples import gradient_samples
-from jaxpg.lab.statistics import GradientStatistics, gradient_statistics
-from jaxpg.lab.streaming import Estimate
-from jaxpg.lab.traces import gradient_trace
+from jaxpg.lab import exact
+from jaxpg.lab.exact import enumeration
+from jaxpg.lab.measure.samples import gradient_samples
+from jaxpg.lab.measure.statistics import GradientStatistics, gradient_statistics
+from jaxpg.lab.measure.traces import gradient_trace
+from jaxpg.stats.moments import Estimate
 
 __all__ = [
     "Estimate",

@@ -9,11 +9,11 @@ import pytest
 from worlds import clock
 
 from jaxpg import Hyperparams, episodes, evaluate, make_trainer, train
-from jaxpg.algorithms import algorithm
 from jaxpg.envs import Box, Discrete, Env, MultiDiscrete, from_gymnax
 from jaxpg.lab import gradient_samples
 from jaxpg.policies import Agent, actor_critic, init_params, mlp
 from jaxpg.rollout import init_stream
+from jaxpg.training.algorithm import algorithm
 from jaxpg.types import TimeStep
 
 BIG = float(np.finfo(np.float32).max)

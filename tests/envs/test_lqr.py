@@ -7,7 +7,7 @@ import pytest
 
 from jaxpg.envs import Lqr, from_lqr
 from jaxpg.lab.exact import lqr
-from jaxpg.lab.regulators import gain_policy, objective, value_critic
+from jaxpg.lab.worlds.regulators import gain_policy, objective, value_critic
 from jaxpg.policies import Agent, AgentParams, actor_critic
 from jaxpg.rollout import episodes
 

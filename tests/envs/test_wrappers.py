@@ -7,7 +7,6 @@ import pytest
 from worlds import clock, random_mdp
 
 from jaxpg import Hyperparams, make_trainer, train
-from jaxpg.algorithms import algorithm
 from jaxpg.envs import (
     Actor,
     Box,
@@ -23,6 +22,7 @@ from jaxpg.envs import (
 )
 from jaxpg.envs.spaces import encode
 from jaxpg.policies import actor_critic
+from jaxpg.training.algorithm import algorithm
 from jaxpg.types import TimeStep
 
 

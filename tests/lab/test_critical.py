@@ -6,15 +6,15 @@ import pytest
 
 from jaxpg.envs import Lqr, from_gymnax
 from jaxpg.estimators import Estimator, baselines, credit, importance
-from jaxpg.experiment import artifacts
 from jaxpg.lab import gradient_samples, gradient_statistics
 from jaxpg.lab.exact import lqr
-from jaxpg.lab.experiments import critical, regulated
-from jaxpg.lab.experiments.estimators import form, true_gradient
-from jaxpg.lab.experiments.frame import Settings, tidy
-from jaxpg.lab.experiments.training import best_objective, scaled, small_rate
-from jaxpg.lab.worlds import World, regulator_world, world
+from jaxpg.lab.studies import critical, regulated
+from jaxpg.lab.studies.estimators import form, true_gradient
+from jaxpg.lab.studies.study import Settings, tidy
+from jaxpg.lab.studies.training import best_objective, scaled, small_rate
+from jaxpg.lab.worlds.world import World, regulator_world, world
 from jaxpg.policies import mlp
+from jaxpg.runs.store import artifacts
 from jaxpg.types import Hyperparams
 
 GAMMA = 0.95

@@ -10,7 +10,8 @@ from instances import instance_a, instance_t, random_instance
 from worlds import bandit
 
 from jaxpg.estimators import Estimator, Weights, baselines, credit, importance, surrogates
-from jaxpg.lab import enumeration, exact
+from jaxpg.lab import exact
+from jaxpg.lab.exact import enumeration
 from jaxpg.types import Hyperparams, Trajectory
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 from instances import instance_a, instance_c, instance_t
 
-from jaxpg.algorithms import algorithm
 from jaxpg.cli import main
-from jaxpg.experiment.policy import load
 from jaxpg.lab import exact
-from jaxpg.lab.experiments import EXPERIMENTS, ladder, learning
-from jaxpg.lab.experiments.estimators import available, batch_moments, form, gradient, lambda_form
-from jaxpg.lab.experiments.frame import COLUMNS, Settings
-from jaxpg.lab.experiments.sampling import measure
-from jaxpg.lab.experiments.training import own_rate
-from jaxpg.lab.instances import INSTANCES
-from jaxpg.lab.worlds import lifted, tabular_world, world
+from jaxpg.lab.studies import EXPERIMENTS, ladder, learning
+from jaxpg.lab.studies.estimators import available, batch_moments, form, gradient, lambda_form
+from jaxpg.lab.studies.sampling import measure
+from jaxpg.lab.studies.study import COLUMNS, Settings
+from jaxpg.lab.studies.training import own_rate
+from jaxpg.lab.worlds.instances import INSTANCES
+from jaxpg.lab.worlds.world import lifted, tabular_world, world
 from jaxpg.optimizers import OPTIMIZERS
+from jaxpg.runs.play.policy import load
+from jaxpg.training.algorithm import algorithm
 
 KEY = jax.random.key(3)
 

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from jaxpg.lab import exact
-from jaxpg.lab.experiments import (
+from jaxpg.lab.studies import (
     ascent,
     coupling,
     decomposition,
@@ -19,11 +19,11 @@ from jaxpg.lab.experiments import (
     streams,
     windows,
 )
-from jaxpg.lab.experiments.estimators import form, gradient
-from jaxpg.lab.experiments.frame import COLUMNS, Settings
-from jaxpg.lab.experiments.sampling import measure
-from jaxpg.lab.experiments.training import best_objective, objective_of
-from jaxpg.lab.worlds import world
+from jaxpg.lab.studies.estimators import form, gradient
+from jaxpg.lab.studies.sampling import measure
+from jaxpg.lab.studies.study import COLUMNS, Settings
+from jaxpg.lab.studies.training import best_objective, objective_of
+from jaxpg.lab.worlds.world import world
 
 ALL = {
     name: experiment

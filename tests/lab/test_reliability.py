@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxpg import intervals
-from jaxpg.intervals import bootstrap
-from jaxpg.lab.reliability import (
+from jaxpg.stats import intervals
+from jaxpg.stats.intervals import bootstrap
+from jaxpg.stats.reliability import (
     interquartile_mean,
     performance_profile,
     probability_of_improvement,

@@ -23,7 +23,7 @@ from jaxpg.estimators import (
     surrogates,
 )
 from jaxpg.lab import exact
-from jaxpg.lab.samples import couples, gradient_samples
+from jaxpg.lab.measure.samples import couples, gradient_samples
 from jaxpg.policies import Agent, AgentParams, gru, mlp, tabular
 from jaxpg.rollout import episodes
 

@@ -8,11 +8,12 @@ from worlds import bandit
 from jaxpg import Hyperparams
 from jaxpg.envs import from_gymnax, from_mdp
 from jaxpg.estimators import Estimator, baselines, credit, importance
-from jaxpg.lab import exact, samples
-from jaxpg.lab.statistics import gradient_statistics
-from jaxpg.lab.streaming import Moments, jackknife, merge, merge_groups, moments_of
-from jaxpg.lab.traces import ROUTES, gradient_trace
+from jaxpg.lab import exact
+from jaxpg.lab.measure import samples
+from jaxpg.lab.measure.statistics import gradient_statistics
+from jaxpg.lab.measure.traces import ROUTES, gradient_trace
 from jaxpg.policies import mlp, tabular
+from jaxpg.stats.moments import Moments, jackknife, merge, merge_groups, moments_of
 
 A = instance_a()
 HP = Hyperparams(gamma=0.9)

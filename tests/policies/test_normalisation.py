@@ -9,12 +9,12 @@ import pytest
 from worlds import clock
 
 from jaxpg import Hyperparams, make_trainer, train
-from jaxpg.algorithms import algorithm
 from jaxpg.envs import Box, Discrete, Env, from_gymnax
 from jaxpg.optimizers import OPTIMIZERS
 from jaxpg.policies import actor_critic, linear, mlp, normalised
 from jaxpg.policies.normalisation import LIMIT, Statistics, merged
 from jaxpg.rollout import unroll
+from jaxpg.training.algorithm import algorithm
 from jaxpg.types import TimeStep
 
 

@@ -4,13 +4,9 @@ Parameters are tabular logits [O, A] over the observations of an Mdp, flattened 
 """
 
 from jaxpg.lab.exact import bandits, gaussian, lqr, stationary
-from jaxpg.lab.exact.baselines import (
-    OptimalBaselines,
-    control_variate_moments,
-    optimal_baselines,
-)
-from jaxpg.lab.exact.batches import Cosine, cosine, leave_one_out_moments
+from jaxpg.lab.exact.baselines import OptimalBaselines, control_variate_moments, optimal_baselines
 from jaxpg.lab.exact.compose import moments
+from jaxpg.lab.exact.coupled import Cosine, cosine, leave_one_out_moments
 from jaxpg.lab.exact.decompositions import (
     DoobDecomposition,
     TuckerDecomposition,
@@ -25,13 +21,7 @@ from jaxpg.lab.exact.forms import (
     note_literal_moments,
     surrogate_moments,
 )
-from jaxpg.lab.exact.geometry import (
-    TrustRegionStep,
-    fisher,
-    mean_kl,
-    natural_gradient,
-    trpo_step,
-)
+from jaxpg.lab.exact.geometry import TrustRegionStep, fisher, mean_kl, natural_gradient, trpo_step
 from jaxpg.lab.exact.recursions import Coefficients, pair_moments
 from jaxpg.lab.exact.tables import (
     Moments,

@@ -5,12 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxpg.envs import Mdp
-from jaxpg.lab.exact.tables import (
-    gradient,
-    objective,
-    tabulate,
-    visits,
-)
+from jaxpg.lab.exact.tables import gradient, objective, tabulate, visits
 
 
 class TrustRegionStep(NamedTuple):

@@ -14,13 +14,7 @@ from jaxpg.estimators import Estimator
 from jaxpg.lab.exact.baselines import OptimalBaselines, controlled, minimisers
 from jaxpg.lab.exact.compose import composed
 from jaxpg.lab.exact.recursions import Coefficients, paired
-from jaxpg.lab.exact.tables import (
-    Moments,
-    Tables,
-    action_values,
-    discounts,
-    squared_returns,
-)
+from jaxpg.lab.exact.tables import Moments, Tables, action_values, discounts, squared_returns
 from jaxpg.types import Hyperparams
 
 _NODES, _POINTS = 9, 14

@@ -1,0 +1,1 @@
+"""Measurement: gradients by sampling, their statistics and the routes to their trace."""

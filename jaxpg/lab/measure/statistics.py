@@ -1,0 +1,291 @@
+"""Statistics of an estimator's gradient, with intervals, without ever holding [N, P]."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpg.lab.measure.samples import (
+    Source,
+    check_source,
+    chunk_size,
+    couples,
+    gather,
+    rows_of,
+    samples_of,
+)
+from jaxpg.stats.intervals import Estimate, within
+from jaxpg.stats.moments import (
+    GROUPS,
+    Moments,
+    jackknife,
+    jackknife_ratio,
+    merge,
+    merge_groups,
+    moments_of,
+)
+from jaxpg.types import Array, Hyperparams, Key, Params
+
+MIN_EFFECTIVE = 50  # effective sample size under which an interval would be a fiction
+
+
+class GradientStatistics(NamedTuple):
+    """Of one trajectory's gradient g, E g = G; with coupled estimators, of one batch's."""
+
+    mean: np.ndarray  # [P]
+    variance: np.ndarray  # [P] per component
+    trace: Estimate  # tr Cov g
+    squared_norm: Estimate  # E|g|^2
+    signal: Estimate  # |G|^2, unbiased: may be negative
+    # B_simple = tr Cov g / |G|^2 (McCandlish et al., 2018), in units of g; nan and a bound from below
+    # where |G|^2 is not clear of 0
+    noise_scale: Estimate
+    cosine: Estimate | None  # of the mean of all samples to the reference
+    layers: dict[
+        str, Estimate
+    ]  # |G|^2 / tr Cov g of each parameter array: signal to noise of one g
+    effective_sample_size: float  # of the trajectory weights; N on-policy
+    num_trajectories: int
+    num_steps: int  # environment steps
+    batch_size: int  # trajectories per g: 1 unless the estimator couples the batch
+    warnings: tuple[str, ...]
+
+
+def gradient_statistics(
+    env,
+    policy,
+    estimator,
+    policy_params: Params,
+    key: Key,
+    num_trajectories: int,
+    hyperparams: Hyperparams,
+    behaviour_params: Params = None,
+    *,
+    critic=None,
+    critic_params: Params = (),
+    reference: np.ndarray | None = None,
+    batch_size: int | None = None,
+    confidence: float = 0.95,
+) -> GradientStatistics:
+    """Mean, variance, trace, noise scale and cosine of an estimator's gradient, with intervals.
+
+    Memory: a chunk of trajectories and 2 x 32 gradients, whatever N. Estimators that couple the batch are
+    measured by replicated batches of `batch_size` (their rows are not independent). reference: [P].
+    Raises ValueError for too few samples for an interval, importance weights whose effective sample size
+    is below 50, and a behaviour without support.
+    """
+    source = Source(
+        env, policy, estimator, policy_params, key, hyperparams, behaviour_params, critic, critic_params
+    )  # fmt: skip
+    size, num_samples = plan(source, num_trajectories, batch_size)
+    moments, weights = jax.jit(
+        lambda source_key: _measure(source._replace(key=source_key), size, num_samples)
+    )(key)
+    ess, warnings = _check_weights(source, weights)
+    moments = jax.tree.map(lambda x: np.asarray(x, np.float64), moments)
+
+    def estimate(function: Callable[[Moments], Any]) -> Estimate:
+        return jackknife(function, moments, confidence)
+
+    whole = merge_groups(moments)
+    spans = _layer_spans(policy_params)
+    return GradientStatistics(
+        mean=whole.mean,
+        variance=whole.squares / (whole.count - 1),
+        trace=within(estimate(_trace)),
+        squared_norm=within(
+            estimate(lambda m: _trace(m) * (m.count - 1) / m.count + m.mean @ m.mean)
+        ),
+        signal=estimate(_signal),
+        noise_scale=within(jackknife_ratio(_trace, _signal, moments, confidence)),
+        cosine=None
+        if reference is None
+        else within(estimate(lambda m: _cosine(m.mean, reference)), -1.0, 1.0),
+        layers={
+            name: within(
+                jackknife_ratio(
+                    lambda m, span=span: _signal(_part(m, span)),
+                    lambda m, span=span: _trace(_part(m, span)),
+                    moments,
+                    confidence,
+                )
+            )
+            for name, span in spans.items()
+        },
+        effective_sample_size=ess,
+        num_trajectories=num_samples * size,
+        num_steps=int(weights.steps),
+        batch_size=size,
+        warnings=warnings,
+    )
+
+
+_POWERS = (1.0, 2.0, 4.0, 8.0)
+
+
+class _Weights(NamedTuple):
+    log_sums: Array  # [4] of the trajectory weights W and of W^2, W^4 and W^8
+    steps: Array
+    unsupported: Array  # steps where the policy may do what the behaviour never does
+
+
+def plan(source: Source, num_trajectories: int, batch_size: int | None) -> tuple[int, int]:
+    """Trajectories per sample, and the number of samples."""
+    check_source(source, num_trajectories)
+    coupled = couples(source.estimator)
+    size = (batch_size or 64) if coupled else 1
+    if coupled and size < 2:
+        raise ValueError(
+            f"batch_size={size} must be at least 2 for an estimator that couples a batch"
+        )
+    num_samples = num_trajectories // size
+    if num_samples < 2 * GROUPS:
+        raise ValueError(
+            f"num_trajectories={num_trajectories} gives {num_samples} independent samples; an interval "
+            f"needs {2 * GROUPS}: use num_trajectories={2 * GROUPS * size} or more"
+        )
+    return size, num_samples
+
+
+def _measure(source: Source, size: int, num_samples: int) -> tuple[Moments, _Weights]:
+    per_group = -(-num_samples // GROUPS)
+    at_a_time = max(1, min(chunk_size(source) // size, per_group))
+    pieces = -(-per_group // at_a_time)
+    at_a_time = -(-per_group // pieces)
+
+    def samples(start):
+        if size == 1:
+            chunk = gather(source, start, at_a_time)
+            return rows_of(source, chunk), _weights_of(source, chunk)
+        return jax.lax.map(lambda i: _one_batch(source, i, size), start + jnp.arange(at_a_time))
+
+    def group(index):
+        def piece(state, offset):
+            moments, weights = state
+            start = index * per_group + offset * at_a_time
+            rows, new = samples(start)
+            number = offset * at_a_time + jnp.arange(at_a_time)
+            # Rows beyond the group's share, or beyond the request, were computed only to fill the chunk.
+            valid = (number < per_group) & (index * per_group + number < num_samples)
+            return (merge(moments, moments_of(rows, valid)), _add(weights, new, valid)), None
+
+        num_params = sum(x.size for x in jax.tree.leaves(source.policy_params))
+        zeros = jnp.zeros(num_params, jnp.result_type(float))
+        none = jnp.full(len(_POWERS), -jnp.inf)
+        start = (
+            Moments(jnp.zeros(()), zeros, zeros),
+            _Weights(none, jnp.zeros(()), jnp.zeros(())),
+        )
+        return jax.lax.scan(piece, start, jnp.arange(pieces))[0]
+
+    moments, weights = jax.lax.map(group, jnp.arange(GROUPS))
+    return moments, _Weights(
+        jax.nn.logsumexp(weights.log_sums, axis=0),
+        weights.steps.sum(),
+        weights.unsupported.sum(),
+    )
+
+
+def _one_batch(source: Source, index, size: int):
+    one = source._replace(key=jax.random.fold_in(source.key, index))
+    rows = samples_of(one, size)
+    weights = _weights_of(one, gather(one, 0, size))
+    return rows.mean(axis=0), jax.tree.map(lambda x: x.sum(axis=0), weights)
+
+
+def _weights_of(source: Source, chunk) -> _Weights:
+    """Per trajectory: log W, steps, unsupported steps."""
+    log_weight = chunk.log_ratio.sum(axis=0)
+    mask = chunk.trajectory.mask
+    unsupported = jnp.zeros(mask.shape)
+    if source.behaviour_params is not None:
+        unsupported = _unsupported(source, chunk.trajectory)
+    steps, unsupported = mask.sum(axis=0), jnp.where(mask, unsupported, 0.0).sum(axis=0)
+    return _Weights(log_weight, steps, unsupported)
+
+
+def _unsupported(source: Source, trajectory):
+    carry = source.policy.initial_carry(trajectory.mask.shape[1])
+    several = source.behaviour_params
+    several = several if isinstance(several, tuple | list) else (several,)
+    found = [
+        source.policy.apply(params, carry, trajectory.obs, trajectory.first)[1]
+        for params in (source.policy_params, *several)
+    ]
+    if not hasattr(found[0], "logits"):
+        return jnp.zeros(trajectory.mask.shape)
+    target, *each = (jax.nn.softmax(d.logits) for d in found)
+    behaviour = jnp.stack(each).max(axis=0)
+    never = ((behaviour == 0.0) & (target > 0.0)).any(axis=-1)
+    return never.reshape(*trajectory.mask.shape, -1).any(axis=-1).astype(target.dtype)
+
+
+def _add(weights: _Weights, new: _Weights, valid) -> _Weights:
+    log_weight = jnp.where(valid, new.log_sums, -jnp.inf)
+    return _Weights(
+        jnp.logaddexp(weights.log_sums, log_power_sums(log_weight)),
+        weights.steps + jnp.where(valid, new.steps, 0).sum(),
+        weights.unsupported + jnp.where(valid, new.unsupported, 0).sum(),
+    )
+
+
+def _check_weights(source: Source, weights: _Weights) -> tuple[float, tuple[str, ...]]:
+    total, squares, fourths, eighths = np.asarray(weights.log_sums, np.float64)
+    ess = float(np.exp(2 * total - squares))
+    if float(weights.unsupported) > 0:
+        raise ValueError(
+            "the behaviour never takes actions that the policy may take (probability 0 where the policy's "
+            "is positive): importance weights cannot correct that; mix some exploration into the behaviour"
+        )
+    if source.behaviour_params is None:
+        return ess, ()
+    if ess < MIN_EFFECTIVE:
+        raise ValueError(
+            f"the importance weights have an effective sample size of {ess:.1f}, below {MIN_EFFECTIVE}: an "
+            "interval would mean nothing; use more trajectories, shorter episodes or a closer behaviour"
+        )
+    warning = heavy_tail(float(np.exp(2 * fourths - eighths)))
+    return ess, (warning,) if warning else ()
+
+
+def log_power_sums(log_weight: Array) -> Array:
+    """log sum W^k [4] over [C] weights, for k = 1, 2, 4, 8."""
+    return jax.nn.logsumexp(log_weight[None] * jnp.array(_POWERS)[:, None], axis=1)
+
+
+def heavy_tail(fourth_sample_size: float) -> str:
+    """The warning that an interval of a variance is too narrow, or nothing.
+
+    The error of a variance of weighted gradients goes with the fourth powers of the weights: where few of
+    them make up their sum, the samples do not show it, and 95 % intervals hold the truth less often.
+    """
+    if fourth_sample_size >= MIN_EFFECTIVE:
+        return ""
+    return f"few weights decide the variance (ESS of W^4 {fourth_sample_size:.1f}): interval too narrow"
+
+
+def _trace(moments: Moments):
+    return moments.squares.sum() / (moments.count - 1)
+
+
+def _signal(moments: Moments):
+    return moments.mean @ moments.mean - _trace(moments) / moments.count
+
+
+def _part(moments: Moments, span: slice) -> Moments:
+    return Moments(moments.count, moments.mean[span], moments.squares[span])
+
+
+def _cosine(one, other):
+    return one @ other / np.sqrt((one @ one) * (other @ other))
+
+
+def _layer_spans(params: Params) -> dict[str, slice]:
+    spans, start = {}, 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = "/".join(str(getattr(p, "key", getattr(p, "idx", p))) for p in path)
+        spans[name] = slice(start, start + leaf.size)
+        start += leaf.size
+    return spans

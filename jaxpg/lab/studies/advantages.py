@@ -1,0 +1,159 @@
+"""Advantages: bias against variance of generalised advantages, and the best lambda for a batch."""
+
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxpg.lab.studies.estimators import form, gradient, lambda_form
+from jaxpg.lab.studies.importance import REFERENCE, distance
+from jaxpg.lab.studies.lags import QUICK_STEPS
+from jaxpg.lab.studies.pairs import square
+from jaxpg.lab.studies.sampling import measure
+from jaxpg.lab.studies.study import (
+    Experiment,
+    Progress,
+    Result,
+    Settings,
+    estimated,
+    key_of,
+    tidy,
+    world_of,
+)
+from jaxpg.lab.worlds.world import lifted
+from jaxpg.policies import actor_critic
+from jaxpg.stats.figures import COLOURS, label, line, panels, points
+
+QUALITY, OFFSET = 0.5, 0.3  # of the critic V̂ = quality V + offset
+BATCHES = (1, 10, 100, 1_000, 10_000, 100_000)
+
+
+def gae(settings: Settings, progress: Progress) -> Result:
+    """Squared bias + tr Cov / N of generalised advantages against lambda, for a wrong critic.
+
+    The critic is 0.5 V + 0.3. The best lambda grows with N, because only the variance falls with it.
+    """
+    world = world_of(settings)
+    chosen = [0.0, 0.5, 0.9, 1.0] if settings.quick else [0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0]
+    if settings.checkpoint is not None:
+        chosen = sorted({*chosen, float(world.hyperparams.lambda_)})
+    if world.mdp is None:
+        return _gae_measured(world, chosen, settings, progress)
+    truth = gradient(world)
+    started, grid = time.perf_counter(), np.linspace(0.0, 1.0, 101)
+    lambda_form(world, 0.5, QUALITY, OFFSET).exact()  # type: ignore[misc]
+    if time.perf_counter() - started > 0.1:
+        grid = np.linspace(0.0, 1.0, 11)
+    progress(f"exact moments at {len(grid)} values of lambda")
+    curve = [lambda_form(world, float(x), QUALITY, OFFSET).exact() for x in grid]  # type: ignore[misc]
+    trace = np.array([m.trace for m in curve])
+    bias = np.array([square(m.mean - truth) for m in curve])
+    forms = [lambda_form(world, x, QUALITY, OFFSET) for x in chosen]
+    found = measure(world, forms, key_of(settings), settings.trajectories, (1,), progress)
+    rows = _gae_rows(world, truth, grid, bias, trace, dict(zip(chosen, forms, strict=True)), found)
+    best = {str(n): float(grid[np.argmin(bias + trace / n)]) for n in BATCHES}
+    summary = {
+        "critic": {"quality": QUALITY, "offset": OFFSET},
+        "best_lambda_by_batch": best,
+        "bias": {
+            f"{x:g}": float(np.sqrt(b)) for x, b in zip(grid, bias, strict=True) if x in chosen
+        },
+    }
+    return Result(
+        tidy(rows), summary, lambda figure: _draw_gae(figure, grid, bias, trace, rows, world)
+    )
+
+
+def _gae_measured(world, chosen, settings, progress) -> Result:
+    """The trace and the distance to the mean of rewards to go, with the world's critic or a new one."""
+    if settings.quick and settings.checkpoint is None:
+        world = world._replace(env=world.env._replace(horizon=min(world.env.horizon, QUICK_STEPS)))
+    kind = "trained" if world.critic is not None else "untrained"
+    if world.critic is None:
+        critic = actor_critic(world.env, settings.policy or "mlp").critic
+        assert critic is not None
+        params = critic.init(jax.random.fold_in(key_of(settings), 1))
+        world = world._replace(critic=critic, critic_params=params)
+    aim, forms = form("rtg", world), {x: lambda_form(world, x) for x in chosen}
+    key = key_of(settings)
+    found = measure(world, [aim, *forms.values()], key, settings.trajectories, (1,), progress)
+    rows = []
+    for x, each in forms.items():
+        seen = found[each.name]
+        values = {REFERENCE: distance(seen, found[aim.name]), "trace": seen.trace()}
+        rows += [
+            estimated(value, estimator="gae", quantity=name, trajectories=seen.trajectories,
+                      env_steps=seen.env_steps, warning=each.warning or None, **{"lambda": x})
+            for name, value in values.items()
+        ]  # fmt: skip
+    summary = {"critic": kind, "horizon": world.env.horizon}
+    return Result(tidy(rows), summary, lambda figure: _draw_gae_measured(figure, rows, world))
+
+
+def _draw_gae_measured(figure, rows, world):
+    axes = panels(figure, 2)
+    for index, (axis, name, title) in enumerate(
+        zip(axes, ("trace", REFERENCE), ("tr Cov", "|E g − E g of rewards to go|²"), strict=True)
+    ):
+        seen = [r for r in rows if r["quantity"] == name]
+        points(
+            axis,
+            *([r[k] for r in seen] for k in ("lambda", "measured", "low", "high")),
+            index=index,
+        )
+        label(axis, f"Generalised advantages, {world.name}", "λ", f"{title}, one trajectory",
+              legend=False)  # fmt: skip
+
+
+def _gae_rows(world, truth, grid, bias, trace, forms, found):
+    rows = []
+    for x, b, v in zip(grid, bias, trace, strict=True):
+        measured = found.get(forms[x].name) if x in forms else None
+        common: dict[str, Any] = {"estimator": "gae", "lambda": float(x)}
+        common["warning"] = None if x == 1.0 else "biased where the critic is wrong"
+        values: dict[str, Any] = {"squared_bias": None, "trace": None}
+        if measured is not None:
+            common |= {"trajectories": measured.trajectories, "env_steps": measured.env_steps}
+            values = {
+                "squared_bias": measured.bias(lifted(world, truth)),
+                "trace": measured.trace(),
+            }
+        for name, value in (("squared_bias", b), ("trace", v)):
+            row = {**common, "quantity": name, "exact": float(value)}
+            rows.append(row | (estimated(values[name]) if values[name] is not None else {}))
+    return rows
+
+
+def _draw_gae(figure, grid, bias, trace, rows, world):
+    axes = panels(figure, 2)
+    for index, (name, values, text) in enumerate(
+        (("squared_bias", bias, "squared bias"), ("trace", trace, "tr Cov"))
+    ):
+        seen = [r for r in rows if r["quantity"] == name and r.get("measured") is not None]
+        line(axes[0], grid, values, index, f"{text} (exact)")
+        columns = [[r[k] for r in seen] for k in ("lambda", "measured", "low", "high")]
+        points(axes[0], *columns, index=index, label=f"{text.split(',')[0]} (measured, 95 %)")
+    axes[0].set_yscale("symlog", linthresh=1e-3)
+    label(axes[0], f"Bias falls and variance rises with λ, {world.name}", "λ",
+          "squared gradient, one trajectory", loc=(0.02, 0.56))  # fmt: skip
+    for index, n in enumerate((1, 100, 1_000, 10_000, 100_000)):
+        total = bias + trace / n
+        line(axes[1], grid, total, index, f"N = {n:,}")
+        i = int(np.argmin(total))
+        axes[1].plot(grid[i], total[i], "o", color=COLOURS[index], markersize=6)
+    axes[1].set_yscale("log")
+    axes[1].set_ylim(top=axes[1].get_ylim()[1] * 30)
+    label(axes[1], "Mean squared error of a batch; dots mark the best λ", "λ", "squared bias + tr Cov / N",
+          ncols=2, loc="upper right")  # fmt: skip
+
+
+EXPERIMENTS = {
+    "gae": Experiment(
+        "bias against variance of generalised advantages over lambda, and the best lambda per batch",
+        gae,
+        Settings(trajectories=2**18),
+        Settings(trajectories=2**15, quick=True),
+        ignores=("estimators", "repeats"),
+    ),
+}

@@ -1,0 +1,297 @@
+"""How to step along a gradient: what each optimizer does not see, and where a baseline decides the limit."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+from jaxpg.estimators import Estimator
+from jaxpg.lab import exact
+from jaxpg.lab.studies.pairs import intervals
+from jaxpg.lab.studies.study import (
+    Experiment,
+    Progress,
+    Result,
+    Settings,
+    estimated,
+    key_of,
+    tidy,
+    world_of,
+)
+from jaxpg.lab.studies.training import Curves, adam_rate, learner, own_rate, replaced, small_rate
+from jaxpg.lab.worlds.world import World, has_exact
+from jaxpg.optimizers import OPTIMIZERS
+from jaxpg.stats import figures
+from jaxpg.stats.intervals import attained, mean_interval
+from jaxpg.stats.moments import Estimate
+from jaxpg.training.algorithm import Algorithm
+from jaxpg.types import Hyperparams
+
+RATES = {"sgd": 0.1, "adam": 0.05, "natural": 0.1}  # of the optimizers compared, on tables
+MAX_KL, SCALE, BATCH = 0.01, 1000.0, 16
+NO_CLIP = 1e9  # max_grad_norm
+BANDIT = "bandit"
+
+
+def optimizers(settings: Settings, progress: Progress) -> Result:
+    """SGD, Adam, the natural gradient and TRPO's step: J by update, and which rescalings each ignores."""
+    world = world_of(settings)
+    num_updates = 40 if settings.quick else 200
+    rows = []
+    scales = (1.0, SCALE)
+    for name in ("sgd", "adam"):
+        progress(f"{settings.repeats} runs of {name}, rewards times 1 and times {SCALE:g}")
+        for scale, curves in zip(
+            scales, _sampled(world, name, scales, settings, num_updates), strict=True
+        ):
+            steps = curves.env_steps.sum(axis=0)
+            score = mean_interval(curves.score, attained(curves.score))
+            for update, values in enumerate(zip(*score, strict=True)):
+                row = {"estimator": name, "reward_scale": scale, "update": update, "quantity": "J"}
+                row |= {
+                    "trajectories": update * BATCH * settings.repeats,
+                    "env_steps": steps[update],
+                }
+                rows.append(estimated(values, **row))
+    summary = {"rewards_times_1000": {n: _largest_gap(rows, n) for n in ("sgd", "adam")}}
+    if world.mdp is not None and world.factor is None:
+        rows += _exact_rows(world, num_updates)
+        matrix = mixing(world.logits.size, settings.seed)
+        gaps = {
+            name: reparameterisation_gap(world, name, matrix) for name in ("natural", "trpo", "sgd")
+        }
+        summary["reparameterised"] = gaps
+    return Result(tidy(rows), summary, lambda figure: _draw_optimizers(figure, rows))
+
+
+def ascend(
+    world: World, name: str, num_updates: int, matrix=None, scale: float = 1.0
+) -> np.ndarray:
+    """Logits [U + 1, O A] of exact ascent: sgd, adam, natural (Kakade, 2002) or trpo (Schulman et al., 2015).
+
+    matrix: M of theta = M phi when the ascent is in phi, whose gradient is M^T g and Fisher matrix M^T F M.
+    scale: of the rewards.
+    """
+    shape, theta = world.logits.shape, np.asarray(world.logits, np.float64).reshape(-1)
+    m = np.eye(len(theta)) if matrix is None else matrix
+    numbers = Hyperparams(learning_rate=RATES.get(name, 0.0), max_grad_norm=NO_CLIP)
+    transform = OPTIMIZERS[name](numbers) if name in OPTIMIZERS else None
+    state: Any = transform.init(jnp.zeros(len(theta))) if transform else None
+    path = [theta]
+    for _ in range(num_updates):
+        logits = path[-1].reshape(shape)
+        gradient = scale * m.T @ exact.gradient(world.mdp, logits, world.gamma)
+        if transform is not None:
+            updates, state = transform.update(-jnp.asarray(gradient), state)
+            step = np.asarray(updates, np.float64)
+        else:
+            fisher = m.T @ exact.fisher(world.mdp, logits) @ m
+            step = np.linalg.pinv(fisher, rcond=1e-10, hermitian=True) @ gradient
+            # TRPO constrains the mean divergence per step of the episode, F / H.
+            length = np.sqrt(2 * MAX_KL * world.mdp.horizon / max(step @ gradient, 1e-300))
+            step = step * (length if name == "trpo" else RATES[name])
+        path.append(path[-1] + m @ step)
+    return np.stack(path)
+
+
+def reparameterisation_gap(world: World, name: str, matrix, num_updates: int = 20) -> float:
+    """The largest difference of an action's probability between ascent in theta and in phi, theta = M phi."""
+    one, other = (
+        probabilities(ascend(world, name, num_updates, m).reshape(-1, *world.logits.shape))
+        for m in (None, matrix)
+    )
+    return float(np.abs(one - other).max())
+
+
+def mixing(size: int, seed: int) -> np.ndarray:
+    """A well-conditioned M that mixes and rescales parameters."""
+    rng = np.random.default_rng(seed)
+    return np.diag(rng.uniform(0.5, 2.0, size)) + 0.3 * rng.normal(size=(size, size)) / np.sqrt(
+        size
+    )
+
+
+def probabilities(logits):
+    weight = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return weight / weight.sum(axis=-1, keepdims=True)
+
+
+def _sampled(world, name, scales, settings, num_updates) -> list[Curves]:
+    """The same seeds for every scale of the rewards."""
+    slots = Algorithm(Estimator(), policy_optimizer=OPTIMIZERS[name])
+    run = learner(world, slots, num_envs=BATCH, num_updates=num_updates)
+    keys = jnp.tile(jax.random.split(key_of(settings), settings.repeats), len(scales))
+    rate = own_rate(settings, name)
+    if rate is None and has_exact(world):
+        rate = RATES[name]
+    elif rate is None:
+        rate = small_rate(world, key_of(settings)) if name == "sgd" else adam_rate(world)
+    numbers = world.hyperparams._replace(learning_rate=rate, max_grad_norm=NO_CLIP)
+    curves = run(keys, numbers, np.repeat(scales, settings.repeats))
+    parts = [np.split(x, len(scales)) for x in curves]
+    return [Curves(*each) for each in zip(*parts, strict=True)]
+
+
+def _replaces(settings) -> list[str]:
+    others = [f"{each}'s learning rate is the laboratory's" for each in ("sgd", "adam")
+              if own_rate(settings, each) is None]  # fmt: skip
+    return [*others, *replaced(settings, BATCH, unlimited=True)]
+
+
+def _exact_rows(world, num_updates):
+    for name in ("sgd", "adam", "natural", "trpo"):
+        for update, logits in enumerate(ascend(world, name, num_updates)):
+            value = exact.objective(world.mdp, logits.reshape(world.logits.shape), world.gamma)
+            yield {"estimator": name, "reward_scale": 1.0, "update": update, "quantity": "J_exact_ascent",
+                   "exact": value}  # fmt: skip
+
+
+def _largest_gap(rows, name) -> float:
+    """Of the mean J between rewards and rewards times 1000, in the units of the rewards."""
+    curves = [
+        np.array(
+            [r["measured"] for r in rows if (r["estimator"], r["reward_scale"]) == (name, scale)]
+        )
+        for scale in (1.0, SCALE)
+    ]
+    return float(np.nanmax(np.abs(curves[0] - curves[1])))
+
+
+def committal(settings: Settings, progress: Progress) -> Result:
+    """Natural gradient on a bandit with baselines b* + delta of one variance: some commit to a wrong arm.
+
+    (Chung et al., 2021.)
+    """
+    progress(f"{len(DELTAS)} x {settings.repeats} runs of {NUM_UPDATES} updates")
+    final, paths = commit(key_of(settings), np.array(DELTAS), settings.repeats)
+    rows, summary = [], {"not_on_best_arm": {}, "mean_regret": {}}
+    for delta, policy in zip(DELTAS, final, strict=True):
+        stuck, regret = policy[:, 0] < 0.5, max(ARMS) - policy @ np.array(ARMS)
+        row = {"estimator": "natural", "delta": delta, "trajectories": NUM_UPDATES * len(stuck)}
+        row |= {"env_steps": NUM_UPDATES * len(stuck)}
+        share = proportion(int(stuck.sum()), len(stuck))
+        rows.append(estimated(share, quantity="not_on_best_arm", **row))
+        most = max(ARMS) - min(ARMS)
+        rows.append(estimated(mean_interval(regret, (0.0, most)), quantity="regret", **row))
+        summary["not_on_best_arm"][str(delta)] = share.value
+        summary["mean_regret"][str(delta)] = float(regret.mean())
+    return Result(tidy(rows), summary, lambda figure: _draw_committal(figure, rows, paths))
+
+
+def commit(key, deltas, num_runs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Final policies [D, R, A], and P(best arm) before each update of a few runs [D, SHOWN, U].
+
+    theta_a += rate (r_a - b) / pi_a is the natural gradient of one sample up to a shift of all logits;
+    b = b* + delta with b* = sum_a (r_a / pi_a) / sum_a (1 / pi_a), which minimises its variance.
+    """
+    reward, rate = jnp.array(ARMS), 0.05
+    shape = (len(deltas), num_runs)
+
+    def step(theta, t):
+        log_policy = jax.nn.log_softmax(theta)
+        cdf = jnp.cumsum(jnp.exp(log_policy), axis=-1)
+        uniform = jax.random.uniform(jax.random.fold_in(key, t), (*shape, 1))
+        arm = (uniform * cdf[..., -1:] >= cdf[..., :-1]).sum(axis=-1)
+        best = jax.nn.softmax(-log_policy) @ reward
+        advantage = reward[arm] - best - jnp.asarray(deltas)[:, None]
+        chosen = jax.nn.one_hot(arm, len(ARMS))
+        # Masked before it multiplies: 1 / pi of an arm that is never drawn may overflow.
+        size = jnp.exp(-(chosen * jnp.where(chosen > 0, log_policy, 0.0)).sum(axis=-1))
+        theta = theta + rate * chosen * (advantage * size)[..., None]
+        return theta - theta.mean(axis=-1, keepdims=True), jnp.exp(log_policy[:, :SHOWN, 0])
+
+    @jax.jit
+    def run(theta):
+        theta, paths = jax.lax.scan(step, theta, jnp.arange(NUM_UPDATES))
+        return jax.nn.softmax(theta), jnp.moveaxis(paths, 0, -1)
+
+    final, paths = run(jnp.zeros((*shape, len(ARMS))))
+    return np.asarray(final, np.float64), np.asarray(paths)
+
+
+def proportion(count: int, total: int) -> Estimate:
+    """A share with Wilson's 95 % interval."""
+    found = stats.binomtest(count, total).proportion_ci(0.95, method="wilson")
+    return Estimate(count / total, float(found.low), float(found.high))
+
+
+def _draw_optimizers(figure, rows):
+    axes = figures.panels(figure, columns=2)
+    names = dict.fromkeys(r["estimator"] for r in rows)
+    for i, name in enumerate(names):
+        found = [r for r in rows if (r["estimator"], r["quantity"]) == (name, "J_exact_ascent")]
+        if found:
+            figures.line(
+                axes[0],
+                [r["update"] for r in found],
+                [r["exact"] for r in found],
+                i,
+                f"{name}, exact",
+            )
+        found = [
+            r
+            for r in rows
+            if (r["estimator"], r["quantity"], r["reward_scale"]) == (name, "J", 1.0)
+        ]
+        found = found[:: max(1, len(found) // 10)]
+        columns = intervals(found)
+        if found:
+            figures.points(
+                axes[0], [r["update"] for r in found], *columns, i, f"{name}, N = {BATCH}"
+            )
+    figures.label(axes[0], "Ascent by update", "updates", "J [return]")
+    for i, (name, scale) in enumerate((n, s) for n in ("sgd", "adam") for s in (1.0, SCALE)):
+        found = [
+            r
+            for r in rows
+            if (r["estimator"], r["quantity"], r["reward_scale"]) == (name, "J", scale)
+        ]
+        figures.line(axes[1], [r["update"] for r in found], [r["measured"] for r in found], i,
+                     f"{name}, rewards x {scale:g}")  # fmt: skip
+    figures.label(axes[1], "The unit of the reward", "updates", "J [return, original unit]")
+
+
+def _draw_committal(figure, rows, paths):
+    axes = figures.panels(figure, columns=2)
+    found = [r for r in rows if r["quantity"] == "not_on_best_arm"]
+    columns = intervals(found)
+    figures.points(axes[0], [r["delta"] for r in found], *columns, 0)
+    axes[0].set_ylim(bottom=-0.005)
+    title, x = (
+        "Runs that do not find the best arm",
+        r"$\delta$ of the baseline $b^* + \delta$ [reward]",
+    )
+    figures.label(axes[0], title, x, f"fraction after {NUM_UPDATES} updates", legend=False)
+    for i, delta in enumerate((DELTAS[0], DELTAS[-1])):
+        for run in paths[DELTAS.index(delta)]:
+            axes[1].plot(
+                run, color=figures.COLOURS[i], linestyle=figures.LINES[i], linewidth=0.7, alpha=0.6
+            )
+        axes[1].plot([], [], color=figures.COLOURS[i], linestyle=figures.LINES[i],
+                     label=rf"$\delta = {delta:+g}$")  # fmt: skip
+    axes[1].set_xscale("symlog", linthresh=10)
+    figures.label(axes[1], f"{SHOWN} runs each", "updates", "probability of the best arm")
+
+
+ARMS, DELTAS, NUM_UPDATES, SHOWN = (1.0, 0.7, 0.0), (-1.0, -0.5, 0.0, 0.5, 1.0), 1000, 12
+
+EXPERIMENTS = {
+    "optimizers": Experiment(
+        "SGD, Adam, natural gradient, TRPO: J by update, and invariance to rescaling and reparameterising",
+        optimizers,
+        Settings(repeats=64),
+        Settings(repeats=16, quick=True),
+        ignores=("estimators", "trajectories"),
+        replaces=_replaces,
+    ),
+    "committal": Experiment(
+        "baselines of equal variance that decide whether a bandit finds its best arm",
+        committal,
+        Settings(env=BANDIT, repeats=4000),
+        Settings(env=BANDIT, repeats=500, quick=True),
+        worlds=(BANDIT,),
+        ignores=("estimators", "policy", "trajectories", "gamma", "checkpoint"),
+    ),
+}

@@ -1,0 +1,153 @@
+"""Clipping: the clipped surrogate against the unclipped one."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpg.estimators import Estimator, credit, surrogates
+from jaxpg.lab import exact
+from jaxpg.lab.measure.samples import roll
+from jaxpg.lab.studies.estimators import (
+    Form,
+    form,
+    gradient,
+    known_advantage,
+    value_tables_of_actions,
+)
+from jaxpg.lab.studies.importance import lag_rows, measured_lags, measured_result
+from jaxpg.lab.studies.lags import PILOT, Lag, lag_of
+from jaxpg.lab.studies.sampling import source_of
+from jaxpg.lab.studies.study import Experiment, Progress, Result, Settings, key_of, tidy
+from jaxpg.lab.worlds.world import World
+from jaxpg.stats.figures import caption, label, line, panels, points
+from jaxpg.types import Hyperparams
+
+
+def clipping(settings: Settings, progress: Progress) -> Result:
+    """Bias and variance of the clipped against the unclipped surrogate, with known advantages.
+
+    Clipping stops steps outside 1 +- eps (Schulman et al., 2017): it bounds the variance and adds bias,
+    because what it cuts is not the tail of the noise but the side that has moved furthest.
+    """
+    lag = lag_of(settings)
+    numbers = lag.world.hyperparams
+    epsilons = (None, *sorted({0.1, 0.2, 0.3, float(numbers.clip_eps)}))
+    lags = (0.5, 1.0, 1.5) if settings.quick else (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+    if lag.world.mdp is None:
+        centred = _centred_returns(lag, settings)
+        forms = [_clipped(centred, epsilon, numbers) for epsilon in epsilons]
+        return measured_result(lag, forms, lags, settings, progress)
+    grid = sorted({*np.linspace(0.0, 1.5, 31).round(3).tolist(), *lags})
+    advantages = known_advantage(value_tables_of_actions(lag.world, lag.behaviour))
+    forms = [_clipped(advantages, epsilon, numbers) for epsilon in epsilons]
+    found = measured_lags(lag, forms, lags, settings, progress)
+    rows = []
+    for x in grid:
+        there = lag.at(x)
+        for epsilon, each in zip(epsilons, forms, strict=True):
+            moments = exact.surrogate_moments(
+                there.mdp,
+                there.logits,
+                lag.behaviour,
+                there.gamma,
+                clip_eps=epsilon,
+                from_start=False,
+            )
+            share = {"fraction_clipped": _fraction(lag, there, epsilon)}
+            measured = found[x][each.name] if x in lags else None
+            rows += lag_rows(each.name, x, moments, gradient(there), measured, **share)
+    names = [each.name for each in forms]
+    summary = {
+        f"{name} at lag {x:g}": {
+            "bias": next(r["exact"] for r in _at(rows, name, x) if r["quantity"] == "squared_bias")
+            ** 0.5,
+            "trace": next(r["exact"] for r in _at(rows, name, x) if r["quantity"] == "trace"),
+            "fraction_clipped": _at(rows, name, x)[0]["fraction_clipped"],
+        }
+        for name in names
+        for x in lags
+    }
+    return Result(
+        tidy(rows), summary, lambda figure: _draw_clipping(figure, rows, names, lag.world.name)
+    )
+
+
+def _centred_returns(lag: Lag, settings):
+    """A credit: reward to go minus its mean at each step, of the behaviour's episodes set apart for it."""
+    world, key = lag.at(0.0), jax.random.fold_in(key_of(settings), 2)
+    source = source_of(world, form("rtg", world), key)
+    trajectory = jax.jit(partial(roll, source, 0, PILOT))()
+    hyperparams = world.hyperparams
+    psi = credit.reward_to_go(jnp.ones(trajectory.mask.shape), trajectory, hyperparams)
+    # An episode that has ended has nothing to go, and does not count.
+    alive = np.asarray(trajectory.mask)
+    mean = np.where(alive, psi, 0.0).sum(axis=1) / np.maximum(alive.sum(axis=1), 1)
+
+    def centred(trace, trajectory, hyperparams):
+        return credit.reward_to_go(trace, trajectory, hyperparams) - mean[:, None]
+
+    return centred
+
+
+def _at(rows, name, x):
+    return [r for r in rows if r["estimator"] == name and r["lag"] == x]
+
+
+def _clipped(advantages, epsilon, numbers: Hyperparams) -> Form:
+    surrogate = surrogates.ratio if epsilon is None else surrogates.clipped
+    hyperparams = numbers._replace(clip_eps=1e9 if epsilon is None else epsilon)
+    name = "unclipped" if epsilon is None else f"clipped_{epsilon:g}"
+    estimator = Estimator(advantages, surrogate=surrogate)
+    return Form(name, estimator, hyperparams, None, off_policy=True)
+
+
+def _fraction(lag: Lag, there: World, epsilon) -> float:
+    """Share of the behaviour's steps whose gradient clipping stops."""
+    if epsilon is None:
+        return 0.0
+    observation = np.asarray(there.mdp.observation)
+    behaviour, target = (
+        np.exp(x - np.logaddexp.reduce(x, axis=1, keepdims=True))[observation]
+        for x in (lag.behaviour, there.logits)
+    )
+    advantage = value_tables_of_actions(lag.world, lag.behaviour)[:, observation]
+    ratio = target / behaviour
+    stopped = np.where(advantage > 0, ratio > 1 + epsilon, (advantage < 0) & (ratio < 1 - epsilon))
+    alive = exact.occupancy(there.mdp, lag.behaviour) * ~np.asarray(there.mdp.terminal, bool)
+    return float(np.einsum("ts,sa,tsa->", alive, behaviour, stopped) / alive.sum())
+
+
+def _draw_clipping(figure, rows, names, world):
+    axes = panels(figure, 3, width=4.6)
+    columns = (
+        ("squared_bias", "Squared bias", "|E g − ∇J|²", "exact"),
+        ("trace", "Variance", "tr Cov, one trajectory", "exact"),
+        ("trace", "Steps that clipping stops", "fraction of steps", "fraction_clipped"),
+    )
+    caption(figure)
+    for axis, (quantity, text, unit, field) in zip(axes, columns, strict=True):
+        for index, name in enumerate(names):
+            mine = [r for r in rows if r["estimator"] == name and r["quantity"] == quantity]
+            line(axis, [r["lag"] for r in mine], [r[field] for r in mine], index, name)
+            if field == "exact":
+                seen = [r for r in mine if r.get("measured") is not None]
+                points(
+                    axis,
+                    *([r[k] for r in seen] for k in ("lag", "measured", "low", "high")),
+                    index=index,
+                )
+        label(axis, f"{text}, {world}", "lag: policy = behaviour + lag · step", unit,
+              legend=axis is axes[0])  # fmt: skip
+
+
+EXPERIMENTS = {
+    "clipping": Experiment(
+        "the clipped surrogate against the unclipped one: bias, variance, steps stopped",
+        clipping,
+        Settings(trajectories=2**18),
+        Settings(trajectories=2**14, quick=True),
+        ignores=("estimators", "repeats"),
+    ),
+}

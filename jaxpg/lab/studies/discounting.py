@@ -1,0 +1,174 @@
+"""Discounting: what becomes of the gradient when gamma^t is dropped from it."""
+
+from itertools import product
+
+import numpy as np
+
+from jaxpg.estimators import Estimator, importance
+from jaxpg.lab import exact
+from jaxpg.lab.exact.tables import action_values, discounts, tabulate, visits
+from jaxpg.lab.studies.estimators import Form
+from jaxpg.lab.studies.pairs import intervals, norm, paired, squares
+from jaxpg.lab.studies.sampling import measure
+from jaxpg.lab.studies.study import (
+    Experiment,
+    Progress,
+    Result,
+    Settings,
+    estimated,
+    key_of,
+    stated_row,
+    tidy,
+    world_of,
+)
+from jaxpg.lab.worlds.world import World, coordinates
+from jaxpg.stats import figures
+from jaxpg.stats.intervals import NOT_RESOLVED, Estimate, within
+from jaxpg.stats.moments import Moments, jackknife, jackknife_ratio
+
+GAMMAS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+NO_GRADIENT = "biased, and the gradient of no function (Nota and Thomas, 2020)"
+NOISE = "at small gamma the gradient is not clear of the noise: use more trajectories"
+
+
+def discount(settings: Settings, progress: Progress) -> Result:
+    """Dropping gamma^t: the bias, the turn, and that the result is the gradient of no function."""
+    world = world_of(settings)
+    gammas = GAMMAS
+    if settings.checkpoint is not None and world.gamma < 1:
+        gammas = tuple(sorted({*GAMMAS, world.gamma}))
+    forms = {each: _discounted(world, *each) for each in product(gammas, (True, False))}
+    measured = measure(
+        world, list(forms.values()), key_of(settings), settings.trajectories, progress=progress
+    )
+    rows = []
+    for gamma in gammas:
+        true, other = (measured[forms[gamma, start].name] for start in (True, False))
+        pairs = paired(true.levels[1], other.levels[1])
+        known = {} if world.mdp is None else discount_bias(world, gamma)
+        common = {"gamma": gamma, "trajectories": other.trajectories, "env_steps": other.env_steps}
+        for quantity, function in (("relative_bias", _relative), ("cosine", _cosine)):
+            row = {"estimator": "without_start", "quantity": quantity, "exact": known.get(quantity)}
+            value = function(pairs)
+            warning = NO_GRADIENT if np.isfinite(value.value) else NOISE
+            rows.append(estimated(value, **row, **common, warning=warning))
+        for name, warning in (("without_start", NO_GRADIENT), ("from_start", "")) if known else ():
+            row = {"estimator": name, "quantity": "asymmetry", "gamma": gamma, "warning": warning}
+            rows.append(row | {"exact": known[f"asymmetry_{name}"]})
+    known = {} if world.mdp is None else {g: discount_bias(world, g) for g in gammas}
+    found = {r["gamma"]: stated_row(r) for r in rows if r["quantity"] == "relative_bias"}
+    summary = {"relative_bias": found, "exact": known}
+    return Result(tidy(rows), summary, lambda figure: _draw_discount(figure, rows))
+
+
+def discount_bias(world: World, gamma: float) -> dict[str, float]:
+    """Of E[sum_t u_t R_t] against grad J = E[sum_t gamma^t u_t R_t]: bias, cosine, and asymmetries.
+
+    The asymmetry is of the Jacobian in the logits, 0 for the gradient of any function.
+    """
+    assert world.logits is not None
+    size = world.logits.size
+    true, other = (
+        coordinates(world, exact.Moments(_field(world, gamma, start)(world.logits), np.eye(size)))[
+            0
+        ]
+        for start in (True, False)
+    )
+    return {
+        "bias": norm(other - true),
+        "relative_bias": norm(other - true) / norm(true),
+        "cosine": float(other @ true) / norm(true) / norm(other),
+        "asymmetry_without_start": asymmetry(_field(world, gamma, False), world.logits),
+        "asymmetry_from_start": asymmetry(_field(world, gamma, True), world.logits),
+    }
+
+
+def asymmetry(field, point, step: float = 1e-5) -> float:
+    """|K - K^T| / |K| of the Jacobian K of a field [P] at a point, by central differences."""
+    flat = np.asarray(point, np.float64).reshape(-1)
+    ends = [
+        [field((flat + sign * step * e).reshape(np.shape(point))) for sign in (1, -1)]
+        for e in np.eye(len(flat))
+    ]
+    jacobian = np.stack([(up - down) / (2 * step) for up, down in ends], axis=1)
+    return norm(jacobian - jacobian.T) / norm(jacobian)
+
+
+def _field(world: World, gamma, from_start):
+    """The expected gradient [O A] as a function of the logits."""
+
+    def field(logits):
+        assert world.mdp is not None
+        found = tabulate(world.mdp, logits)
+        weight = discounts(gamma if from_start else 1.0, found.horizon)[:, None] * visits(found)
+        _, action_value = action_values(found, gamma)
+        parts = (weight, found.policy, found.score, action_value)
+        return np.einsum("ts,sa,sap,tsa->p", *parts, optimize=True)
+
+    return field
+
+
+def _discounted(world, gamma, from_start) -> Form:
+    slot = importance.from_start(importance.on_policy) if from_start else importance.on_policy
+    name = f"{'from' if from_start else 'without'}_start_{gamma:g}"
+    return Form(name, Estimator(importance=slot), world.hyperparams._replace(gamma=gamma), None)
+
+
+def _relative(pairs: Moments) -> Estimate:
+    """|E(other - one)| / |E one|, the root of a ratio of unbiased squares."""
+    square = jackknife_ratio(lambda m: squares(m)[2], lambda m: squares(m)[0], pairs)
+    return Estimate(*(float(np.sqrt(np.maximum(x, 0.0))) for x in square))
+
+
+def _cosine(pairs: Moments) -> Estimate:
+    """By polarisation: <x, y> = (|x|^2 + |y|^2 - |y - x|^2) / 2, each square unbiased."""
+
+    def cosine(m):
+        one, other, difference = squares(m)
+        return (one + other - difference) / (2 * np.sqrt(one * other))
+
+    if min(jackknife(lambda m, i=i: squares(m)[i], pairs).low for i in (0, 1)) <= 0:
+        return Estimate(np.nan, np.nan, np.inf)
+    return within(jackknife(cosine, pairs), -1.0, 1.0)
+
+
+def _draw_discount(figure, rows):
+    exact_rows = [r for r in rows if r["quantity"] == "asymmetry"]
+    axes = figures.panels(figure, columns=3 if exact_rows else 2)
+    titles = {
+        "relative_bias": (r"Bias of dropping $\gamma^t$", r"$|E\hat g - \nabla J|\,/\,|\nabla J|$"),
+        "cosine": ("Direction", r"cosine of $E\hat g$ to $\nabla J$"),
+    }
+    for axis, (quantity, (title, y)) in zip(axes, titles.items(), strict=False):
+        found = [r for r in rows if r["quantity"] == quantity]
+        gammas = [r["gamma"] for r in found]
+        if found[0]["exact"] is not None:
+            figures.line(axis, gammas, [r["exact"] for r in found], 0, "exact")
+        figures.points(axis, gammas, *intervals(found), 0, "measured")
+        figures.label(axis, title, r"discount $\gamma$ [per step]", y)
+        axis.set_xlim(gammas[0] - 0.03, 1.0)  # also where few of them could be measured
+        lost = {g for g, r in zip(gammas, found, strict=True) if np.isnan(r["measured"])}
+        if lost:
+            caption = f"{NOT_RESOLVED} at {len(lost)} of {len(gammas)} values of γ"
+            axis.annotate(caption, (0.5, 0.02), xycoords="axes fraction", fontsize=8, ha="center")
+    for i, (name, label) in enumerate(
+        {"without_start": "$c_t = 1$", "from_start": r"$c_t = \gamma^t$"}.items()
+    ):
+        found = [r for r in exact_rows if r["estimator"] == name]
+        if found:
+            figures.line(
+                axes[2], [r["gamma"] for r in found], [r["exact"] for r in found], i, label
+            )
+            figures.label(axes[2], "Is it the gradient of a function?", r"discount $\gamma$ [per step]",
+                          r"$|K - K^T|\,/\,|K|$ of its Jacobian $K$ (0: yes)")  # fmt: skip
+
+
+EXPERIMENTS = {
+    "discount": Experiment(
+        "dropping gamma^t from the gradient: relative bias, cosine, and the curl of the update",
+        discount,
+        Settings(trajectories=2**20),
+        Settings(trajectories=2**14, quick=True),
+        ignores=("estimators", "repeats", "gamma"),
+    ),
+}

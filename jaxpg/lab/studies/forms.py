@@ -1,0 +1,258 @@
+"""Forms: how each kind of estimator is built in a world, and its exact moments."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpg.estimators import Estimator, Slot, baselines, credit, importance
+from jaxpg.lab import exact
+from jaxpg.lab.exact import Coefficients, Moments, lqr, pair_moments
+from jaxpg.lab.exact.baselines import _projections, controlled, minimisers
+from jaxpg.lab.exact.compose import composed
+from jaxpg.lab.exact.tables import discounts, tabulate
+from jaxpg.lab.measure.samples import couples
+from jaxpg.lab.worlds import regulators
+from jaxpg.lab.worlds.world import World, coordinates, step_table, tables
+from jaxpg.policies import Network
+from jaxpg.types import Array, Hyperparams, Params, Trajectory
+
+TO_GO, TOTAL, LAMBDA = credit.reward_to_go, credit.total_return, credit.lambda_return
+Make = Callable[[World], dict[str, Any]]  # the fields of a Form
+
+
+class Form(NamedTuple):
+    """An estimator in a world: slots to sample it with, or only its exact moments, or both."""
+
+    name: str
+    estimator: Estimator | None  # None: needs what no data holds
+    hyperparams: Hyperparams
+    exact: Callable[[], Moments] | None  # of one trajectory, in worlds.coordinates; None: unknown
+    critic: Network | None = None
+    critic_params: Params = ()
+    off_policy: bool = False
+    warning: str = ""  # why its mean is not the gradient of J
+
+
+def value_tables(world: World) -> tuple[np.ndarray, np.ndarray]:
+    """V_t(o) [H, O], the best guess from what the policy sees, and the same by state [H, S]."""
+    by_state, _ = exact.observation_values(world.mdp, world.logits, world.gamma)
+    return by_observation(world, by_state), by_state
+
+
+def by_observation(world: World, by_state: np.ndarray) -> np.ndarray:
+    """[H, O, ...] of a table [H, S, ...] that is alike for states that look alike."""
+    observation = np.asarray(world.mdp.observation)
+    table = np.zeros((len(by_state), observation.max() + 1, *by_state.shape[2:]))
+    table[:, observation] = by_state
+    return table
+
+
+def value_tables_of_actions(world: World, logits: np.ndarray) -> np.ndarray:
+    """A_t(o, a) = Q - V [H, O, A] of a tabular policy, means over the states that look alike."""
+    value, action_value = exact.observation_values(world.mdp, logits, world.gamma)
+    return by_observation(world, action_value - value[:, :, None])
+
+
+def known_advantage(table: np.ndarray) -> Slot:
+    """psi_t = table[step, observation, action], [H, O, A]: a credit that no data could give."""
+    return Slot(_known_advantage, "known_advantage", (table,))
+
+
+def _known_advantage(table, trace: Array, trajectory: Trajectory, hyperparams) -> Array:
+    del hyperparams
+    step = jnp.minimum(jnp.arange(trace.shape[0]), len(table) - 1)
+    row = jnp.broadcast_to(step[:, None], trace.shape)
+    return jnp.asarray(table, trace.dtype)[row, trajectory.obs, trajectory.action]
+
+
+def lambda_form(world: World, lambda_: float, quality: float = 1.0, offset: float = 0.0) -> Form:
+    """Generalised advantages with the critic quality V + offset, V exact (or the world's own critic)."""
+    estimator = Estimator(LAMBDA, baselines.critic, _start(world, importance.on_policy))
+    hyperparams = world.hyperparams._replace(lambda_=lambda_)
+    name = f"gae_{lambda_:g}"
+    exact_critic = world.regulator is not None
+    biased = "" if lambda_ == 1.0 or exact_critic else "biased where the critic is wrong"
+    if world.mdp is None:
+        return Form(name, estimator, hyperparams, None, world.critic, world.critic_params,
+                    warning=biased)  # fmt: skip
+    table, by_state = (quality * each + offset for each in value_tables(world))
+    aliased = len(np.unique(world.mdp.observation)) < len(world.mdp.initial)
+    exact_critic = (quality, offset) == (1.0, 0.0) and not aliased
+    found = Form(name, estimator, hyperparams, None, step_table(table.shape[1]),
+                 {"value": jnp.asarray(table, jnp.result_type(float))},
+                 warning="" if exact_critic else biased)  # fmt: skip
+    return found._replace(exact=recursion(world, found, by_state))
+
+
+def _start(world: World, slot):
+    """gamma^t, which makes reward-to-go the exact gradient of the discounted return."""
+    return slot if world.gamma == 1.0 else importance.from_start(slot)
+
+
+def recursion(world: World, found: Form, critic=None) -> Callable[[], Moments] | None:
+    assert found.estimator is not None
+    estimator = found.estimator
+    if couples(estimator):
+        return None
+    if world.regulator is not None:
+        return partial(_regulated, world, found)
+    if critic is None and found.critic is not None:
+        return None
+
+    @cache
+    def moments() -> Moments:
+        if not found.off_policy:
+            return composed(tables(world), estimator, found.hyperparams, critic)
+        table = exact.moments(
+            world.mdp, world.logits, estimator, found.hyperparams, world.behaviour_logits
+        )
+        return coordinates(world, table)
+
+    return moments
+
+
+def _regulated(world: World, found: Form) -> Moments:
+    """Moments of a regulator's gradient by the parameters that its policy has."""
+    numbers, own = _regulator_params(world)
+    assert world.regulator is not None and found.estimator is not None
+    mean, covariance = lqr.moments(world.regulator, numbers, found.estimator, found.hyperparams)
+    return Moments(mean[own], covariance[np.ix_(own, own)])
+
+
+def regulator_gradient(world: World) -> np.ndarray:
+    """The exact gradient of J by the parameters that a regulator's policy has."""
+    assert world.regulator is not None
+    numbers, own = _regulator_params(world)
+    return lqr.gradient(world.regulator, numbers, world.gamma)[own]
+
+
+def regulator_hessian(world: World) -> np.ndarray:
+    """The exact Hessian of J by the parameters that a regulator's policy has."""
+    assert world.regulator is not None
+    numbers, own = _regulator_params(world)
+    return lqr.hessian(world.regulator, numbers, world.gamma)[np.ix_(own, own)]
+
+
+def _regulator_params(world: World) -> tuple[np.ndarray, list[int]]:
+    """(k, log sigma, m), and which of them are parameters, in the order of the flattened ones."""
+    numbers = np.asarray(regulators.coefficients(world.policy, world.params), np.float64)
+    return numbers, [regulators.PARAMS.index(name) for name in sorted(world.params)]
+
+
+def slots(credit_, baseline: baselines.Baseline = baselines.none, **rest) -> Make:
+    """A form with a baseline that needs nothing."""
+
+    def make(world):
+        start = importance.on_policy if credit_ is TOTAL else _start(world, importance.on_policy)
+        return {"estimator": Estimator(credit_, baseline, start), **rest}
+
+    return make
+
+
+def known(credit_, baseline_of) -> Make:
+    """A form whose baseline is computed from the tables: a number, or a table [H, S or 1]."""
+
+    def make(world):
+        baseline = np.asarray(baseline_of(world))
+        if baseline.ndim:
+            shape = (world.mdp.horizon, len(world.mdp.initial))
+            table = by_observation(world, np.broadcast_to(baseline, shape))
+            return slots(credit_, baselines.tabulated(table))(world)
+        return slots(credit_, baselines.constant(float(baseline)))(world)
+
+    return make
+
+
+def best(credit_, field) -> Callable[[World], np.ndarray]:
+    def baseline(world):
+        best = getattr(minimisers(tables(world), credit_, world.gamma), field)
+        return best[:, None] if field == "per_time" else best
+
+    return baseline
+
+
+def best_seen(world):
+    """b_t(o): the same two sums as for b_t(s), taken over the states that look alike."""
+    covariance, variance, _ = _projections(tables(world), False, world.gamma)
+    seen = np.eye(world.mdp.observation.max() + 1)[world.mdp.observation]
+    numerator, denominator = (x.sum(axis=2) @ seen for x in (covariance, variance))
+    met = denominator > 0
+    best = np.where(met, numerator / np.where(met, denominator, 1.0), 0.0)
+    return slots(TO_GO, baselines.tabulated(best))(world)
+
+
+def objective_value(world):
+    return exact.objective(world.mdp, world.logits, world.gamma)
+
+
+def mean_to_go(world):
+    value, _ = exact.values(world.mdp, world.logits, world.gamma)
+    return (exact.occupancy(world.mdp, world.logits) * value[:-1]).sum(axis=1)[:, None]
+
+
+def control_variate(credit_, field) -> Make:
+    """A baseline per parameter: no number that a slot could subtract, so only its exact moments."""
+
+    def make(world):
+        def moments():
+            found = tables(world)
+            best = minimisers(found, credit_, world.gamma)
+            return controlled(found, credit_, world.gamma, getattr(best, field))
+
+        return {"exact": cache(moments)}
+
+    return make
+
+
+def value_baseline(world):
+    if world.mdp is None:
+        return {"estimator": Estimator(TO_GO, baselines.critic, _start(world, importance.on_policy)),
+                "critic": world.critic, "critic_params": world.critic_params}  # fmt: skip
+    return slots(TO_GO, baselines.tabulated(value_tables(world)[0]))(world)
+
+
+def exact_advantage(world):
+    def moments():
+        value, action_value = exact.observation_values(world.mdp, world.logits, world.gamma)
+        start = discounts(world.gamma, world.mdp.horizon)[:, None, None]
+        c = Coefficients(action_value, decay=0.0, step=start, shift=start * value[:, :, None])
+        return coordinates(world, pair_moments(world.mdp, world.logits, c))
+
+    start = _start(world, importance.on_policy)
+    table = known_advantage(value_tables_of_actions(world, world.logits))
+    return {"estimator": Estimator(table, importance=start), "exact": cache(moments)}
+
+
+def all_action(world):
+    def moments():
+        _, action_value = exact.observation_values(world.mdp, world.logits, world.gamma)
+        found = tabulate(world.mdp, world.logits)
+        local = np.einsum("sa,sap,tsa->tsp", found.policy, found.score, action_value)
+        start = discounts(world.gamma, world.mdp.horizon)[:, None, None]
+        c = Coefficients(0.0, decay=0.0, step=0.0, drift=-(start * local)[:, :, None])
+        return coordinates(world, pair_moments(world.mdp, world.logits, c))
+
+    return {"exact": cache(moments)}
+
+
+def off_policy_form(credit_, slot, warning="") -> Make:
+    def make(world):
+        start = slot if credit_ is TOTAL else _start(world, slot)
+        estimator = Estimator(credit_, baselines.none, start)
+        return {"estimator": estimator, "off_policy": True, "warning": warning}
+
+    return make
+
+
+def named_moments(function, warning) -> Make:
+    def make(world):
+        def moments():
+            found = function(world.mdp, world.logits, world.behaviour_logits, world.gamma)
+            return coordinates(world, found)
+
+        return {"exact": cache(moments), "off_policy": True, "warning": warning}
+
+    return make

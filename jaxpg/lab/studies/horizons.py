@@ -1,0 +1,205 @@
+"""Horizons: importance weights of whole episodes against their length."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpg.lab import exact
+from jaxpg.lab.measure.samples import log_probs, roll
+from jaxpg.lab.measure.statistics import MIN_EFFECTIVE
+from jaxpg.lab.studies.estimators import form
+from jaxpg.lab.studies.lags import Lag, lag_of
+from jaxpg.lab.studies.sampling import group_size, source_of
+from jaxpg.lab.studies.study import Experiment, Progress, Result, Settings, estimated, key_of, tidy
+from jaxpg.lab.worlds.world import World, tabular_world
+from jaxpg.stats.figures import caption, label, line, panels, points
+from jaxpg.stats.intervals import Estimate, quantile, within
+from jaxpg.stats.moments import GROUPS
+
+SHIFT = 0.3  # between the means of two unit Gaussians, per step
+FORMS = ("is_total", "is_pdis", "is_step")
+
+
+def horizon_is(settings: Settings, progress: Progress) -> Result:
+    """Whole-episode weights W against the horizon T: the effective sample shrinks exponentially.
+
+    Gaussian actions whose means differ by delta: ESS/N = exp(-T delta^2) and Var log W = T delta^2. A
+    tabular world: (1/T) log E[W^2] tends to log of the spectral radius of sum_a pi^2 / beta P.
+    """
+    lag = lag_of(settings)
+    longest = 50 if settings.quick else 100
+    tables = lag.world.mdp is not None
+    if not tables:
+        longest = min(longest, lag.world.env.horizon)
+    horizons = [t for t in (1, 2, 5, 10, 20, 50, 100, 200) if t <= longest]
+    size = group_size(settings.trajectories, 2)
+    progress(f"{GROUPS * size:,} episodes of {longest} steps")
+    world = _longer(lag, longest)
+    log_weights, steps = _world_log_weights(world, settings, size, horizons, progress)
+    walks = _gaussian_log_weights(settings.seed, GROUPS * size, horizons)
+    found = {
+        "gaussian": (walks, [GROUPS * size * t for t in horizons]),
+        world.name: (log_weights, steps),
+    }
+    rows: list[dict[str, Any]] = []
+    for name, columns in found.items():
+        for t, log_weight, env_steps in zip(horizons, *columns, strict=True):
+            known = exact.gaussian.gaussian_chain(SHIFT, t)
+            if name != "gaussian":
+                known = _weights(lag, t) if tables else None
+            rows += _rows(name, t, log_weight, known, env_steps)
+    summary: dict[str, Any] = {"delta": SHIFT, "gaussian_rate": SHIFT**2}
+    if not tables:
+        return Result(
+            tidy(rows), summary, lambda figure: _draw(figure, rows, horizons, world.name, None)
+        )
+    progress("exact traces")
+    rows += _traces(lag, horizons, settings.estimators or FORMS)
+    growth = exact.weight_growth(world.mdp, world.logits, world.behaviour_logits)
+    summary |= {
+        f"{world.name}_growth": growth,
+        f"{world.name}_second_moment": {str(t): _weights(lag, t).square for t in horizons},
+    }
+    return Result(
+        tidy(rows), summary, lambda figure: _draw(figure, rows, horizons, world.name, growth)
+    )
+
+
+def _longer(lag: Lag, horizon: int) -> World:
+    """The pair of policies at lag 1, in the world with another horizon."""
+    there = lag.at(1.0)
+    if there.mdp is None:
+        return there._replace(env=there.env._replace(horizon=horizon))
+    mdp = there.mdp._replace(horizon=horizon)
+    return tabular_world(there.name, mdp, there.logits, lag.behaviour, gamma=there.gamma)
+
+
+def _weights(lag: Lag, horizon: int):
+    world = _longer(lag, horizon)
+    return exact.weight_moments(world.mdp, world.logits, world.behaviour_logits)
+
+
+def _gaussian_log_weights(seed, count, horizons) -> list[np.ndarray]:
+    """log W after each horizon, of the same walks."""
+    rng, total, before, rows = np.random.default_rng(seed), np.zeros(count), 0, []
+    for t in horizons:
+        # The sum of t - before independent steps delta x - delta^2 / 2.
+        steps = t - before
+        total = total + SHIFT * np.sqrt(steps) * rng.normal(size=count) - steps * SHIFT**2 / 2
+        rows.append(total)
+        before = t
+    return rows
+
+
+def _world_log_weights(world, settings, size, horizons, progress):
+    """log W after each horizon, and the environment steps until then."""
+    source = source_of(world, form("is_total", world), key_of(settings))
+
+    @jax.jit
+    def group(start):
+        trajectory = roll(source, start, size)
+        log_prob = log_probs(source, trajectory)(source.policy_params)
+        log_ratio = jnp.where(trajectory.mask, log_prob - trajectory.log_prob, 0.0)
+        steps = jnp.cumsum(trajectory.mask.sum(axis=1))
+        return tuple(x[np.array(horizons) - 1] for x in (jnp.cumsum(log_ratio, axis=0), steps))
+
+    columns, steps = [], []
+    for index in range(GROUPS):
+        log_weight, taken = group(index * size)
+        columns.append(np.asarray(log_weight, np.float64))
+        steps.append(np.asarray(taken))
+        if index == 0:
+            progress(f"{GROUPS * size:,} episodes on {world.name}")
+    return list(np.concatenate(columns, axis=1)), np.sum(steps, axis=0).tolist()
+
+
+def _rows(name, horizon, log_weight, known, env_steps) -> list[dict[str, Any]]:
+    """Effective share of the sample and variance of log W, with intervals over the groups."""
+    count = len(log_weight)
+    peak = log_weight.max()
+    weight = np.exp(log_weight - peak)
+    share = weight.sum() ** 2 / (weight**2).sum() / count
+    warning = None
+    if share * count < MIN_EFFECTIVE:
+        warning = f"ESS {share * count:.1f} < {MIN_EFFECTIVE}: no interval"
+    parts = weight.reshape(GROUPS, -1), log_weight.reshape(GROUPS, -1)
+    sums, squares = parts[0].sum(axis=1), (parts[0] ** 2).sum(axis=1)
+    left = (sums.sum() - sums) ** 2 / (squares.sum() - squares) / (count - parts[0].shape[1])
+    half = quantile(0.95, GROUPS) * np.sqrt(
+        (GROUPS - 1) / GROUPS * ((left - left.mean()) ** 2).sum()
+    )
+    half = np.nan if warning else half
+    spread = parts[1].var(axis=1, ddof=1)
+    spread_half = quantile(0.95, GROUPS) * spread.std(ddof=1) / GROUPS**0.5
+    common = {
+        "estimator": name,
+        "horizon": horizon,
+        "trajectories": count,
+        "env_steps": env_steps,
+    }
+    share = within(Estimate(share, share - half, share + half), 0.0, 1.0)
+    mean = spread.mean()
+    spread = within(Estimate(mean, mean - spread_half, mean + spread_half))
+    return [
+        estimated(share, quantity="ESS / N", exact=known and known.ess_fraction,
+                  warning=warning, **common),
+        estimated(spread, quantity="Var log W", exact=known and known.log_variance, **common),
+    ]  # fmt: skip
+
+
+def _traces(lag, horizons, names) -> list[dict[str, Any]]:
+    rows = []
+    for t in horizons:
+        world = _longer(lag, t)
+        for name in names:
+            moments = form(name, world).exact
+            assert moments is not None
+            rows.append(
+                {"estimator": name, "horizon": t, "quantity": "trace", "exact": moments().trace}
+            )
+    return rows
+
+
+def _draw(figure, rows, horizons, world, growth):
+    axes = panels(figure, 2 if growth is None else 3, width=4.6)
+    rate = "" if growth is None else f", rate {growth:.3f}"
+    names = {"gaussian": f"Gaussian, δ = {SHIFT}", world: world + rate}
+    for axis, quantity, title, unit in (
+        (axes[0], "ESS / N", "Effective share of the sample", "ESS / N"),
+        (axes[1], "Var log W", "Spread of the log weight", "Var log W"),
+    ):
+        for index, (name, text) in enumerate(names.items()):
+            mine = [r for r in rows if r["estimator"] == name and r["quantity"] == quantity]
+            known = [r["exact"] for r in mine]
+            if known[0] is not None:
+                line(axis, horizons, known, index, text)
+            seen = ([r[k] for r in mine] for k in ("measured", "low", "high"))
+            points(axis, horizons, *seen, index=index, label=text if known[0] is None else None)
+        axis.set_yscale("log")
+        if quantity == "Var log W":
+            axis.set_xscale("log")
+        label(axis, title, "horizon T (steps)", unit)
+    caption(figure)
+    if growth is None:
+        return
+    traces = [r for r in rows if r["quantity"] == "trace"]
+    for index, name in enumerate(dict.fromkeys(r["estimator"] for r in traces)):
+        mine = [r for r in traces if r["estimator"] == name]
+        line(axes[2], horizons, [r["exact"] for r in mine], index, name)
+    axes[2].set_yscale("log")
+    label(
+        axes[2], f"Variance of the gradient, {world}", "horizon T (steps)", "tr Cov, one trajectory"
+    )
+
+
+EXPERIMENTS = {
+    "horizon-is": Experiment(
+        "importance weights of whole episodes degenerate exponentially in their length",
+        horizon_is,
+        Settings(trajectories=2**17),
+        Settings(trajectories=2**14, quick=True),
+        ignores=("repeats",),
+    ),
+}

@@ -1,0 +1,170 @@
+"""Importance: what weighting another policy's data costs, and what leaving the weights out costs."""
+
+from typing import Any
+
+import numpy as np
+
+from jaxpg.lab import exact
+from jaxpg.lab.exact import Moments
+from jaxpg.lab.studies.estimators import form, gradient
+from jaxpg.lab.studies.lags import Lag, lag_of
+from jaxpg.lab.studies.measured import Measured, need_effective
+from jaxpg.lab.studies.pairs import paired, squares
+from jaxpg.lab.studies.sampling import measurer
+from jaxpg.lab.studies.study import Experiment, Progress, Result, Settings, estimated, key_of, tidy
+from jaxpg.stats.figures import caption, label, line, panels, plain_logarithms, points
+from jaxpg.stats.moments import Estimate, jackknife
+
+FORMS = ("is_total", "is_pdis", "is_first_order", "is_marginal", "is_step")
+LAGS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+REFERENCE = "squared_distance_to_on_policy"  # of means, in place of a bias where no truth is known
+
+
+def importance(settings: Settings, progress: Progress) -> Result:
+    """Bias and variance of six importance-sampled forms against the lag of the data's policy.
+
+    At lag 0 all weights are 1. Whole-episode and per-decision weights stay unbiased and grow noisy; those
+    that leave ratios out stay calm and drift.
+    """
+    lag = lag_of(settings)
+    tables = lag.world.mdp is not None
+    names = settings.estimators or tuple(n for n in FORMS if tables or n != "is_marginal")
+    lags = LAGS[::2] if settings.quick else LAGS
+    forms = [form(name, lag.at(1.0)) for name in names]
+    for each in forms:
+        if not each.off_policy:
+            raise ValueError(f"{each.name} takes no other policy's data; use {', '.join(FORMS)}")
+    if not tables:
+        return measured_result(lag, forms, lags, settings, progress)
+    found = measured_lags(lag, [each for each in forms if each.estimator], lags, settings, progress)
+    rows = []
+    small = lag.behaviour.size <= 16
+    for x in sorted({*lags, *(np.linspace(0.0, 1.5, 13).tolist() if small else ())}):
+        progress(f"exact moments at lag {x:g}")
+        there = lag.at(x)
+        for name in names:
+            moments = form(name, there).exact
+            assert moments is not None
+            rows += lag_rows(name, x, moments(), gradient(there), found.get(x, {}).get(name))
+    weights = exact.weight_moments(lag.world.mdp, lag.at(1.0).logits, lag.behaviour)
+    at_one = {
+        row["estimator"] + " " + row["quantity"]: row["exact"] for row in rows if row["lag"] == 1
+    }
+    summary = {"weights_at_lag_1": weights._asdict(), "exact_at_lag_1": at_one}
+    title = lag.world.name
+    return Result(tidy(rows), summary, lambda figure: _draw_lags(figure, rows, names, title))
+
+
+def measured_lags(lag, forms, lags, settings, progress) -> dict[float, dict[str, Measured]]:
+    """lag -> name -> measured, by one program whose parameters move."""
+    if not forms:
+        return {x: {} for x in lags}
+    run = measurer(lag.at(1.0), forms, settings.trajectories, (1,), progress)
+    found = {}
+    for x in lags:
+        found[x] = run(key_of(settings), lag.at(x).params)
+        for name, each in found[x].items():
+            need_effective(each, f"{name} at lag {x:g}")
+    return found
+
+
+def measured_result(lag: Lag, forms, lags, settings, progress) -> Result:
+    """Traces and distances to the mean of on-policy rewards to go, where no answer is exact."""
+    aim = form("rtg", lag.at(1.0))
+    found = measured_lags(lag, [*forms, aim], lags, settings, progress)
+    rows = [
+        row
+        for x in lags
+        for each in forms
+        for row in _seen_rows(each, x, found[x][each.name], found[x][aim.name])
+    ]
+    summary = {
+        "horizon": lag.world.env.horizon,
+        "measured_at_lag_1": {
+            f"{r['estimator']} {r['quantity']}": r["measured"] for r in rows if r["lag"] == 1
+        },
+    }
+    names, title = [each.name for each in forms], lag.world.name
+    return Result(
+        tidy(rows), summary, lambda figure: _draw_lags(figure, rows, names, title, REFERENCE)
+    )
+
+
+def _seen_rows(each, x, measured: Measured, on_policy: Measured) -> list[dict]:
+    common = {
+        "estimator": each.name,
+        "lag": float(x),
+        "warning": each.warning if x and each.warning else None,
+        "trajectories": measured.trajectories,
+        "env_steps": measured.env_steps,
+        "effective_sample_size": measured.effective_sample_size,
+    }
+    values = {REFERENCE: distance(measured, on_policy), "trace": measured.trace()}
+    return [estimated(value, quantity=name, **common) for name, value in values.items()]
+
+
+def distance(measured: Measured, on_policy: Measured) -> Estimate:
+    """|E g - E g'|^2 for two forms, unbiased, with the interval of their difference."""
+    pairs = paired(on_policy.levels[1], measured.levels[1])
+    return jackknife(lambda m: squares(m)[2], pairs)
+
+
+def lag_rows(name, x, moments: Moments, truth, measured: Measured | None, **more) -> list[dict]:
+    """Rows of the squared bias and the trace at a lag."""
+    bias = float(((moments.mean - truth) ** 2).sum())
+    bias = bias if bias > 1e-20 else 0.0  # rounding is no bias
+    common: dict[str, Any] = {"estimator": name, "lag": float(x), **more}
+    common["warning"] = f"biased by {bias**0.5:.3g}" if bias else None
+    values: dict[str, Any] = {"squared_bias": None, "trace": None}
+    if measured is not None:
+        common |= {
+            "trajectories": measured.trajectories,
+            "env_steps": measured.env_steps,
+            "effective_sample_size": measured.effective_sample_size,
+        }
+        values = {"squared_bias": measured.bias(truth), "trace": measured.trace()}
+    known = {"squared_bias": bias, "trace": moments.trace}
+    return [
+        {**common, "quantity": k, "exact": known[k]} | (estimated(v) if v is not None else {})
+        for k, v in values.items()
+    ]
+
+
+def _draw_lags(figure, rows, names, title, other="squared_bias"):
+    axes = panels(figure, 2)
+    known = other == "squared_bias"
+    for axis, quantity, text, unit in (
+        (axes[0], "trace", "Variance", "tr Cov, one trajectory"),
+        (axes[1], other, "Squared bias" if known else "Distance to the on-policy mean",
+         "|E g − ∇J|²" if known else "|E g − E g on-policy|²"),
+    ):  # fmt: skip
+        for index, name in enumerate(names):
+            mine = [r for r in rows if r["estimator"] == name and r["quantity"] == quantity]
+            if known:
+                line(axis, [r["lag"] for r in mine], [r["exact"] for r in mine], index, name)
+            seen = [r for r in mine if r.get("measured") is not None]
+            columns = [[r[k] for r in seen] for k in ("lag", "measured", "low", "high")]
+            points(axis, *columns, index=index, label=None if known else name)
+        label(axis, f"{text}, {title}", "lag: policy = behaviour + lag · step", unit,
+              legend=axis is axes[0])  # fmt: skip
+    plain_logarithms(axes[0])
+    if known:
+        caption(figure)
+        axes[1].set_ylim(*_clear([r for r in rows if r["quantity"] == other]))
+
+
+def _clear(rows):
+    """Limits by the exact curves, so that the noise of unbiased forms does not hide the biased ones."""
+    top = 1.3 * max(max(r["exact"] for r in rows), 1e-6)
+    return -0.35 * top, top
+
+
+EXPERIMENTS = {
+    "importance": Experiment(
+        "six ways to weigh another policy's data: bias and variance against the lag",
+        importance,
+        Settings(trajectories=2**18),
+        Settings(trajectories=2**14, quick=True),
+        ignores=("repeats",),
+    ),
+}

@@ -1,0 +1,81 @@
+"""Lags: a behaviour policy, and policies ever further ahead of it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from jaxpg.lab import exact
+from jaxpg.lab.measure.samples import log_probs, roll
+from jaxpg.lab.studies.estimators import form
+from jaxpg.lab.studies.sampling import source_of
+from jaxpg.lab.studies.study import Settings, key_of, world_of
+from jaxpg.lab.worlds.world import World, table_params
+
+SPREAD = 0.5  # of an episode's log weight at lag 1, to first order, where the step is random
+PILOT = 256  # episodes that scale it
+QUICK_STEPS = 50  # of an episode, in a quick run where no answers are exact
+
+
+class Lag(NamedTuple):
+    """A behaviour policy, and the way from it to the policy to improve: target = behaviour + lag step."""
+
+    world: World
+    behaviour: Any  # [O, A] logits, or a network's parameters where the world has no tables
+    step: Any  # likewise
+
+    def at(self, lag: float) -> World:
+        """The world whose policy is ahead of its data by a lag."""
+        moved = jax.tree.map(lambda x, step: x + lag * step, self.behaviour, self.step)
+        if self.world.mdp is None:
+            return self.world._replace(params=moved, behaviour_params=self.behaviour)
+        return self.world._replace(
+            logits=moved,
+            params=table_params(moved),
+            behaviour_logits=self.behaviour,
+            behaviour_params=table_params(self.behaviour),
+        )
+
+
+def lag_of(settings: Settings) -> Lag:
+    """The world's own behaviour policy at lag 0 and its policy at 1; or one step up the gradient.
+
+    A network steps in a random direction, and its world is measured only.
+    """
+    world = measured_world(settings)
+    if world.mdp is None:
+        return _random_lag(world, settings)
+    if world.behaviour_logits is not None:
+        return Lag(world, world.behaviour_logits, world.logits - world.behaviour_logits)
+    up = exact.gradient(world.mdp, world.logits, world.gamma).reshape(world.logits.shape)
+    return Lag(world, world.logits, up / max(np.abs(up).max(), 1e-12))
+
+
+def measured_world(settings: Settings) -> World:
+    """The world, without the tables of a network; short episodes where it has none and time is short."""
+    world = world_of(settings)
+    if world.mdp is not None and world.factor is None:
+        return world
+    # Not of a trained policy, whose episodes are alike until long after that.
+    if settings.quick and settings.checkpoint is None:
+        world = world._replace(env=world.env._replace(horizon=min(world.env.horizon, QUICK_STEPS)))
+    return world._replace(mdp=None, logits=None, factor=None, basis=None)
+
+
+def _random_lag(world: World, settings: Settings) -> Lag:
+    """A random direction, so long that at lag 1 an episode's log weight spreads by SPREAD."""
+    walk, draw = jax.random.split(jax.random.fold_in(key_of(settings), 1))
+    flat, unravel = ravel_pytree(world.params)
+    step = unravel(jax.random.normal(draw, flat.shape, flat.dtype))
+    source = source_of(world, form("rtg", world), walk)
+
+    @jax.jit
+    def spread(params, step):
+        trajectory = roll(source, 0, PILOT)
+        _, change = jax.jvp(log_probs(source, trajectory), (params,), (step,))
+        return jnp.sqrt((change.sum(axis=0) ** 2).mean())
+
+    size = SPREAD / spread(world.params, step)
+    return Lag(world, world.params, jax.tree.map(lambda x: size * x, step))

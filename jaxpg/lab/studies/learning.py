@@ -1,0 +1,172 @@
+"""What variance does to learning: how far a few seeds can be trusted, and the experiments on training."""
+
+import jax
+import numpy as np
+
+from jaxpg.lab.studies import ascent, critical
+from jaxpg.lab.studies.study import (
+    Experiment,
+    Progress,
+    Result,
+    Settings,
+    estimated,
+    key_of,
+    tidy,
+    world_of,
+)
+from jaxpg.lab.studies.training import adam_rate, best_objective, learner, replaced
+from jaxpg.lab.worlds.world import has_exact
+from jaxpg.optimizers import OPTIMIZERS, adam
+from jaxpg.stats import figures
+from jaxpg.stats.intervals import bootstrap
+from jaxpg.stats.reliability import (
+    interquartile_mean,
+    performance_profile,
+    probability_of_improvement,
+)
+from jaxpg.training.algorithm import Algorithm, algorithm
+
+NO_CLIP = 1e9  # max_grad_norm
+
+
+def seeds(settings: Settings, progress: Progress) -> Result:
+    """Many seeds of several algorithms: interquartile mean, profile and probability of improvement."""
+    names = settings.estimators or (QUICK_NAMES if settings.quick else NAMES)
+    worlds = [world_of(settings._replace(env=env)) for env in settings.env.split(",")]
+    num_updates, num_envs = (50 if settings.quick else 200), _batch(settings)
+    curves, steps_taken = {}, {}
+    for world in worlds:
+        numbers = world.hyperparams
+        if settings.checkpoint is None:
+            rate = adam_rate(world)
+            numbers = numbers._replace(
+                learning_rate=rate, critic_learning_rate=rate, max_grad_norm=NO_CLIP
+            )
+        for index, name in enumerate(names):
+            progress(f"{settings.repeats} runs of {name} on {world.name}")
+            row = algorithm(name)
+            if settings.checkpoint is not None:
+                row = _as_the_run(row, settings.checkpoint.origin["config"])
+            steps = None if row.data.whole_episodes else max(8, world.env.horizon)
+            run = learner(world, row, num_envs=num_envs, num_updates=num_updates, num_steps=steps)
+            keys = jax.random.split(jax.random.fold_in(key_of(settings), index), settings.repeats)
+            curves[name, world.name], steps = run(keys, numbers)
+            steps_taken[name] = steps_taken.get(name, 0.0) + steps.sum(axis=0)
+    curves = _normalised(worlds, names, curves)
+    rows = _curve_rows(curves, names, num_envs, steps_taken)
+    finals = {
+        name: curves[name][:, :, -max(1, num_updates // 10) :].mean(axis=-1) for name in names
+    }
+    rows += list(_final_rows(finals, num_envs * num_updates))
+    summary = {r["estimator"]: {"iqm": [r["measured"], r["low"], r["high"]]} for r in rows
+               if r["quantity"] == "iqm_final"}  # fmt: skip
+    summary["improvement"] = {
+        f"{r['estimator']} over {r['other']}": [r["measured"], r["low"], r["high"]]
+        for r in rows
+        if r["quantity"] == "probability_of_improvement"
+    }
+    return Result(tidy(rows), summary, lambda figure: _draw_seeds(figure, rows, names))
+
+
+def _batch(settings: Settings) -> int:
+    return 8 if settings.quick else 16
+
+
+def _as_the_run(row: Algorithm, config) -> Algorithm:
+    """The row with the optimizer of a run, where it is no natural gradient's."""
+    chosen = OPTIMIZERS[config["optimizer"]]
+    policy = chosen if row.policy_optimizer is adam else row.policy_optimizer
+    return row._replace(policy_optimizer=policy, critic_optimizer=row.critic_optimizer and chosen)
+
+
+def _normalised(worlds, names, curves):
+    """[R, K, U] per name: 0 is the start and 1 the best possible J, or the best seen."""
+    by_world = {}
+    for world in worlds:
+        everything = np.stack([curves[name, world.name] for name in names])
+        everything = np.where(np.isnan(everything), np.nanmean(everything[..., 0]), everything)
+        low = everything[..., 0].mean()
+        high = everything.max() if not has_exact(world) else best_objective(world)
+        by_world[world.name] = (everything - low) / (high - low)
+    return {
+        name: np.stack([by_world[world.name][i] for world in worlds], axis=1)
+        for i, name in enumerate(names)
+    }
+
+
+def _curve_rows(curves, names, num_envs, steps_taken):
+    rows = []
+    for name in names:
+        num_updates = curves[name].shape[-1]
+        for update in np.unique(np.linspace(0, num_updates - 1, 12).astype(int)):
+            estimate = bootstrap(interquartile_mean, curves[name][:, :, update], num_resamples=500)
+            rows.append(
+                estimated(estimate, estimator=name, quantity="iqm", update=int(update),
+                          trajectories=int(update) * num_envs * curves[name][..., 0].size,
+                          env_steps=int(steps_taken[name][update]))
+            )  # fmt: skip
+    return rows
+
+
+def _final_rows(finals, trajectories):
+    thresholds = np.linspace(0.0, 1.0, 41)
+    for name, scores in finals.items():
+        estimate = bootstrap(interquartile_mean, scores)
+        yield estimated(estimate, estimator=name, quantity="iqm_final", trajectories=trajectories)
+        profile = bootstrap(lambda x: performance_profile(x, thresholds), scores, num_resamples=500)
+        for limit, *values in zip(thresholds, *map(np.asarray, profile), strict=True):
+            yield estimated(values, estimator=name, quantity="profile", threshold=float(limit))
+    for one in finals:
+        for other in finals:
+            if one != other:
+                estimate = bootstrap(
+                    probability_of_improvement, finals[one], finals[other], num_resamples=500
+                )
+                yield estimated(
+                    estimate, estimator=one, other=other, quantity="probability_of_improvement"
+                )
+
+
+def _draw_seeds(figure, rows, names):
+    axes = figures.panels(figure, columns=3, width=4.8)
+    for i, name in enumerate(names):
+        for axis, quantity, x in ((axes[0], "iqm", "update"), (axes[1], "profile", "threshold")):
+            found = [r for r in rows if (r["estimator"], r["quantity"]) == (name, quantity)]
+            at = [r[x] for r in found]
+            figures.line(axis, at, [r["measured"] for r in found], i, name)
+            axis.fill_between(at, [r["low"] for r in found], [r["high"] for r in found],
+                              color=figures.COLOURS[i], alpha=0.15, linewidth=0)  # fmt: skip
+    figures.label(axes[0], "Interquartile mean", "updates", "normalised J (0 start, 1 best)")
+    figures.label(
+        axes[1], "Performance profile", r"normalised J $\tau$", r"fraction of runs above $\tau$"
+    )
+    pairs = [r for r in rows if r["quantity"] == "probability_of_improvement"]
+    pairs = [r for r in pairs if names.index(r["estimator"]) > names.index(r["other"])]
+    for i, row in enumerate(pairs):
+        x = row["measured"]
+        error = np.maximum([[x - row["low"]], [row["high"] - x]], 0.0)
+        axes[2].errorbar([x], [i], xerr=error, fmt=figures.MARKERS[i], color=figures.COLOURS[i],
+                         markerfacecolor="white", capsize=3)  # fmt: skip
+    texts = [f"{r['estimator']}\nover {r['other']}" for r in pairs]
+    axes[2].set_yticks(range(len(pairs)), texts, fontsize=8)
+    axes[2].set_ylim(-0.6, len(pairs) - 0.4)
+    axes[2].set_xlim(-0.02, 1.02)
+    axes[2].axvline(0.5, color="0.3", linewidth=0.8)
+    figures.label(axes[2], "Probability of improvement", "P(better)", "", legend=False)
+
+
+NAMES = ("reinforce", "reinforce_to_go", "reinforce_baseline")
+QUICK_NAMES = ("reinforce", "reinforce_baseline")
+
+EXPERIMENTS = {
+    **critical.EXPERIMENTS,
+    "seeds": Experiment(
+        "how far seeds can be trusted: interquartile means, profiles, probability of improvement",
+        seeds,
+        Settings(env="A,T", repeats=32),
+        Settings(env="A", repeats=32, quick=True),
+        ignores=("trajectories",),
+        replaces=lambda settings: replaced(settings, _batch(settings), unlimited=False),
+    ),
+    **ascent.EXPERIMENTS,
+}

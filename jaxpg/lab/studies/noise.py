@@ -1,0 +1,185 @@
+"""Noise: the gradient noise scale, over batches, over training, and near an optimum."""
+
+from typing import Any
+
+import numpy as np
+
+from jaxpg.lab import exact
+from jaxpg.lab.studies import regulated
+from jaxpg.lab.studies.critical import FEW_SIZES
+from jaxpg.lab.studies.estimators import batch_moments, coupled, form, true_gradient
+from jaxpg.lab.studies.sampling import measure, measurer, powers
+from jaxpg.lab.studies.study import (
+    Experiment,
+    Progress,
+    Result,
+    Settings,
+    estimated,
+    key_of,
+    stated_row,
+    tidy,
+    world_of,
+)
+from jaxpg.lab.worlds.world import World, has_exact, table_params
+from jaxpg.stats.figures import caption, label, line, panels, points
+from jaxpg.stats.intervals import Estimate, ratio
+
+UPDATES, STEP = 40, 0.25  # of exact ascent
+
+
+def noise_scale(settings: Settings, progress: Progress) -> Result:
+    """B_simple = tr Cov / |G|^2 (McCandlish et al., 2018): E|G_B - G|^2 / |G|^2 = B_simple / B.
+
+    Over batch sizes, along an exact ascent of J (on tabular policies), and for the linear-quadratic
+    regulator: it diverges as the gradient vanishes at the optimum, a batch of B_simple makes half the
+    progress of a noiseless step, and the way to a target trades time for data along a hyperbola.
+    """
+    world = world_of(settings)
+    default = ("total", "rtg_value") if has_exact(world) else ("total", "rtg")
+    forms = [form(name, world) for name in settings.estimators or default]
+    for each in forms:
+        if each.estimator is None or coupled(each):
+            raise ValueError(
+                f"{each.name} has no noise scale of one trajectory to measure; use total or rtg"
+            )
+    rows = _over_batches(world, forms, settings, progress)
+    if world.mdp is not None and world.factor is None:
+        rows += _over_training(world, settings, progress)
+    rows += regulated.near_optimum()
+    steps, scale = regulated.one_step(settings, progress)
+    to_target, law = regulated.hyperbola(settings, progress)
+    rows += [*steps, *to_target]
+    summary: dict[str, Any] = {
+        "noise_scale": {
+            r["estimator"]: stated_row(r) for r in rows if r["quantity"] == "noise scale"
+        },
+        "regulator_noise_to_signal": {
+            f"{r['estimator']} k={r['k']:g}": r["exact"] for r in rows if "k" in r
+        },
+        "regulator_progress": {
+            "noise_scale": scale,
+            "at_noise_scale": next(r["measured"] for r in steps if r["batch"] == round(scale)),
+        },
+        "regulator_hyperbola": {"reason": FEW_SIZES} if law is None else law.stated(),
+    }
+    return Result(tidy(rows), summary, lambda figure: _draw(figure, rows, world.name, scale, law))
+
+
+def _over_batches(world, forms, settings, progress) -> list[dict[str, Any]]:
+    sizes = powers(settings.trajectories)
+    found = measure(world, forms, key_of(settings), settings.trajectories, sizes, progress)
+    truth = true_gradient(world)
+    rows = []
+    for each in forms:
+        measured, known = found[each.name], batch_moments(each, world, 1)
+        scale = None if known is None else known.trace / float(known.mean @ known.mean)
+        common: dict[str, Any] = {
+            "estimator": each.name,
+            "trajectories": measured.trajectories,
+            "env_steps": measured.env_steps,
+            "warning": each.warning or None,
+        }
+        value = measured.noise_scale()
+        rows.append(estimated(value, quantity="noise scale", exact=scale, **common))
+        for n in sizes:
+            if truth is None:  # the signal has an error too
+                error = Estimate(*(x / n for x in measured.noise_scale(n)))
+            else:
+                signal, trace = Estimate(*[float(truth @ truth)] * 3), measured.trace(n)
+                error = ratio(trace, signal, Estimate(*(x / signal.value for x in trace)))
+            known = None if scale is None else scale / n
+            row = {"quantity": "relative error", "batch": n, "exact": known, **common}
+            rows.append(estimated(error, **row))
+    return rows
+
+
+def _over_training(world: World, settings, progress) -> list[dict[str, Any]]:
+    """B_simple at every update of an exact ascent, measured at a few."""
+    logits, path = np.array(world.logits), []
+    step = STEP / max(np.linalg.norm(exact.gradient(world.mdp, logits, world.gamma)), 1e-12)
+    updates = UPDATES if logits.size <= 16 else 8
+    for _ in range(updates + 1):
+        path.append(logits)
+        logits = logits + step * exact.gradient(world.mdp, logits, world.gamma).reshape(
+            logits.shape
+        )
+    # Without tables in its baseline, one program serves all parameters.
+    plain = [form(name, world) for name in ("total", "rtg")]
+    run = measurer(world, plain, settings.trajectories, (1,), progress)
+    chosen = set(range(0, updates + 1, updates // (2 if settings.quick else 4)))
+    rows = []
+    for update, each in enumerate(path):
+        there = world._replace(logits=each, params=table_params(each))
+        progress(f"exact moments after {update} updates")
+        found = run(key_of(settings), there.params) if update in chosen else {}
+        value = exact.objective(world.mdp, each, world.gamma)
+        for name in ("total", "rtg", "rtg_value", "exact_advantage"):
+            moments = form(name, there).exact
+            assert moments is not None
+            mean, covariance = moments()
+            row = {"estimator": name, "update": update, "objective": value, "quantity": "over training",
+                   "exact": float(np.trace(covariance) / (mean @ mean))}  # fmt: skip
+            if name in found:
+                measured = found[name]
+                row |= estimated(
+                    measured.noise_scale(),
+                    trajectories=measured.trajectories,
+                    env_steps=measured.env_steps,
+                )
+            rows.append(row)
+    return rows
+
+
+def _draw(figure, rows, world, scale, law):
+    training = [r for r in rows if r["quantity"] == "over training"]
+    axes = panels(figure, 3 if training else 2, 2, width=4.6)
+    _draw_errors(axes[0], [r for r in rows if r["quantity"] == "relative error"], world)
+    if training:
+        _draw_training(axes[1], training, world)
+        axes.pop().set_axis_off()
+    regulated.draw_near_optimum(axes[-3], rows)
+    regulated.draw_one_step(axes[-2], rows, scale)
+    regulated.draw_hyperbola(axes[-1], rows, law)
+    caption(figure)
+
+
+def _draw_errors(axis, rows, world):
+    for index, name in enumerate(dict.fromkeys(r["estimator"] for r in rows)):
+        mine = [r for r in rows if r["estimator"] == name]
+        n, known = [r["batch"] for r in mine], mine[0]["exact"]
+        if known is not None:
+            scale = f"{name}: B_simple = {known:.3g}"
+            line(axis, n, [r["exact"] for r in mine], index, scale)
+        columns = [[r[k] for r in mine] for k in ("measured", "low", "high")]
+        points(axis, n, *columns, index=index, label=None if known is not None else name)
+    axis.axhline(1.0, color="0.5", linewidth=0.8)
+    axis.annotate("noise = signal", (max(r["batch"] for r in rows), 1.0), xytext=(0, 3), fontsize=7,
+                  textcoords="offset points", ha="right")  # fmt: skip
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    label(axis, f"Relative error of a batch's gradient, {world}", "batch size B (trajectories)",
+          "E|Ĝ − G|² / |G|²")  # fmt: skip
+
+
+def _draw_training(axis, rows, world):
+    for index, name in enumerate(dict.fromkeys(r["estimator"] for r in rows)):
+        mine = [r for r in rows if r["estimator"] == name]
+        line(axis, [r["update"] for r in mine], [r["exact"] for r in mine], index, name)
+        seen = [r for r in mine if "measured" in r]
+        if seen:
+            columns = ([r[k] for r in seen] for k in ("update", "measured", "low", "high"))
+            points(axis, *columns, index=index)
+    axis.set_yscale("log")
+    label(axis, f"Noise grows as learning goes on, {world}", "update of exact ascent",
+          "B_simple (trajectories)")  # fmt: skip
+
+
+EXPERIMENTS = {
+    "noise-scale": Experiment(
+        "the gradient noise scale B_simple: over batches and training, and the critical batch",
+        noise_scale,
+        Settings(trajectories=2**18),
+        Settings(trajectories=2**15, quick=True),
+        ignores=("repeats",),
+    ),
+}

@@ -1,0 +1,224 @@
+"""Offsets: what a constant added to every reward does, and when subtracting one hurts."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+from jaxpg.estimators import Estimator, Slot, baselines, credit
+from jaxpg.lab.exact import bandits
+from jaxpg.lab.exact.baselines import minimisers
+from jaxpg.lab.exact.compose import composed
+from jaxpg.lab.studies.estimators import Form
+from jaxpg.lab.studies.lags import QUICK_STEPS
+from jaxpg.lab.studies.sampling import measure
+from jaxpg.lab.studies.study import (
+    Experiment,
+    Progress,
+    Result,
+    Settings,
+    estimated,
+    key_of,
+    tidy,
+    world_of,
+)
+from jaxpg.lab.worlds.world import tables
+from jaxpg.stats.figures import COLOURS, caption, label, line, panels, points
+from jaxpg.stats.moments import moments_of
+
+OFFSETS = (0.0, 1.0, 10.0, 1e2, 1e3, 1e4, 1e5, 1e6)
+REWARDS = (1.0, -1.0)  # of the two arms, before the offset
+HALF = 0.5
+
+
+def offset(settings: Settings, progress: Progress) -> Result:
+    """Adding kappa to every return: tr(kappa) = tr(0) + 2 kappa E[|U|^2 R] + kappa^2 E|U|^2 without baseline.
+
+    With the best constant nothing changes. And the bandit that pays 10^6 +- 1: how often a batch of N
+    points the wrong way, and what is left of its variance in float32.
+    """
+    world = world_of(settings)
+    if settings.quick and world.mdp is None and settings.checkpoint is None:
+        world = world._replace(env=world.env._replace(horizon=min(world.env.horizon, QUICK_STEPS)))
+    traces = _exact_traces if world.mdp is not None else _measured_traces
+    rows, summary = traces(world, settings, progress)
+    progress("signs and precision of the bandit")
+    rows += _signs(settings) + _precisions(settings)
+    big = bandits.sigmoid_moments(HALF, [1e6 + r for r in REWARDS])
+    summary |= {
+        "bandit_variance_at_1e6": float(big.covariance[0, 0]),
+        "bandit_wrong_sign_at_1e6": bandits.wrong_sign_probability(big, 10**6),
+    }
+    return Result(tidy(rows), summary, lambda figure: _draw_offset(figure, rows, world.name))
+
+
+def _exact_traces(world, settings, progress) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    best = minimisers(tables(world), credit.total_return, world.gamma).scalar
+    # Adding kappa to the return and subtracting b is subtracting b - kappa.
+    named = {f"none, {k:g}": ("none", k, -k) for k in OFFSETS} | {
+        "optimal": ("optimal", None, best)
+    }
+    hyperparams = world.hyperparams
+    forms = [
+        Form(name, Estimator(credit.total_return, baselines.constant(b)), hyperparams, None)
+        for name, (_, _, b) in named.items()
+    ]
+    found = measure(world, forms, key_of(settings), settings.trajectories, (1,), progress)
+    rows: list[dict[str, Any]] = []
+    for each in forms:
+        kind, k, _ = named[each.name]
+        assert each.estimator is not None
+        known = composed(tables(world), each.estimator, hyperparams).trace
+        measured = found[each.name]
+        for kappa in OFFSETS if k is None else (k,):
+            rows.append(estimated(
+                measured.trace(), estimator=kind, offset=kappa, batch=1, quantity="trace", exact=known,
+                trajectories=measured.trajectories, env_steps=measured.env_steps,
+            ))  # fmt: skip
+    return rows, {"optimal_constant": best, "quadratic": _quadratic(world)}
+
+
+def _measured_traces(world, settings, progress) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """kappa added to every reward of the episode, so that its length counts too."""
+    hyperparams = world.hyperparams
+    forms = [
+        Form(f"none, {k:g}", Estimator(Slot(_raised, "raised", (k,))), hyperparams, None)
+        for k in OFFSETS
+    ]
+    found = measure(world, forms, key_of(settings), settings.trajectories, (1,), progress)
+    rows = [
+        estimated(
+            found[each.name].trace(), estimator="none", offset=kappa, batch=1, quantity="trace",
+            trajectories=found[each.name].trajectories, env_steps=found[each.name].env_steps,
+        )
+        for kappa, each in zip(OFFSETS, forms, strict=True)
+    ]  # fmt: skip
+    return rows, {"horizon": world.env.horizon}
+
+
+def _raised(kappa, trace, trajectory, hyperparams):
+    """The total return of rewards that are all kappa higher."""
+    reward = jnp.where(trajectory.mask, trajectory.reward + kappa, 0.0)
+    return credit.total_return(trace, trajectory._replace(reward=reward), hyperparams)
+
+
+def _quadratic(world) -> dict[str, float]:
+    """tr(0), E[|U|^2 R] and E|U|^2: three traces determine them."""
+    hyperparams, found = world.hyperparams, tables(world)
+
+    def trace(kappa):
+        slots = Estimator(credit.total_return, baselines.constant(-kappa))
+        return composed(found, slots, hyperparams).trace
+
+    here, above, below = (trace(k) for k in (0.0, 1.0, -1.0))
+    return {
+        "trace": here,
+        "cross": (above - below) / 4,
+        "score_square": (above + below) / 2 - here,
+    }
+
+
+def _signs(settings) -> list[dict[str, Any]]:
+    """How often the mean over N has the wrong sign: at 10^6 +- 1 and at +- 1, without a baseline."""
+    rng, rows = np.random.default_rng(settings.seed), []
+    repeats = max(settings.repeats, 64) * 64
+    for kappa in (1e6, 10.0, 0.0):
+        for n in (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000):
+            # Only how often each arm was drawn matters to the mean.
+            first = rng.binomial(n, HALF, repeats).astype(float)
+            mean = first * HALF * (kappa + 1) - (n - first) * HALF * (kappa - 1)
+            wrong = (mean < 0).sum()
+            # Jeffreys' interval.
+            low, high = stats.beta.ppf([0.025, 0.975], wrong + 0.5, repeats - wrong + 0.5)
+            low, high = (0.0 if wrong == 0 else low), (1.0 if wrong == repeats else high)
+            # Wrong where first (kappa + 1) < (n - first) (kappa - 1).
+            edge = n * (kappa - 1) / (2 * kappa) if kappa else 0.0
+            known = float(stats.binom.cdf(np.ceil(edge) - 1, n, HALF))
+            rows.append(estimated(
+                (wrong / repeats, low, high), estimator="none", offset=kappa, batch=n,
+                quantity="wrong sign", exact=known, trajectories=n * repeats, env_steps=n * repeats,
+            ))  # fmt: skip
+    return rows
+
+
+def _precisions(settings) -> list[dict[str, Any]]:
+    """Variance of the reward of the bandit (1, whatever the offset) by three formulas."""
+    draws = np.random.default_rng(settings.seed).integers(0, 2, 2**16) * 2.0 - 1.0
+    naive = jax.jit(lambda x: (x**2).mean() - x.mean() ** 2)
+    shifted = jax.jit(lambda x: moments_of(x[:, None]).squares[0] / (x.size - 1))
+    rows = []
+    for kappa in OFFSETS:
+        x = jnp.asarray(draws + kappa, jnp.float32)
+        with np.errstate(all="ignore"):
+            answers = {
+                "E x² − (E x)², float32": abs(float(naive(x))),
+                "shifted sums, float32": float(shifted(x)),
+                "shifted sums, float64": float((draws + kappa).var(ddof=1)),
+            }
+        for name, value in answers.items():
+            bad = abs(value - 1) > 0.05
+            rows.append({
+                "estimator": name, "offset": kappa, "quantity": "variance of the reward",
+                "measured": value, "exact": 1.0, "trajectories": len(draws), "env_steps": len(draws),
+                "warning": "cancellation: wrong" if bad else None,
+            })  # fmt: skip
+    return rows
+
+
+def _draw_offset(figure, rows, world):
+    axes, known = panels(figure, 3, width=4.7), []
+    for index, (kind, text) in enumerate((("none", "no baseline"), ("optimal", "best constant"))):
+        mine = [r for r in rows if r["estimator"] == kind and r["quantity"] == "trace"]
+        known = [r["exact"] for r in mine if "exact" in r]
+        if known:
+            line(axes[0], [r["offset"] for r in mine], known, index, text)
+        seen = ([r[k] for r in mine] for k in ("offset", "measured", "low", "high"))
+        if mine:
+            points(axes[0], *seen, index=index, label=None if known else text)
+    axes[0].set_xscale("symlog", linthresh=1.0)
+    axes[0].set_yscale("log")
+    added = "the return" if known else "every reward"
+    label(axes[0], f"Variance of REINFORCE, {world}", f"offset κ added to {added}",
+          "tr Cov, one trajectory", loc="upper left")  # fmt: skip
+    for index, kappa in enumerate((1e6, 10.0, 0.0)):
+        mine = [r for r in rows if r["quantity"] == "wrong sign" and r["offset"] == kappa]
+        line(
+            axes[1],
+            [r["batch"] for r in mine],
+            [r["exact"] for r in mine],
+            index,
+            f"κ = {kappa:,.0f}",
+        )
+        points(
+            axes[1],
+            *([r[k] for r in mine] for k in ("batch", "measured", "low", "high")),
+            index=index,
+        )
+    axes[1].set_xscale("log")
+    axes[1].set_ylim(-0.02, 0.62)
+    label(axes[1], "Batches that point the wrong way, bandit κ ± 1", "batch size N (pulls)",
+          "probability", ncols=3, loc="upper right")  # fmt: skip
+    names = dict.fromkeys(r["estimator"] for r in rows if r["quantity"] == "variance of the reward")
+    for index, name in enumerate(names):
+        mine = [r for r in rows if r["estimator"] == name]
+        axes[2].plot([r["offset"] for r in mine], [max(r["measured"], 1e-3) for r in mine], label=name,
+                     marker="osD"[index], markersize=8 - 2 * index, markerfacecolor="white",
+                     linestyle=("--", "-", ":")[index], color=COLOURS[index])  # fmt: skip
+    axes[2].set_xscale("symlog", linthresh=1.0)
+    axes[2].set_yscale("log")
+    label(axes[2], "Computed variance of a reward κ ± 1 (truth: 1)", "offset κ", "variance",
+          loc="upper left")  # fmt: skip
+    caption(figure)
+
+
+EXPERIMENTS = {
+    "offset": Experiment(
+        "a constant added to every reward: variance, wrong signs and float32, up to 10^6",
+        offset,
+        Settings(trajectories=2**18),
+        Settings(trajectories=2**14, quick=True),
+        ignores=("estimators",),
+    ),
+}

@@ -1,0 +1,228 @@
+"""Sampling: the gradients of several estimators on the same episodes, reduced as they are drawn.
+
+The work is split into groups, each a call of one compiled program. Within a group, batches of N
+trajectories are formed for every N asked for, so that one pass over the data gives the whole curve.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from jaxpg.devices import compiler_options
+from jaxpg.lab.measure.samples import Source, log_probs, roll, weigh
+from jaxpg.lab.measure.statistics import log_power_sums
+from jaxpg.lab.studies.estimators import Form
+from jaxpg.lab.studies.measured import Measured
+from jaxpg.lab.studies.study import Progress
+from jaxpg.lab.worlds.world import World, num_params
+from jaxpg.stats.moments import GROUPS, Moments, moments_of
+from jaxpg.types import Key
+
+LIMIT_BYTES = 2**31
+
+
+Measure = Callable[..., dict[str, Measured]]  # (key, params=the world's) of one compiled program
+
+
+def measure(
+    world: World,
+    forms: Sequence[Form],
+    key: Key,
+    num_trajectories: int,
+    sizes: Sequence[int] = (1,),
+    progress: Progress = lambda line: None,
+    reference: np.ndarray | None = None,
+) -> dict[str, Measured]:
+    """Every form on the same episodes: moments of means over N trajectories for each N of sizes.
+
+    sizes: multiples of the smallest, which is the batch of forms that couple trajectories. Trajectories
+    are those of fold_in(key, i), for whichever forms. reference: [P], for cosines. Raises ValueError for
+    too few trajectories, and for a request that would not fit in memory, with one that would.
+    """
+    return measurer(world, forms, num_trajectories, sizes, progress, reference)(key)
+
+
+def measurer(
+    world: World,
+    forms: Sequence[Form],
+    num_trajectories: int,
+    sizes: Sequence[int] = (1,),
+    progress: Progress = lambda line: None,
+    reference: np.ndarray | None = None,
+) -> Measure:
+    """`measure`, compiled once for many keys and parameters: run(key, params)."""
+    per_group = group_size(num_trajectories, max(sizes))
+    _check_memory(world, per_group, min(sizes))
+    toward = jnp.zeros(num_params(world)) if reference is None else jnp.asarray(reference)
+
+    def group(key, params, start):
+        return _group(
+            world._replace(params=params),
+            forms,
+            per_group,
+            tuple(sorted(sizes)),
+            toward,
+            key,
+            start,
+        )
+
+    progress(f"compiling {len(forms)} estimator{'s' * (len(forms) > 1)} on {world.name}")
+    lowered = jax.jit(group).lower(jax.random.key(0, impl="threefry2x32"), world.params, 0)
+    numbers = num_trajectories * world.env.horizon * num_params(world)
+    program = lowered.compile(options_for(numbers // 4))
+
+    def run(key, params=world.params):
+        found = []
+        for index in range(GROUPS):
+            found.append(jax.tree.map(np.asarray, program(key, params, index * per_group)))
+            if (index + 1) % (GROUPS // 4) == 0:
+                progress(f"{(index + 1) * per_group:,} of {GROUPS * per_group:,} trajectories")
+        return _collect(forms, per_group, found)
+
+    return run
+
+
+def group_size(num_trajectories: int, largest: int) -> int:
+    """Trajectories per group, a multiple of the largest batch. Raises ValueError for too few."""
+    per_group = num_trajectories // GROUPS // largest * largest
+    if per_group < 2 * largest:
+        raise ValueError(
+            f"trajectories={num_trajectories} gives fewer than {2 * GROUPS} batches of {largest}, which an "
+            f"interval needs; use --trajectories {2 * GROUPS * largest} or more"
+        )
+    return per_group
+
+
+def powers(num_trajectories: int, first: int = 1, base: int = 4) -> list[int]:
+    """first, first base, first base^2 ... as far as an interval can be had."""
+    sizes = [first]
+    while sizes[-1] * base * 2 * GROUPS <= num_trajectories:
+        sizes.append(sizes[-1] * base)
+    return sizes
+
+
+def _collect(forms, per_group, found) -> dict[str, Measured]:
+    rows, steps, log_weights = jax.tree.map(lambda *x: np.stack(x), *found)
+    return {
+        form.name: Measured(
+            {n: Moments(*(np.asarray(x, np.float64) for x in m)) for n, (m, _) in levels.items()},
+            GROUPS * per_group,
+            int(steps[int(form.off_policy)].astype(np.int64).sum()),
+            _effective(log_weights[int(form.off_policy)][:, :2]),
+            _effective(log_weights[int(form.off_policy)][:, 2:]),
+            {n: np.asarray(c, np.float64) for n, (_, c) in levels.items()},
+        )
+        for form, levels in zip(forms, rows, strict=True)
+    }
+
+
+def _check_memory(world, per_group, smallest):
+    size = num_params(world)
+    # The means of a group's batches, with their sorted copies and the gradients' workspace.
+    per_batch = 3 * 4 * size
+    needed = per_batch * (per_group // smallest)
+    if needed > LIMIT_BYTES:
+        fits = LIMIT_BYTES // per_batch * smallest * GROUPS
+        raise ValueError(
+            f"a group of {per_group:,} gradients of {size:,} parameters needs {needed / 2**30:.1f} GiB, more "
+            f"than {LIMIT_BYTES / 2**30:.0f}; use --trajectories {fits} (groups of {fits // GROUPS})"
+        )
+
+
+def _group(world, forms, per_group, sizes, toward, key, start):
+    """Moments and cosines of every form and N, environment steps, log sums of the weights' powers."""
+    unit, rows = sizes[0], {}
+    steps, log_weights = [jnp.int32(0)] * 2, [jnp.full(4, -jnp.inf)] * 2
+    for off_policy, critics in _shared(forms):
+        for group in critics:
+            source = source_of(world, group[-1], key)  # the last: those without a critic come first
+            trajectory = roll(source, start, per_group)
+            batches = jax.tree.map(
+                lambda x: x.reshape(x.shape[0], -1, unit, *x.shape[2:]), trajectory
+            )
+            steps[off_policy] = trajectory.mask.sum()
+            log_weights[off_policy] = _log_weights(source, trajectory)
+            sources = [source_of(world, form, key) for form in group]
+            means = jax.vmap(partial(_mean_gradients, sources), in_axes=1)(batches)
+            for n in sizes:
+                parts = means.reshape(-1, n // unit, *means.shape[1:]).mean(axis=1)
+                of_forms = jax.vmap(partial(_reduced, toward), in_axes=1)(parts)
+                for i, form in enumerate(group):
+                    row = jax.tree.map(lambda x, i=i: x[i], of_forms)
+                    rows.setdefault(form.name, {})[n] = row
+    return [rows[form.name] for form in forms], steps, log_weights
+
+
+def options_for(steps) -> dict[str, Any] | None:
+    """The compiler's: for little work, its optimisation costs more than it saves."""
+    return compiler_options(0 if steps < 2**24 else None)
+
+
+def source_of(world: World, form: Form, key: Key) -> Source:
+    """What the laboratory's functions sample a form from."""
+    behaviour = world.behaviour_params if form.off_policy else None
+    assert form.estimator is not None
+    return Source(
+        world.env, world.policy, form.estimator, world.params, key, form.hyperparams, behaviour,
+        form.critic, form.critic_params,
+    )  # fmt: skip
+
+
+def _shared(forms):
+    """(off_policy, groups of forms that can share one rollout: those without a critic join any)."""
+    for off_policy in sorted({form.off_policy for form in forms}):
+        groups: dict[bytes, list] = {}
+        same = [form for form in forms if form.off_policy == off_policy]
+        for form in same:
+            if form.critic is not None:
+                leaves = jax.tree.leaves(form.critic_params)
+                groups.setdefault(b"".join(np.asarray(x).tobytes() for x in leaves), []).append(
+                    form
+                )
+        plain = [form for form in same if form.critic is None]
+        first, *others = list(groups.values()) or [[]]
+        yield off_policy, [plain + first, *others]
+
+
+def _mean_gradients(sources, trajectory):
+    """The batch estimate of every source [E, P]: coefficients differ, scores are shared."""
+    coefficients = jnp.stack([_coefficient(source, trajectory) for source in sources])
+    _, pull = jax.vjp(log_probs(sources[0], trajectory), sources[0].policy_params)
+    return jax.vmap(lambda c: ravel_pytree(pull(c)[0])[0])(coefficients)
+
+
+def _reduced(toward, means):
+    """Moments of batch means [K, P], and their mean cosine to the reference and to their neighbours."""
+    length = jnp.linalg.norm(means, axis=1)
+    unit = means / jnp.where(length > 0, length, 1.0)[:, None]  # 0 has no direction: cosine 0
+    aim = toward / jnp.maximum(jnp.linalg.norm(toward), 1e-30)
+    pairs = unit[: len(unit) // 2 * 2].reshape(-1, 2, unit.shape[1])
+    cosines = jnp.stack([(unit @ aim).mean(), (pairs[:, 0] * pairs[:, 1]).sum(axis=1).mean()])
+    return moments_of(means), cosines
+
+
+def _coefficient(source, trajectory):
+    if source.critic is None:  # the rollout may have had one, for another form
+        zero = jnp.zeros_like(trajectory.value)
+        trajectory = trajectory._replace(value=zero, next_value=zero)
+    return weigh(source, trajectory).coefficient / trajectory.mask.shape[1]
+
+
+def _log_weights(source, trajectory):
+    if source.behaviour_params is None:
+        log_weight = jnp.zeros(trajectory.mask.shape[1])
+    else:
+        log_prob = log_probs(source, trajectory)(source.policy_params)
+        log_weight = jnp.where(trajectory.mask, log_prob - trajectory.log_prob, 0.0).sum(axis=0)
+    return log_power_sums(log_weight)
+
+
+def _effective(log_weights) -> float:
+    """exp(2 lse(l) - lse(2 l)) over the groups."""
+    total, squares = (np.logaddexp.reduce(x) for x in np.asarray(log_weights, np.float64).T)
+    return float(np.exp(2 * total - squares)) if np.isfinite(total) else 0.0

@@ -1,0 +1,119 @@
+"""Staleness: how fast the surrogate of old data goes wrong as the policy moves away from it."""
+
+import numpy as np
+
+from jaxpg.lab import exact
+from jaxpg.lab.studies.estimators import form, gradient
+from jaxpg.lab.studies.importance import distance, measured_lags
+from jaxpg.lab.studies.lags import Lag, lag_of
+from jaxpg.lab.studies.study import Experiment, Progress, Result, Settings, estimated, tidy
+from jaxpg.lab.worlds.world import World
+from jaxpg.stats.figures import label, line, panels, points
+
+
+def stale(settings: Settings, progress: Progress) -> Result:
+    """Error of the surrogate at a policy alpha away from its data: slope 1 for gradients, 2 for values.
+
+    The surrogate L has the right value and gradient at alpha = 0 (Kakade and Langford, 2002), so J - L
+    starts with the square and the gradients differ from the first order on.
+    """
+    lag = lag_of(settings)
+    name, lags = "is_step", np.geomspace(1e-3, 1.0, 13)
+    chosen = [lags[-1], lags[-3]] if settings.quick else list(lags[-5:][::-1])
+    each = form(name, lag.at(1.0))
+    if lag.world.mdp is None:
+        return _stale_measured(lag, each, chosen, settings, progress)
+    found = measured_lags(lag, [each], chosen, settings, progress)
+    rows = []
+    for x in lags:
+        there = lag.at(float(x))
+        moments = form(name, there).exact
+        assert moments is not None
+        error, gap = np.linalg.norm(moments().mean - gradient(there)), abs(_gap(lag, there))
+        rows.append({"estimator": name, "lag": float(x), "quantity": "gradient error",
+                     "exact": float(error), "warning": "biased"})  # fmt: skip
+        if x in found:
+            measured = found[x][name]
+            # A square root bends an interval; its ends are those of the square.
+            value = [np.sqrt(max(v, 0.0)) for v in measured.bias(gradient(there))]
+            rows[-1] |= estimated(
+                value, trajectories=measured.trajectories, env_steps=measured.env_steps
+            )
+        rows.append({"estimator": name, "lag": float(x), "quantity": "objective gap",
+                     "exact": float(gap)})  # fmt: skip
+    slopes = {name: _slope(rows, name) for name in ("gradient error", "objective gap")}
+    return Result(
+        tidy(rows),
+        {"slopes": slopes},
+        lambda figure: _draw_stale(figure, rows, slopes, lag.world.name),
+    )
+
+
+def _stale_measured(lag: Lag, each, lags, settings, progress) -> Result:
+    """The surrogate's gradient against the mean of on-policy rewards to go."""
+    aim = form("rtg", lag.at(1.0))
+    found = measured_lags(lag, [each, aim], lags, settings, progress)
+    rows = []
+    for x in lags:
+        measured = found[x][each.name]
+        value = [np.sqrt(max(v, 0.0)) for v in distance(measured, found[x][aim.name])]
+        rows.append(estimated(
+            value, estimator=each.name, lag=float(x), quantity="distance to on-policy", warning="biased",
+            trajectories=measured.trajectories, env_steps=measured.env_steps,
+        ))  # fmt: skip
+    summary = {"horizon": lag.world.env.horizon}
+    slopes = {"distance to on-policy": None}
+    return Result(
+        tidy(rows), summary, lambda figure: _draw_stale(figure, rows, slopes, lag.world.name)
+    )
+
+
+def _slope(rows, quantity) -> float:
+    """Of the logarithms, over two decades of small lags."""
+    small = [r for r in rows if r["quantity"] == quantity and r["lag"] <= 0.11]
+    x, y = np.log([[r["lag"], r["exact"]] for r in small]).T
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def _gap(lag: Lag, there: World) -> float:
+    """J - L with L = J_beta + E_beta[sum_t gamma^t rho_t A_t], A the behaviour's advantages."""
+    world = lag.world
+    gamma, mdp = world.gamma, world.mdp
+    value, action_value = exact.values(mdp, lag.behaviour, gamma)
+    target = np.exp(there.logits - np.logaddexp.reduce(there.logits, axis=1, keepdims=True))
+    visits = exact.occupancy(mdp, lag.behaviour) * gamma ** np.arange(mdp.horizon)[:, None]
+    visits = visits * ~np.asarray(mdp.terminal, bool)
+    advantage = action_value - value[:-1, :, None]
+    gain = np.einsum("ts,sa,tsa->", visits, target[np.asarray(mdp.observation)], advantage)
+    start = exact.objective(mdp, lag.behaviour, gamma)
+    return float(exact.objective(mdp, there.logits, gamma) - start - gain)
+
+
+def _draw_stale(figure, rows, slopes, world):
+    (axis,) = panels(figure, width=6.2, height=4.4)
+    units = {"gradient error": "|E g − ∇J|", "objective gap": "|J − L|",
+             "distance to on-policy": "|E g − E g on-policy|"}  # fmt: skip
+    for index, (quantity, slope) in enumerate(slopes.items()):
+        mine = [r for r in rows if r["quantity"] == quantity]
+        if slope is not None:
+            text = f"{units[quantity]}, exact: slope {slope:.3f}"
+            line(axis, [r["lag"] for r in mine], [r["exact"] for r in mine], index, text)
+        seen = [r for r in mine if r.get("measured") is not None]
+        if seen:
+            columns = [[r[k] for r in seen] for k in ("lag", "measured", "low", "high")]
+            points(axis, *columns, index=index, label=f"{units[quantity]}, measured, 95 %")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    label(axis, f"The surrogate's error on stale data, {world}",
+          "lag α: policy = behaviour + α · step", "error")  # fmt: skip
+
+
+EXPERIMENTS = {
+    "stale": Experiment(
+        "how fast the surrogate goes wrong on stale data: slope 1 for gradients, 2 for values",
+        stale,
+        Settings(trajectories=2**20),
+        Settings(trajectories=2**16, quick=True),
+        ignores=("estimators", "repeats"),
+    ),
+}

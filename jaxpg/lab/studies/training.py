@@ -1,0 +1,183 @@
+"""Training: the product's own loop, many replicas at a time, scored by exact J where a world has one."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from scipy import optimize
+
+from jaxpg.envs import Env, check_mdp
+from jaxpg.lab.measure.samples import gradient_samples
+from jaxpg.lab.studies.estimators import form
+from jaxpg.lab.studies.sampling import options_for
+from jaxpg.lab.studies.study import Settings
+from jaxpg.lab.worlds import regulators
+from jaxpg.lab.worlds.world import World, has_exact
+from jaxpg.policies import NETWORKS, Agent, AgentParams
+from jaxpg.training.algorithm import Algorithm
+from jaxpg.training.trainer import make_trainer, train
+from jaxpg.types import Array, Hyperparams, Key, Params
+
+
+class Curves(NamedTuple):
+    """Of R replicas, [R, num_updates]."""
+
+    score: np.ndarray  # before each update
+    env_steps: np.ndarray  # gathered before each update
+
+
+# (keys [R], hyperparams of scalars or [R], reward_scale scalar or [R])
+Learner = Callable[..., Curves]
+
+
+def learner(
+    world: World,
+    algorithm: Algorithm,
+    *,
+    num_envs: int,
+    num_updates: int,
+    num_steps: int | None = None,
+) -> Learner:
+    """A program that trains R replicas from the world's parameters, and gives the score before each update.
+
+    The score is J of the policy, exact where the world has tables, else the mean return of the episodes
+    that the update itself learned from. reward_scale multiplies rewards, not the score.
+    """
+    critic = None
+    if algorithm.critic_optimizer is not None:
+        kind = "tabular" if world.mdp is not None else "mlp"
+        critic = world.critic or NETWORKS[kind](world.env.observation, None)
+    agent = Agent(world.policy, critic)
+    score = objective_of(world) if has_exact(world) else None
+
+    def one(key, hyperparams, reward_scale):
+        env = scaled(world.env, reward_scale)
+        trainer = make_trainer(env, agent, algorithm, num_envs=num_envs, num_steps=num_steps)
+        state = trainer.init(key)
+        trained = critic is not None and world.critic is not None
+        values = world.critic_params if trained else state.params.critic
+        state = state._replace(params=AgentParams(world.params, values))
+
+        def step(state, _):
+            before = state.params.policy
+            state, metrics = train(trainer, state, hyperparams, num_updates=1)
+            seen = metrics["episode_return"][0] / reward_scale
+            return state, (seen if score is None else score(before), metrics["env_steps"][0])
+
+        return jax.lax.scan(step, state, length=num_updates)[1]
+
+    def run(keys, hyperparams: Hyperparams, reward_scale=1.0) -> Curves:
+        spread = jax.tree.map(
+            lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.result_type(float)), keys.shape),
+            (hyperparams, reward_scale),
+        )
+        work = keys.shape[0] * num_updates * num_envs * (num_steps or world.env.horizon)
+        program = jax.jit(jax.vmap(one), compiler_options=options_for(work))
+        scores, steps = (np.asarray(x, np.float64) for x in program(keys, *spread))
+        return Curves(scores, np.cumsum(steps, axis=1) - steps)
+
+    return run
+
+
+def objective_of(world: World) -> Callable[[Params], Array]:
+    """J of the world's policy as a function of its parameters, by V_t = sum_a pi (r + gamma P V_{t+1})."""
+    if world.regulator is not None:
+        return partial(_of_regulator, world)
+    assert world.mdp is not None
+    mdp, dtype = check_mdp(world.mdp), jnp.result_type(float)
+    alive = ~mdp.terminal[:, None]
+    reward = jnp.asarray(np.where(alive, mdp.reward, 0.0), dtype)
+    transition = jnp.asarray(mdp.transition * alive[..., None], dtype)
+    initial, observation = jnp.asarray(mdp.initial, dtype), jnp.asarray(mdp.observation)
+    seen = jnp.arange(int(np.max(mdp.observation)) + 1)[None]
+
+    def objective(params):
+        first = jnp.zeros(seen.shape, bool)
+        _, distribution = world.policy.apply(params, (), seen, first)
+        policy = jax.nn.softmax(distribution.logits[0])[observation]
+
+        def step(value, _):
+            return (policy * (reward + world.gamma * transition @ value)).sum(axis=1), None
+
+        value, _ = jax.lax.scan(step, jnp.zeros(len(mdp.initial), dtype), length=mdp.horizon)
+        return initial @ value
+
+    return objective
+
+
+def _of_regulator(world: World, params: Params) -> Array:
+    assert world.regulator is not None
+    return regulators.objective(world.regulator, world.policy, params, world.gamma)
+
+
+def best_objective(world: World) -> float:
+    """The best J: of any policy of state and time by dynamic programming, or of a regulator's parameters."""
+    if world.regulator is not None:
+        return _best_of_regulator(world)
+    mdp, gamma = check_mdp(world.mdp), world.gamma
+    alive = ~mdp.terminal[:, None]
+    value = np.zeros(len(mdp.initial))
+    for _ in range(mdp.horizon):
+        value = (np.where(alive, mdp.reward + gamma * mdp.transition @ value, 0.0)).max(axis=1)
+    return float(mdp.initial @ value)
+
+
+def _best_of_regulator(world: World) -> float:
+    flat, unravel = ravel_pytree(world.params)
+    slope = jax.jit(jax.value_and_grad(lambda x: -objective_of(world)(unravel(x))))
+    found = optimize.minimize(lambda x: jax.tree.map(np.float64, slope(x)), flat, jac=True)
+    return -float(found.fun)
+
+
+def scaled(env: Env, factor) -> Env:
+    """The environment with its rewards multiplied."""
+
+    def step(key, state, action):
+        state, result = env.step(key, state, action)
+        return state, result._replace(reward=factor * result.reward)
+
+    return env._replace(step=step)
+
+
+def small_rate(world: World, key: Key) -> float:
+    """A learning rate with which one trajectory moves the parameters by 1/32, whatever the rewards' size."""
+    estimator = form("rtg", world).estimator
+    assert estimator is not None
+    rows = gradient_samples(
+        world.env, world.policy, estimator, world.params, key, 64, world.hyperparams
+    )
+    return 1 / 32 / float(np.sqrt((np.asarray(rows) ** 2).sum(axis=1).mean()))
+
+
+def own_rate(settings: Settings, optimizer: str) -> float | None:
+    """The learning rate of a checkpoint's run, if that is its optimizer."""
+    checkpoint = settings.checkpoint
+    if checkpoint is None or checkpoint.origin["config"]["optimizer"] != optimizer:
+        return None
+    return float(checkpoint.hyperparams.learning_rate)
+
+
+def adam_rate(world: World) -> float:
+    """A learning rate of Adam's: logits of a table move faster than a network's weights."""
+    return 0.05 if has_exact(world) else 3e-3
+
+
+def replaced(settings: Settings, num_envs: int | None, *, unlimited: bool) -> list[str]:
+    """What training here has otherwise than a checkpoint's run."""
+    assert settings.checkpoint is not None
+    config, limit = (
+        settings.checkpoint.origin["config"],
+        settings.checkpoint.hyperparams.max_grad_norm,
+    )
+    said = []
+    if num_envs not in (None, config["num_envs"]):
+        said.append(f"batches of {num_envs}, not the run's {config['num_envs']}")
+    if config["schedule"] != "constant":
+        said.append(f"a constant learning rate, not the run's {config['schedule']} schedule")
+    if unlimited:
+        said.append(f"no limit of the gradient's norm, not the run's {limit:g}")
+    return said

@@ -1,0 +1,1 @@
+"""Worlds: what the studies run on, with exact answers where there are any."""

@@ -1,0 +1,43 @@
+"""Optimizers: what turns a gradient into a step, its schedules and its adaptation."""
+
+from jaxpg.optimizers.first_order import (
+    OPTIMIZERS,
+    Optimizer,
+    adam,
+    adamw,
+    lion,
+    momentum,
+    muon,
+    rmsprop,
+    sgd,
+)
+from jaxpg.optimizers.schedules import (
+    BATCH_SCALINGS,
+    SCHEDULES,
+    Schedule,
+    batch_scaled,
+    constant,
+    cosine,
+    linear,
+    scheduled,
+)
+
+__all__ = [
+    "BATCH_SCALINGS",
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "Optimizer",
+    "Schedule",
+    "adam",
+    "adamw",
+    "batch_scaled",
+    "constant",
+    "cosine",
+    "linear",
+    "lion",
+    "momentum",
+    "muon",
+    "rmsprop",
+    "scheduled",
+    "sgd",
+]

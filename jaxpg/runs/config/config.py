@@ -1,0 +1,290 @@
+"""What a run is: its structure, and lists of numbers that make a grid. Imports nothing heavy."""
+
+import math
+import struct
+import sys
+from dataclasses import dataclass, field, fields
+from itertools import product
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+from jaxpg.runs.config.schema import expect, read_json
+from jaxpg.types import Hyperparams
+
+CONFIG = "config.json"
+
+Grid = Hyperparams  # whose every field is a tuple of values
+
+# What a resumed run may have otherwise than it began.
+FREE = (
+    "updates",
+    "schedule",
+    "schedule_updates",
+    "quiet",
+    "checkpoint_seconds",
+    "tensorboard",
+    "wandb",
+    "debug_nans",
+    "compilation_cache",
+    "force",
+)
+
+
+MOST = 2**31 - 1  # of what is a size: devices count in 32 bits
+MOST_EPOCHS = 10**6  # whose keys and metrics an update keeps
+MOST_STEPS = 10**4  # that one observation shows, or one action takes
+MOST_ENTRIES = 1000  # of a list of sizes
+LEAST_SINGLE = 2.0**-126  # below it are only numbers that processors take for 0
+
+
+class Resumed(TypedDict):
+    """What config.json has to say of every time that the run went on."""
+
+    recorded_from: NotRequired[int]  # the first update whose metrics there are
+
+
+class Stored(TypedDict):
+    """What config.json has to have; it says more, for people."""
+
+    config: dict[str, Any]
+    hyperparameters: dict[str, tuple[float, ...]]
+    replicas: NotRequired[list[dict[str, float]]]
+    demonstrations_sha256: NotRequired[str | None]
+    resumed: NotRequired[list[Resumed]]
+
+
+def _flag(default: Any, help: str, least: int = 1, most: int = MOST) -> Any:
+    """least, most: of a whole number, or of each in a list."""
+    return field(default=default, metadata={"help": help, "least": least, "most": most})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The structure of a run: what changes a shape or the program."""
+
+    environment: str = field(metadata={"help": "name of a gymnax environment, such as CartPole-v1"})
+    algorithm: str = _flag(
+        "ppo",
+        "reinforce, reinforce_to_go, reinforce_baseline, gpomdp, gpomdp_continuing, enac, vpg, a2c, "
+        "impala, ppo, ppo_kl, npg, trpo, off_policy, guided or behaviour_cloning; sets the defaults",
+    )
+    seeds: int = _flag(8, "agents trained side by side, for every point of the grid")
+    updates: int = _flag(200, "updates per agent")
+    num_envs: int = _flag(32, "parallel environments per agent; episodes per update of reinforce*")
+    num_steps: int | None = _flag(
+        None, "steps per environment and update; for reinforce*, the longest episode"
+    )
+    settings: str | None = _flag(None, "of the environment, as in size=16,unscaled_move_cost=0")
+    keep: tuple[int, ...] = _flag((), "entries of the observation to see, as in 0,2; none: all", 0)
+    repeat: int = _flag(
+        1, "times that every action is taken; the rewards are summed", 1, MOST_STEPS
+    )
+    history: int | None = _flag(
+        None, "see the last so many observations and actions", 1, MOST_STEPS
+    )
+    normalise: bool = _flag(False, "scale observations by their running mean and deviation")
+    network: str = _flag("mlp", "mlp, linear, gru or tabular; policy and critic are built alike")
+    hidden: tuple[int, ...] = _flag((64, 64), "widths of the hidden layers")
+    activation: str = _flag("tanh", "tanh, relu, silu or gelu")
+    initial_std: float = _flag(0.5, "of real-valued actions at the start, in half action ranges")
+    optimizer: str = _flag(
+        "adam", "sgd, momentum, rmsprop, adam, adamw, lion or muon, for policy and critic"
+    )
+    schedule: str = _flag("constant", "of both learning rates: constant, linear or cosine")
+    batch_scaling: str = _flag(
+        "none", "both learning rates times (batch / reference-batch)^p: none, linear or sqrt"
+    )
+    reference_batch: int | None = _flag(
+        None, "the batch that the learning rates fit, in steps; for reinforce*, in episodes"
+    )
+    num_epochs: int = _flag(1, "passes over each batch that move the policy", 1, MOST_EPOCHS)
+    num_minibatches: int = _flag(1, "parts of a batch, one step of the optimizer each")
+    critic_epochs: int = _flag(0, "further passes that move only the critic", 0, MOST_EPOCHS)
+    critic_minibatches: int = _flag(1, "parts of a batch in those")
+    fisher_samples: int | None = _flag(
+        None, "steps (or lanes) of the batch that the Fisher matrix is of; by default all"
+    )
+    adaptation: str | None = _flag(
+        None, "steered to --target-kl by each update's KL: fixed, kl_penalty or learning_rate"
+    )
+    num_batches: int | None = _flag(None, "learn from the last so many batches, weighed", 1, 1000)
+    importance: str | None = _flag(
+        None,
+        "the weights of old data: per_decision, trajectory, prefix, one_step, truncated, or "
+        "normalised_ before trajectory, prefix or one_step",
+    )
+    demonstrations: str | None = _flag(None, "file of jaxpg record, for guided and imitation")
+    imitate: int = _flag(
+        0, "updates of behaviour cloning before training; guided weighs by what they fit", 0
+    )
+    warm_start: bool = _flag(False, "start from the policy that --imitate fitted")
+    control_variate: str | None = _flag(
+        None, "a baseline per parameter, of reinforce*: optimal_per_parameter or peters_schaal"
+    )
+    measure_noise: bool = _flag(
+        False, "log the gradient's noise scale and signal-to-noise, for one more backward pass"
+    )
+    evaluation_episodes: int = _flag(128, "fresh episodes per agent for the final evaluation")
+    seed: int = _flag(0, "master seed, from which every agent's is derived", 0, 2**32 - 1)
+    run: str | None = _flag(None, "folder to write, new or empty; by default a new one under runs/")
+    quiet: bool = _flag(False, "print only the end")
+    checkpoint_seconds: float = _flag(
+        30.0, "least time between two checkpoints; one is always written at the end"
+    )
+    tensorboard: bool = _flag(False, "also write TensorBoard event files")
+    wandb: bool = _flag(False, "also log to Weights & Biases, offline unless WANDB_MODE is set")
+    debug_nans: bool = _flag(False, "slower; name the operation that first gave a NaN")
+    compilation_cache: bool = _flag(True, "keep compiled programs for later runs")
+    force: bool = _flag(False, "try what is estimated to need more memory than is free")
+
+
+def points(grid: Grid) -> list[Hyperparams]:
+    """The full grid: every combination of the listed values, the last field varying fastest."""
+    return [Hyperparams(*values) for values in product(*grid)]
+
+
+def num_points(grid: Grid) -> int:
+    """How many points the full grid has."""
+    return math.prod(map(len, grid))
+
+
+def varying(grid: Grid) -> list[str]:
+    """The hyperparameters that have several values."""
+    return [name for name, values in grid._asdict().items() if len(values) > 1]
+
+
+def completed(config: Config, grid: Grid) -> Grid:
+    """The grid with 0 schedule_updates replaced by the number of updates."""
+    horizon = tuple(value or config.updates for value in grid.schedule_updates)
+    return grid._replace(schedule_updates=horizon)
+
+
+def check(config: Config, grid: Grid) -> None:
+    """Raises ValueError for a setting that no run can have, saying the value and the way out."""
+    for each in fields(Config):
+        value = getattr(config, each.name)
+        expect(value, each.type, each.name)
+        _check_sizes(each.name, value, each.metadata)
+    for name in ("initial_std", "checkpoint_seconds"):
+        _held(name, getattr(config, name))
+    if config.initial_std <= 0:
+        raise ValueError(f"initial_std={config.initial_std} must be finite and above 0; try 0.5")
+    if config.checkpoint_seconds < 0:
+        raise ValueError(
+            f"checkpoint_seconds={config.checkpoint_seconds:g} must not be negative; 0 is every chunk"
+        )
+    for name, values in grid._asdict().items():
+        if not values:
+            raise ValueError(f"{name} has no value; give one, or several for a grid")
+        for value in values:
+            _check_number(name, value)
+
+
+def _check_sizes(name, value, limits) -> None:
+    """Of a whole number, or of several."""
+    if isinstance(value, tuple) and len(value) > MOST_ENTRIES:
+        raise ValueError(
+            f"{name} has {len(value):,} entries; at most {MOST_ENTRIES:,} are possible"
+        )
+    for size in value if isinstance(value, tuple) else (value,):
+        if isinstance(size, bool) or not isinstance(size, int):
+            continue
+        if name == "hidden" and size < 1:
+            raise ValueError(
+                f"hidden={_listed(value)}: every width must be at least 1; for none, "
+                "use network=linear"
+            )
+        if size < limits["least"]:
+            raise ValueError(f"{name}={size} must be at least {limits['least']}")
+        if size > limits["most"]:
+            raise ValueError(f"{name}={size} must be at most {limits['most']}")
+
+
+_RANGES = {
+    "gamma": (lambda x: 0 <= x <= 1, "must lie in [0, 1]; try 0.99"),
+    "lambda_": (lambda x: 0 <= x <= 1, "must lie in [0, 1]; try 0.95"),
+    "learning_rate": (lambda x: x >= 0, "must not be negative; try 1e-3"),
+    "critic_learning_rate": (lambda x: x >= 0, "must not be negative; try 1e-3"),
+    "clip_eps": (lambda x: x > 0, "must be above 0; try 0.2"),
+    "kl_coef": (lambda x: x >= 0, "must not be negative; try 1"),
+    "target_kl": (lambda x: x > 0, "must be above 0; try 0.01"),
+    "stop_kl": (lambda x: x > 0, "must be above 0; a large one, such as 1e9, never stops"),
+    "max_kl": (lambda x: x > 0, "must be above 0; try 0.01"),
+    "damping": (lambda x: x >= 0, "must not be negative; try 0.1"),
+    "value_clip_eps": (lambda x: x > 0, "must be above 0; a large one, such as 1e9, never clips"),
+    "ess_floor": (lambda x: 0 <= x <= 1, "must lie in [0, 1]; try 0.1"),
+    "weight_decay": (lambda x: x >= 0, "must not be negative; try 1e-2"),
+    "max_grad_norm": (lambda x: x > 0, "must be above 0; a large one, such as 1e9, never clips"),
+    "schedule_updates": (lambda x: x > 0, "must be above 0; leave it out to mean all updates"),
+}
+
+
+def _check_number(name, value):
+    holds, hint = _RANGES.get(name, (lambda x: True, ""))
+    if not holds(_held(name, value)):
+        raise ValueError(f"{name}={value:g} {hint}")
+
+
+def _held(name, value) -> float:
+    """The value as arrays have it. Raises ValueError for what they cannot hold."""
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value} must be a finite number")
+    try:
+        single = struct.unpack("<f", struct.pack("<f", value))[0]
+    except OverflowError:
+        single = math.inf
+    if value == 0 or LEAST_SINGLE <= abs(single) < math.inf:
+        return single
+    # Only beyond float32 does it matter what arrays are, so only there jax is waited for.
+    from jax.numpy import result_type
+
+    if result_type(float) == "float64" and abs(value) >= sys.float_info.min:
+        return value
+    why = "is beyond float32, which ends at 3.4e38; give less"
+    if abs(single) < 1:
+        why = f"would be 0: float32 begins at {LEAST_SINGLE:.2g}; give 0 or more"
+    raise ValueError(f"{name}={value:g} {why}, or set JAX_ENABLE_X64=1 to compute in float64")
+
+
+def load_config(run: str | Path) -> tuple[Config, Grid]:
+    """What a run's config.json says; run: its folder, or the file. Raises ValueError."""
+    path, saved = read_config(run)
+    structure: dict[str, Any] = {k: _tuple(value) for k, value in saved["config"].items()}
+    numbers: dict[str, Any] = {k: _tuple(v) for k, v in saved["hyperparameters"].items()}
+    unknown = structure.keys() - {f.name for f in fields(Config)}
+    unknown |= numbers.keys() - set(Hyperparams._fields)
+    if unknown:
+        raise ValueError(
+            f"{path} has the setting {min(unknown)!r}, which this version of jaxpg does not know"
+        )
+    if "environment" not in structure:
+        raise ValueError(f"cannot read {path}: config.environment is missing")
+    # A setting that came later than the run has its default, which is what the run had.
+    defaults = {name: (value,) for name, value in Hyperparams()._asdict().items()}
+    config, grid = Config(**structure), Grid(**(defaults | numbers))
+    try:
+        check(config, completed(config, grid))
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    return config, grid
+
+
+def read_config(run: str | Path) -> tuple[Path, Stored]:
+    """A run's config.json as it is stored. Raises ValueError."""
+    path = Path(run)
+    try:
+        path = path / CONFIG if path.is_dir() else path
+        found = path.is_file()
+    except OSError as error:  # such as a name that is too long
+        raise ValueError(f"cannot read {run}: {error.strerror or error}") from error
+    if not found:
+        raise ValueError(f"{run} has no {CONFIG}; name the folder of a jaxpg train run")
+    return path, read_json(path, Stored)
+
+
+def _tuple(value):
+    return tuple(value) if isinstance(value, list) else value  # JSON has lists only
+
+
+def _listed(values):
+    return ",".join(f"{value:g}" for value in values)

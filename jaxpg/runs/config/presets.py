@@ -1,0 +1,104 @@
+"""The one table of defaults, per algorithm and per environment."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+from jaxpg.runs.config.config import Config, Grid
+from jaxpg.types import Hyperparams
+
+_PPO = {
+    "num_envs": 16,
+    "num_steps": 64,
+    "num_epochs": 4,
+    "num_minibatches": 8,
+    "learning_rate": 2.5e-3,
+    "critic_learning_rate": 2.5e-3,
+}
+_A2C = {
+    "updates": 900,
+    "num_envs": 16,
+    "num_steps": 32,
+    "learning_rate": 4e-3,
+    "critic_learning_rate": 2e-2,
+}
+_TRUST_REGION = {
+    "updates": 60,
+    "num_envs": 16,
+    "num_steps": 256,
+    "critic_epochs": 9,
+    "critic_minibatches": 4,
+    "critic_learning_rate": 1e-2,
+}
+_CAR = {"normalise": True, "critic_learning_rate": 1e-2, "max_grad_norm": 10.0}
+
+# (environment, algorithm) -> what differs from Config's and Hyperparams' own defaults. Later in this
+# order wins: (any, algorithm), (environment, any), (environment, algorithm).
+PRESETS: dict[tuple[str, str], dict[str, Any]] = {
+    ("*", "*"): {"hidden": (32, 32), "schedule": "linear", "schedule_updates": 0},
+    ("*", "reinforce"): {"num_envs": 64, "learning_rate": 1e-2},
+    ("*", "reinforce_to_go"): {"num_envs": 64, "learning_rate": 1e-2},
+    ("*", "reinforce_baseline"): {"learning_rate": 1e-2},
+    ("*", "vpg"): {
+        "updates": 400,
+        "num_envs": 16,
+        "num_steps": 64,
+        "critic_epochs": 9,
+        "learning_rate": 1e-2,
+        "critic_learning_rate": 1e-2,
+    },
+    ("*", "ppo"): _PPO,
+    ("*", "ppo_kl"): _PPO,
+    ("*", "gpomdp"): {"num_envs": 64, "learning_rate": 1e-2},
+    ("*", "gpomdp_continuing"): {"num_envs": 64, "num_steps": 128, "learning_rate": 1e-2},
+    ("*", "enac"): {"num_envs": 32, "updates": 100},
+    ("*", "off_policy"): {"num_envs": 16, "updates": 100, "learning_rate": 1e-2},
+    ("*", "guided"): {"imitate": 100, "learning_rate": 1e-2},
+    ("*", "behaviour_cloning"): {"learning_rate": 5e-3},
+    # Large batches, because a step of fixed KL is only as good as its direction.
+    ("*", "trpo"): _TRUST_REGION,
+    ("*", "npg"): _TRUST_REGION,
+    # Small ones, many steps; the critic must keep up with the policy: at 1e-2, two seeds in ten fall back.
+    ("*", "a2c"): _A2C,
+    ("*", "impala"): _A2C,
+    # A pole falls within some ten steps of a mistake, so credit need not reach far.
+    ("CartPole-v1", "ppo"): {"updates": 100, "gamma": 0.98, "lambda_": 0.8},
+    # At 1e-2, one seed in twenty falls back just before the schedule ends, and stays there.
+    ("CartPole-v1", "vpg"): {
+        "updates": 480,
+        "learning_rate": 5e-3,
+        "critic_learning_rate": 5e-3,
+    },
+    ("CartPole-v1", "reinforce_baseline"): {"updates": 60, "num_envs": 16},
+    # Returns are in the hundreds: the critic must take large steps to reach them.
+    ("Pendulum-v1", "ppo"): {
+        "updates": 250,
+        "gamma": 0.95,
+        "critic_learning_rate": 1e-2,
+        "max_grad_norm": 10.0,
+        "initial_std": 1.0,
+    },
+    ("Pendulum-v1", "trpo"): {"updates": 100, "gamma": 0.95, "initial_std": 1.0},
+    # Velocities are in hundredths: without normalisation no seed ever reaches the goal.
+    ("MountainCar-v0", "ppo"): _CAR | {"updates": 100, "gamma": 0.98, "entropy_coef": 0.01},
+    # Normal noise cancels step by step: with single actions, one seed in ten learns to stand still.
+    ("MountainCarContinuous-v0", "ppo"): _CAR
+    | {"updates": 60, "num_steps": 128, "repeat": 8, "gamma": 0.995, "initial_std": 1.0},
+    # The entropy bonus keeps every seed swinging until it has reached the line once.
+    ("Acrobot-v1", "ppo"): {"updates": 150, "num_steps": 128, "entropy_coef": 0.01},
+    ("Catch-bsuite", "ppo"): {"updates": 100},
+    ("MemoryChain-bsuite", "ppo"): {"updates": 40, "network": "gru", "num_minibatches": 4},
+}
+
+
+def preset(environment: str, algorithm: str) -> tuple[Config, Grid]:
+    """The defaults of one combination; of an unknown one, those of its known part."""
+    row: dict[str, Any] = {}
+    for key in (("*", "*"), ("*", algorithm), (environment, "*"), (environment, algorithm)):
+        row |= PRESETS.get(key, {})
+    structure = {f.name for f in fields(Config)}
+    config = Config(environment, algorithm)
+    config = replace(config, **{k: v for k, v in row.items() if k in structure})
+    # Streams give their num_steps, whole episodes do not.
+    config = replace(config, reference_batch=config.num_envs * (config.num_steps or 1))
+    numbers = {k: v for k, v in row.items() if k not in structure}
+    return config, Grid(*((float(value),) for value in Hyperparams()._replace(**numbers)))

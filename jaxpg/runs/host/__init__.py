@@ -1,0 +1,1 @@
+"""The host: its memory, its signals, its caches and its progress lines."""

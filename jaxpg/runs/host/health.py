@@ -1,0 +1,213 @@
+"""Health: runs that diverge, that do not fit in memory, or that have too few updates to learn."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxpg.envs import Env
+from jaxpg.rollout.stepping import reset_lanes, step_lanes
+from jaxpg.runs.config.config import Config
+from jaxpg.training.algorithm import algorithm
+from jaxpg.training.data import episodes
+
+# Non-finite values of these mean that a run has diverged; a curve's NaN means that it has no value yet.
+WATCHED = ("objective", "critic_loss", "grad_norm", "entropy")
+FEW_UPDATES = 100
+REPLICA_BYTES = 2000  # of the machine's memory for each, whatever its state
+PACKAGE, JAX = Path(__file__).parents[2], Path(jax.__file__).parent
+MANY_STEPS = 100_000  # of one agent, from which few updates are a waste
+
+
+class Diverged(Exception):
+    """A loss or a parameter is no longer finite."""
+
+
+def first_divergence(update: np.ndarray, metrics: dict[str, np.ndarray]) -> list[tuple[int, str]]:
+    """For each replica the first update at which a watched metric is not finite, and its name.
+
+    update: [K]; metrics: [N, K] each. A replica without any has (0, "").
+    """
+    names = [name for name in WATCHED if name in metrics]
+    found = []
+    for i in range(len(next(iter(metrics.values())))):
+        bad = [(int(update[k]), name) for name in names if (k := _first(metrics[name][i])) >= 0]
+        found.append(min(bad, key=lambda each: each[0], default=(0, "")))
+    return found
+
+
+def _first(values) -> int:
+    bad = ~np.isfinite(values)
+    return int(bad.argmax()) if bad.any() else -1
+
+
+def finite(params: Any) -> np.ndarray:
+    """[N] bool: whether every parameter of a replica is finite; params: arrays [N, ...]."""
+    leaves = [np.asarray(x) for x in jax.tree.leaves(params)]
+    floats = [x for x in leaves if np.issubdtype(x.dtype, np.floating)]
+    return np.all([np.isfinite(x).reshape(len(x), -1).all(axis=1) for x in floats], axis=0)
+
+
+def diverged_message(label: dict[str, float], replica: int, update: int, what: str) -> str:
+    """Which replica, when, what, and under which hyperparameters."""
+    numbers = ", ".join(f"{k.strip('_')}={v:g}" for k, v in label.items() if k != "seed")
+    return (
+        f"seed {label['seed']:g} (replica {replica}) diverged: {what} is not finite at update "
+        f"{update}, with {numbers}"
+    )
+
+
+def starving(updates: int, steps_per_update: int) -> str:
+    """A warning where a large batch leaves few updates for the steps asked, or nothing."""
+    if updates >= FEW_UPDATES or updates * steps_per_update < MANY_STEPS:
+        return ""
+    return (
+        f"warning: only {updates} updates of {steps_per_update:,} steps each; large batches\n"
+        "starve learning: with smaller ones (--num-envs, --num-steps) the same steps\n"
+        f"make more updates, of which about {FEW_UPDATES} are the least that usually learn"
+    )
+
+
+def check_sizes(config: Config, env: Env, state_bytes: int, replicas: int) -> None:
+    """Raises ValueError, by arithmetic and before anything is allocated, for what cannot fit in memory.
+
+    state_bytes: of one replica's state, which an update holds before and after. The least that a run needs:
+    what fits here may still be refused by `check_memory`.
+    """
+    available = available_bytes()
+    if available is None or config.force:
+        return
+    start = jax.eval_shape(env.reset, jax.random.key(0))
+    lane, row = (
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(x)) for x in (start, start[1])
+    )
+    # Whole episodes in one piece are rolled out again where they are many.
+    data = algorithm(config.algorithm).data
+    kept = data is not episodes or config.num_minibatches > 1
+    batch = max(2 * lane, row * num_steps(config, env) * kept)
+    epochs = config.num_epochs + config.critic_epochs
+    agent = 2 * state_bytes + REPLICA_BYTES
+    for what, noun, one, count, remedy in (
+        (
+            "one agent's batch of",
+            "environment",
+            batch,
+            config.num_envs,
+            "--num-envs or --num-steps",
+        ),
+        (
+            "the states of",
+            "agent",
+            agent,
+            replicas,
+            "--seeds or --num-envs, or a narrower --hidden",
+        ),
+        ("evaluating", "episode", 2 * lane * replicas, config.evaluation_episodes, "episodes"),
+        ("the metrics of", "epoch", 4 * replicas, epochs, "epochs"),
+    ):
+        if one * count > available:
+            fits = f"{int(available // one):,}" if one <= available else "none"
+            raise ValueError(
+                f"at least {_giga(one * count)} of memory is needed for {what} {count:,} {noun}"
+                f"{'s' * (count > 1)}, and there is {_giga(available)}, enough for "
+                f"{fits}; give fewer {remedy}, or --force to try"
+            )
+
+
+def num_steps(config: Config, env: Env) -> int:
+    """Of each environment and update; of whole episodes, the most."""
+    usual = env.horizon if algorithm(config.algorithm).data.whole_episodes else 128
+    return config.num_steps or usual
+
+
+def check_memory(compiled: Any, replicas: int = 1, force: bool = False) -> None:
+    """Raises ValueError when a compiled program of so many replicas needs more memory than there is."""
+    needed, available = needed_bytes(compiled), available_bytes()
+    if force or needed is None or available is None or needed <= available:
+        return
+    fits = int(replicas * available / needed)
+    more = f"about {fits:,} of {replicas:,} agents fit; " if fits else ""
+    raise ValueError(
+        f"training needs about {_giga(needed)} of memory, and there is {_giga(available)}; {more}fewer "
+        "--seeds, --num-envs or --num-steps, or a smaller grid, need less, and --force tries"
+    )
+
+
+def needed_bytes(compiled: Any) -> int | None:
+    """Of one device while the program runs, as its compiler says; None where it does not say."""
+    try:
+        found = compiled.memory_analysis()
+    except (NotImplementedError, RuntimeError, jax.errors.JaxRuntimeError):
+        return None
+    if found is None:
+        return None
+    total = (
+        found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes
+        + found.temp_size_in_bytes
+        + found.generated_code_size_in_bytes
+    )
+    # Devices of a CPU share its memory.
+    return total * (jax.local_device_count() if jax.default_backend() == "cpu" else 1)
+
+
+def available_bytes() -> int | None:
+    """Of one accelerator, or of this machine within its limits; None where unknown."""
+    if jax.default_backend() != "cpu":
+        found = jax.local_devices()[0].memory_stats() or {}
+        limit = found.get("bytes_limit")
+        return None if limit is None else limit - found.get("bytes_in_use", 0)
+    return machine_bytes()
+
+
+def machine_bytes() -> int | None:
+    """Free memory of this machine, within its limits; None where unknown."""
+    limits = [_number(Path("/sys/fs/cgroup/memory.max"))]
+    if sys.platform == "linux":
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":") for line in file)
+        limits.append(1024 * int(lines["MemAvailable"].split()[0]))
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min((x for x in limits if x is not None), default=None)
+
+
+def explain(environment: str, update: Callable, *arguments: Any) -> str:
+    """Runs one update operation by operation: which of them first gave a NaN; "" when none does.
+
+    Rewards and observations come first, so a NaN of the environment's is said to be its own. Not so for
+    infinities: jax's watch for them stops at the -inf from which every maximum starts.
+    """
+    called = step_lanes.__name__, reset_lanes.__name__
+    with jax.debug_nans(True), jax.disable_jit():
+        try:
+            update(*arguments)
+        except FloatingPointError as error:
+            frames = traceback.extract_tb(error.__traceback__)[1:]
+            own = [f for f in frames if Path(f.filename).is_relative_to(PACKAGE)]
+            text = str(error).splitlines()[0]
+            if any(
+                f.name in called and f.filename == str(PACKAGE / "rollout" / "stepping.py")
+                for f in own
+            ):
+                own = [f for f in frames if not Path(f.filename).is_relative_to(JAX)]
+                text = f"{environment} gave it, in its reset or step: {text}"
+            return text + (f" at {own[-1].filename}:{own[-1].lineno}" if own else "")
+    return ""
+
+
+def _number(path):
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def _giga(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"

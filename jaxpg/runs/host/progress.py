@@ -1,0 +1,115 @@
+"""Progress between chunks: a live display in a terminal, plain lines elsewhere, nothing when quiet."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from jaxpg.runs.console import say, terminal
+from jaxpg.stats.intervals import ANY
+from jaxpg.stats.seeds import interval, number, summarise
+
+PLAIN_LINES = 20  # at most, in a run
+
+
+class Status(NamedTuple):
+    """Where a run stands."""
+
+    updates: int
+    total_updates: int
+    env_steps: int  # of all replicas together
+    seconds: float  # of training, without compilation
+    compile_seconds: float
+    returns: np.ndarray  # [points, seeds] of the last chunk; NaN where no episode has ended
+    attainable: tuple[float, float] = ANY  # in which returns are known to lie
+
+
+Show = Callable[[Status | str], None]  # a string is a note
+
+
+def display(quiet: bool) -> AbstractContextManager[Show]:
+    """A context that gives the function to call after every chunk."""
+    if quiet:
+        return nullcontext(lambda status: None)
+    console = terminal()
+    return nullcontext(_plain()) if console is None else _live(console)
+
+
+def steps_per_second(status: Status) -> float:
+    return status.env_steps / status.seconds if status.seconds else float("nan")
+
+
+def _plain() -> Show:
+    shown = 0
+
+    def show(status):
+        nonlocal shown
+        if isinstance(status, str):
+            say(status)
+            return
+        due = status.updates * PLAIN_LINES // status.total_updates
+        if due > shown:
+            shown = due
+            say(
+                f"{status.updates}/{status.total_updates} updates  {status.env_steps:,} steps  "
+                f"{number(steps_per_second(status), 0)} steps/s  return {_return(status)}  "
+                f"{_left(status)} left"
+            )
+
+    return show
+
+
+@contextmanager
+def _live(console: Console) -> Iterator[Show]:
+    spinner = Spinner("dots", "starting")
+
+    def show(status):
+        if isinstance(status, str):
+            spinner.update(text=Text(status))
+        else:
+            spinner.update(text="training")
+            live.update(_panel(status, spinner))
+
+    # Nothing is drawn faster than an eye needs, because the cores are busy with training.
+    with Live(spinner, console=console, refresh_per_second=4, transient=True) as live:
+        yield show
+
+
+def _panel(status: Status, spinner: Spinner) -> Group:
+    bar = Table.grid(expand=True, padding=(0, 1))
+    bar.add_column(ratio=1)
+    bar.add_column(justify="right")
+    bar.add_row(
+        ProgressBar(total=status.total_updates, completed=status.updates),
+        f"{status.updates:,}/{status.total_updates:,} updates, {_left(status)} left",
+    )
+    facts = Table.grid(padding=(0, 2))
+    over = "95 % over seeds" + (", best of the grid" if len(status.returns) > 1 else "")
+    facts.add_row("return", f"[bold]{escape(_return(status))}[/bold]  [dim]{over}[/dim]")
+    facts.add_row("environment steps", f"{status.env_steps:,}")
+    facts.add_row("steps per second", number(steps_per_second(status), 0))
+    facts.add_row("compile seconds", number(status.compile_seconds))
+    return Group(spinner, bar, facts)
+
+
+def _return(status: Status) -> str:
+    """Of the grid's best point, with a 95 % interval over its seeds."""
+    summaries = [summarise(row, status.attainable) for row in status.returns]
+    best = max(summaries, key=lambda s: -np.inf if np.isnan(s.mean) else s.mean)
+    return f"{number(best.mean)} {interval(best)}"
+
+
+def _left(status: Status) -> str:
+    if not status.updates:
+        return "-"
+    seconds = status.seconds * (status.total_updates - status.updates) / status.updates
+    return str(timedelta(seconds=round(seconds)))

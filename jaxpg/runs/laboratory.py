@@ -1,0 +1,326 @@
+"""The laboratory's command: settings, runs, files."""
+
+import argparse
+import difflib
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.markup import escape
+
+from jaxpg.runs.console import note, parser, say, terminal, whole
+from jaxpg.runs.store import artifacts
+
+FLAGS = ("env", "policy", "estimators", "trajectories", "repeats", "seed", "gamma", "checkpoint")
+LONGER = 8  # times as long are the episodes of a trained policy, about
+QUIET_SECONDS = 5.0  # between two lines of progress, where they cannot be overwritten
+
+
+class Job(NamedTuple):
+    """One experiment, checked as far as can be without running it."""
+
+    name: str
+    experiment: Any
+    settings: Any
+    refusal: str  # why it is left out of `all`, or nothing
+
+
+class Plan(NamedTuple):
+    jobs: list[Job]  # none: only show the list
+    out: str | None
+    together: bool  # `all`: one folder each, and what does not apply is left out
+
+
+def prepare(argv: Sequence[str]) -> Plan:
+    """What the arguments ask for. Raises ValueError for what cannot be; exits after --help."""
+    arguments = _parser().parse_args(list(argv))
+    if arguments.name == "list":
+        return Plan([], None, False)
+    # Imported here, so that help does not wait for jax.
+    from jaxpg.devices import check_devices
+    from jaxpg.lab.studies import EXPERIMENTS
+
+    check_devices()
+    given = {k: getattr(arguments, k) for k in FLAGS if getattr(arguments, k) is not None}
+    _check(given)
+    if "estimators" in given:
+        given["estimators"] = tuple(x for x in given["estimators"].split(",") if x)
+    if "checkpoint" in given:
+        from jaxpg.runs.play.policy import load
+
+        given["checkpoint"] = load(given["checkpoint"], arguments.replica)
+        given.setdefault("env", given["checkpoint"].environment)
+    together = arguments.name == "all"
+    names = list(EXPERIMENTS) if together else [_known(arguments.name, EXPERIMENTS)]
+    jobs = []
+    for name in names:
+        experiment = EXPERIMENTS[name]
+        base = experiment.quick if arguments.quick else experiment.defaults
+        if arguments.quick and "checkpoint" in given:
+            # A trained policy's episodes are long, and its network's gradients are not small.
+            base = base._replace(trajectories=base.trajectories // LONGER)
+        # For all, a setting is for those that know it; for one, it is a mistake if it does not.
+        meant = {k: v for k, v in given.items() if not (together and k in experiment.ignores)}
+        refusal = _refusal(name, experiment, meant)
+        if refusal and not together:
+            raise ValueError(refusal)
+        settings = base._replace(quick=arguments.quick, **meant)
+        jobs.append(Job(name, experiment, settings, refusal))
+    return Plan(jobs, arguments.out, together)
+
+
+def execute(plan: Plan) -> None:
+    """Runs the jobs one after the other, each into its folder. Raises ValueError."""
+    if not plan.jobs:
+        say(*_listing())
+        return
+    started, parent = time.perf_counter(), None
+    if plan.together:
+        parent = _folder(plan.out, "lab-all")
+    for job in plan.jobs:
+        if job.refusal:
+            say(f"{job.name}: left out; {job.refusal}")
+            continue
+        folder = _folder(plan.out, f"lab-{job.name}") if parent is None else parent / job.name
+        folder.mkdir(exist_ok=True)
+        try:
+            result, seconds = _run(job, folder)
+        except ValueError as error:
+            _discard(folder)
+            if not plan.together:
+                raise
+            say(f"{job.name}: left out; {error}")
+            continue
+        except BaseException:
+            _discard(folder)
+            raise
+        say(*_report(job, result), f"{seconds:.1f} s, saved in {folder}")
+        try:
+            artifacts.write_figure(folder, result.draw)
+        except KeyboardInterrupt as stop:
+            raise type(stop)(f"stopped while drawing; the numbers are in {folder}") from None
+    if parent is not None:
+        say(f"all in {time.perf_counter() - started:.0f} s, saved in {parent}")
+
+
+def _run(job: Job, folder: Path) -> tuple[Any, float]:
+    """What the experiment found, saved, and the seconds that it took."""
+    started = time.perf_counter()
+    settings = job.settings
+    with _progress() as progress:
+        progress(f"{job.name} on {settings.env}")
+        result = job.experiment.run(settings, progress)
+    seconds = time.perf_counter() - started
+    table = _noted(result.table, _departure(job))
+    artifacts.write_table(folder, table)
+    summary = {
+        "experiment": job.name,
+        "settings": _described(job),
+        "summary": result.summary,
+        "seconds": seconds,
+        **_surroundings(),
+    }
+    artifacts.write_summary(folder, summary)  # after the table, because it says that it is there
+    return result._replace(table=table), seconds
+
+
+def _report(job: Job, result) -> list[str]:
+    headline = f"{job.name} on {_where_from(job.settings)}: {job.experiment.summary}"
+    rows = (f"  {line}"[: artifacts.WIDTH] for line in artifacts.lines(result.table))
+    return [textwrap.fill(headline, artifacts.WIDTH, break_on_hyphens=False), *rows]
+
+
+def _described(job: Job) -> dict[str, Any]:
+    """The settings, a checkpoint by its run, and what they have otherwise than the run."""
+    settings = job.settings
+    found, checkpoint = settings._asdict(), settings.checkpoint
+    if settings.gamma is None:
+        found["gamma"] = 1.0 if checkpoint is None else checkpoint.hyperparams.gamma
+    found["checkpoint"] = None if checkpoint is None else checkpoint.origin
+    return found | {"not_the_runs": _departure(job) or None}
+
+
+def _where_from(settings) -> str:
+    """The world, and whose policy acts in it."""
+    if settings.checkpoint is None:
+        return settings.env
+    origin = settings.checkpoint.origin
+    return f"{settings.env}, seed {origin['seed']} of {origin['run']} at update {origin['update']}"
+
+
+def _departure(job: Job) -> str:
+    """What is asked, or measured, otherwise than a checkpoint's run has it, or nothing."""
+    settings = job.settings
+    if settings.checkpoint is None:
+        return ""
+    own, said = settings.checkpoint.hyperparams.gamma, []
+    if settings.gamma not in (None, own):
+        said = [f"--gamma {settings.gamma:g}, not the run's {own:g}"]
+    return "; ".join([*said, *job.experiment.replaces(settings)])
+
+
+def _noted(table: dict[str, list], note: str) -> dict[str, list]:
+    """The table with a note on every row."""
+    if not note:
+        return table
+    return table | {"warning": ["; ".join(filter(None, (note, x))) for x in table["warning"]]}
+
+
+def _surroundings() -> dict[str, Any]:
+    import jax
+
+    from jaxpg.runs.store.folder import PACKAGES, _version
+
+    device = jax.devices()[0]
+    return {
+        "versions": {name: _version(name) for name in (*PACKAGES, "numpy", "scipy")},
+        "device": {"platform": device.platform, "kind": device.device_kind},
+        "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def _listing() -> list[str]:
+    from jaxpg.lab.studies import EXPERIMENTS
+
+    width = max(map(len, EXPERIMENTS))
+    rows = [
+        textwrap.fill(
+            f"{each.summary} [{_where(each)}]",
+            artifacts.WIDTH,
+            initial_indent=f"  {name.ljust(width)}  ",
+            subsequent_indent=" " * (width + 4),
+            break_on_hyphens=False,
+        )
+        for name, each in EXPERIMENTS.items()
+    ]
+    worlds = (
+        "any: --env takes A, T or C (worked instances), LQR, or a gymnax environment, and --checkpoint "
+        "a policy trained there. Exact lines are drawn where probabilities are known: in the worked "
+        "instances, FrozenLake-misc, Catch-bsuite and DiscountingChain-bsuite, and in part in LQR."
+    )
+    head = "experiments (jaxpg lab NAME; jaxpg lab all --quick runs every one), and where:"
+    return [head, *rows, textwrap.fill(worlds, artifacts.WIDTH, break_on_hyphens=False)]
+
+
+def _where(experiment) -> str:
+    """The worlds that an experiment runs on."""
+    if experiment.worlds:
+        return ", ".join(experiment.worlds)
+    if "env" in experiment.ignores:
+        return "its own"
+    own = " and ".join(experiment.defaults.env.split(","))
+    return "any" if own == "A" else f"{own}, or any"
+
+
+def _refusal(name, experiment, given) -> str:
+    """Why an experiment cannot have what was asked, or nothing."""
+    for flag in experiment.ignores:
+        if flag in given and flag != "env":
+            return f"--{flag} means nothing to {name}; leave it out"
+    wanted = given.get("env", experiment.defaults.env)
+    if experiment.worlds and wanted not in experiment.worlds:
+        needed = ", which have tables of probabilities" if len(experiment.worlds) > 1 else ""
+        return f"{name} runs on {', '.join(experiment.worlds)}{needed}; not on {wanted}"
+    if "env" in experiment.ignores and "env" in given and wanted != experiment.defaults.env:
+        return f"{name} has a world of its own; leave out --env"
+    return ""
+
+
+def _check(given) -> None:
+    if "gamma" in given and not 0 <= given["gamma"] <= 1:
+        raise ValueError(f"--gamma {given['gamma']} must lie in [0, 1]")
+
+
+def _known(name, experiments) -> str:
+    if name not in experiments:
+        near = difflib.get_close_matches(name, experiments, n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(near)}?" if near else "see jaxpg lab list"
+        raise ValueError(f"unknown experiment {name!r}; {hint}")
+    return name
+
+
+def _parser() -> argparse.ArgumentParser:
+    found = parser(
+        "lab",
+        "Experiments on the variance of policy gradients. Each writes a table (Parquet and CSV), a JSON "
+        "summary and a figure (PNG and SVG).",
+        "example: jaxpg lab ladder --env FrozenLake-misc --trajectories 100000",
+    )
+    add = found.add_argument
+    add("name", metavar="NAME", help="an experiment, `all`, or `list` to see them")
+    add("--env", help="A, T or C (worked instances) or a gymnax environment; default: A")
+    add("--policy", help="mlp, linear, gru or tabular, at its initial parameters")
+    add(
+        "--checkpoint",
+        metavar="RUN",
+        help="folder of a jaxpg train run: its final policy and critic, and its numbers",
+    )
+    add("--replica", type=whole(), default=0, help="which of the run's agents; default: 0")
+    add(
+        "--estimators",
+        metavar="NAME,...",
+        help="names with commas between, such as total,rtg,gae_0.9",
+    )
+    add(
+        "--trajectories",
+        type=whole(1, 2**53),
+        metavar="N",
+        help="per measured point; 1e6 and 2**20 are read",
+    )
+    add("--repeats", type=whole(1, 100_000), metavar="N", help="independent batches or runs")
+    add("--seed", type=whole(0, 2**32 - 1), help="of all randomness; default: 0")
+    add("--gamma", type=float, help="discount; default: the run's, or 1")
+    add(
+        "--out", metavar="DIR", help="folder to write, new or empty; default: a new one under runs/"
+    )
+    add("--quick", action="store_true", help="small sizes, to see what comes out")
+    return found
+
+
+def _folder(out: str | None, name: str) -> Path:
+    from jaxpg.runs.store.folder import RUNS, _new_folder
+
+    if out is None:
+        return _new_folder(RUNS, name)
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        occupied = any(folder.iterdir())
+        artifacts.write_atomically(folder / ".probe", lambda file: None)
+        (folder / ".probe").unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"cannot write {out}: {reason}; name another folder with --out") from error
+    if occupied:
+        raise ValueError(f"{out} is not empty; name a new folder with --out, or leave it out")
+    return folder
+
+
+def _discard(folder: Path) -> None:
+    from jaxpg.runs.store.folder import remove_empty
+
+    with suppress(OSError):
+        for name in artifacts.FILES:
+            (folder / name).unlink(missing_ok=True)
+        remove_empty(folder)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Shows what goes on: one line that changes in a terminal, a line now and then elsewhere."""
+    console, shown = terminal(), [time.perf_counter()]
+    if console is not None:
+        with console.status("", refresh_per_second=4) as status:
+            yield lambda line: status.update(escape(line[: artifacts.WIDTH - 3]))
+        return
+
+    def show(line: str) -> None:
+        if time.perf_counter() - shown[0] > QUIET_SECONDS:
+            shown[0] = time.perf_counter()
+            note(f"  {line}")
+
+    yield show

@@ -1,0 +1,1 @@
+"""The commands `evaluate`, `record` and `render`: what a trained policy does."""

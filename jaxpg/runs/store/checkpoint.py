@@ -1,0 +1,342 @@
+"""Checkpoints: a tree of arrays and keys, with what the host knows, whole or not at all.
+
+Each is a folder of orbax named after the number of updates. A tree is stored as its leaves by their path
+in it, so the code that reads one must have made the same tree, and says so if it has not.
+"""
+
+import errno
+import json
+import logging
+import math
+import os
+import re
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, NotRequired, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpg.runs.config.config import CONFIG
+from jaxpg.runs.config.schema import expect
+
+LAYOUT = 1  # of what is written here; a tree's own is in its leaves
+KEEP = 3  # the newest, and beside them the best
+REMOVAL = 1.0  # seconds that removing one may take
+
+
+class Leaf(TypedDict):
+    """What a checkpoint says of an array."""
+
+    shape: list[int]
+    dtype: str
+    crc32: int
+
+
+class Host(TypedDict):
+    """What the host knows beside the tree."""
+
+    layout: int
+    leaves: dict[str, Leaf]
+    record: dict[str, Any]
+    updates: NotRequired[int]  # that of before has none, nor settings
+    settings: NotRequired[dict[str, Any]]
+
+
+class Scored(TypedDict):
+    """What is said of a checkpoint that has a score."""
+
+    score: float
+
+
+class Record(TypedDict):
+    """What the record of a run has to have."""
+
+    env_steps: list[int]  # of every replica
+    seconds: float
+    diverged: dict[str, int]  # of a replica, the update
+    lines: NotRequired[int]  # of metrics.jsonl
+
+
+class Checkpoints(NamedTuple):
+    """Where a run saves. Any OSError that was met in the background is raised by the next call."""
+
+    save: Callable[[int, Any, dict, float], None]  # updates, tree on the host, record, score
+    wait: Callable[[], None]
+    close: Callable[[], None]
+
+
+def open_checkpoints(folder: Path, settings: dict | None = None) -> Checkpoints:
+    """Saves go on in the background: what is being written gets its name when it is whole.
+
+    settings: of the run, which every checkpoint carries beside its own number of updates.
+    """
+    ocp = _orbax()
+    from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+    def score(metrics):
+        return metrics["score"]
+
+    best = keep.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
+    options = ocp.CheckpointManagerOptions(
+        best_fn=score,
+        preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(KEEP), best]),
+        cleanup_tmp_directories=True,
+    )
+    manager = _written(folder, lambda: ocp.CheckpointManager(folder.absolute(), options=options))
+
+    def save(updates, tree, record, score):
+        leaves, described = _described(tree)
+        host = {"layout": LAYOUT, "leaves": described, "record": record, "updates": updates}
+        if settings is not None:
+            host["settings"] = settings
+        arguments = ocp.args.Composite(
+            # orbax refuses arrays without elements, of which there is nothing to store.
+            state=ocp.args.PyTreeSave({k: x for k, x in leaves.items() if x.size}),
+            host=ocp.args.JsonSave(host),
+        )
+        metrics = {"score": score} if math.isfinite(score) else None
+        # force: also a number of updates that is not above the last, after a resume from before it.
+        _written(folder, lambda: manager.save(updates, args=arguments, metrics=metrics, force=True))
+
+    return Checkpoints(
+        save,
+        lambda: _written(folder, manager.wait_until_finished),
+        lambda: _written(folder, manager.close),
+    )
+
+
+def on_host(tree: Any) -> Any:
+    """A copy in the host's memory of a tree of arrays and typed keys, which become their data."""
+
+    def copied(x):
+        if _is_key(x):
+            x = jax.random.key_data(x)
+        # A copy: on a CPU, jax's own would share memory with an array that is about to be donated.
+        return np.array(x)
+
+    return jax.tree.map(copied, tree)
+
+
+def steps(folder: Path) -> list[int]:
+    """The numbers of updates at which there are checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    names = (f.name for f in folder.iterdir() if f.name.isdecimal() and f.is_dir())
+    return sorted(int(name) for name in names if name == str(int(name)))
+
+
+def best(folder: Path) -> int:
+    """The number of updates of the checkpoint with the highest score. Raises ValueError if none has one."""
+    scores = {}
+    for step in steps(folder):
+        path = folder / str(step)
+        if (path / "metrics").is_dir():
+            items = _orbax().args.Composite(metrics=_orbax().args.JsonRestore())
+            try:
+                found = _read(path, items).metrics
+                expect(found, Scored, f"cannot read the checkpoint {path}: metrics")
+                scores[step] = found["score"]
+            except ValueError:
+                if not removed(path):
+                    raise
+    if not scores:
+        raise ValueError(
+            f"no checkpoint in {folder} has a score; name one by its number of updates"
+        )
+    return max(scores, key=lambda step: scores[step])
+
+
+def removed(path: Path) -> bool:
+    """Whether a checkpoint that could not be read was just being removed, by training beside us."""
+    deadline = time.monotonic() + REMOVAL
+    while path.is_dir() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not path.is_dir()
+
+
+def restore(folder: Path, step: int, shapes: Any, settings: dict | None = None) -> tuple[Any, dict]:
+    """The tree with the structure of shapes, on the host, and the record that was saved with it.
+
+    shapes: a tree of what has shape and dtype; numbers of 32 and 64 bits become each other.
+    settings: those of the run that the checkpoint has to be of.
+    Raises ValueError, leaving every file as it is, for a checkpoint that is damaged, foreign, of another
+    run, number of updates or layout.
+    """
+    ocp, path = _orbax(), folder / str(step)
+    host = _read(path, ocp.args.Composite(host=ocp.args.JsonRestore())).host
+    if not isinstance(host, dict) or host.get("layout") != LAYOUT:
+        found = host.get("layout") if isinstance(host, dict) else None
+        raise ValueError(
+            f"{path} has layout {found}, and this version of jaxpg reads {LAYOUT}; "
+            "use the version that wrote it, which config.json names"
+        )
+    expect(host, Host, f"cannot read the checkpoint {path}: host")
+    if host.get("updates", step) != step:
+        raise ValueError(
+            f"{path} is the checkpoint of {host['updates']} updates, not of {step}; give it its own "
+            "name back"
+        )
+    check_settings(path, host.get("settings"), settings)
+    expected = {name: leaf for name, (leaf, _) in _named(shapes).items()}
+    _same_leaves(path, host["leaves"], expected)
+    saved = _read(path, ocp.args.Composite(state=ocp.args.PyTreeRestore())).state
+    found = []
+    for name, leaf in expected.items():
+        array = np.asarray(saved[name]) if name in saved else _empty(leaf)
+        if _checksum(array) != host["leaves"][name]["crc32"]:
+            raise ValueError(f"{path} is damaged: {name} is not what was written{_other(path)}")
+        found.append(_as_saved(array, leaf))
+    return jax.tree.unflatten(jax.tree.structure(shapes), found), host["record"]
+
+
+def restore_run(
+    folder: Path, step: int, shapes: Any, count: int, settings: dict | None = None
+) -> tuple[Any, Record]:
+    """`restore` of a run of so many replicas, whose record has what the run goes on with."""
+    state, record = restore(folder, step, shapes, settings)
+    where = f"cannot read the checkpoint {folder / str(step)}: record"
+    expect(record, Record, where)
+    found: Any = record
+    if len(found["env_steps"]) != count:
+        raise ValueError(
+            f"{where}.env_steps has {len(found['env_steps'])} entries for {count} replicas"
+        )
+    if wrong := found["diverged"].keys() - set(map(str, range(count))):
+        raise ValueError(
+            f"{where}.diverged names {min(wrong)!r}; there are replicas 0 to {count - 1}"
+        )
+    return state, found
+
+
+def check_settings(path: Path, found: dict | None, expected: dict | None) -> None:
+    """Raises ValueError where a file is of a run with other settings; one of before has none to compare."""
+    for name, value in (expected or {}).items():
+        if found is not None and found.get(name, value) != value:
+            of, wanted = (f"{name.strip('_')}={_said(each)}" for each in (found[name], value))
+            raise ValueError(
+                f"{path} is of a run with {of}, and its {CONFIG} says {wanted}; put the run's own file back"
+            )
+
+
+def _said(value) -> str:
+    return ",".join(map(_said, value)) if isinstance(value, list) else json.dumps(value).strip('"')
+
+
+def _named(tree):
+    return {
+        jax.tree_util.keystr(place, simple=True, separator="."): (leaf, place)
+        for place, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _described(tree):
+    leaves = {name: np.asarray(leaf) for name, (leaf, _) in _named(tree).items()}
+    described = {
+        name: {"shape": list(x.shape), "dtype": str(x.dtype), "crc32": _checksum(x)}
+        for name, x in leaves.items()
+    }
+    return leaves, described
+
+
+def _same_leaves(path, saved, expected):
+    """Raises ValueError for the first leaf that differs."""
+    for name in (*expected, *saved):
+        if name not in saved or name not in expected:
+            which = "lacks" if name not in saved else "has"
+            raise ValueError(
+                f"{path} {which} {name}, unlike what its config.json makes in this version of "
+                "jaxpg; use the version that wrote it"
+            )
+        shape, dtype = stored_as(expected[name])
+        kinds = (str(x).rstrip("0123456789") for x in (saved[name]["dtype"], dtype))
+        alike = len({*kinds}) == 1  # in 32 bits or 64
+        if list(shape) != saved[name]["shape"] or not alike:
+            raise ValueError(
+                f"{path} has {name} as {saved[name]['dtype']}{saved[name]['shape']}, and its "
+                f"config.json makes {dtype}{list(shape)}; was either changed?"
+            )
+
+
+def _is_key(leaf) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def stored_as(leaf: Any) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype of a leaf on the host."""
+    if _is_key(leaf):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return leaf.shape, leaf.dtype
+
+
+def _empty(leaf):
+    shape, dtype = stored_as(leaf)
+    return np.zeros(shape, dtype)
+
+
+def _as_saved(array, leaf):
+    if _is_key(leaf):
+        return jax.random.wrap_key_data(array, impl=_implementation(leaf))
+    return array.astype(leaf.dtype)
+
+
+def _implementation(leaf) -> str:
+    found = []
+    # Of a shape alone jax does not say it; of what is traced it does.
+    jax.eval_shape(lambda key: found.append(str(jax.random.key_impl(key))), leaf)
+    return found[0]
+
+
+def _checksum(array) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).tobytes())
+
+
+def _read(path, items):
+    ocp = _orbax()
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    try:
+        with ocp.CheckpointManager(path.parent.absolute(), options=options) as manager:
+            return manager.restore(int(path.name), args=items)
+    # Whatever a damaged file makes orbax, tensorstore or json raise.
+    except Exception as error:
+        why = str(error).splitlines()[0][:200] if str(error) else repr(error)
+        raise ValueError(f"cannot read the checkpoint {path}: {why}{_other(path)}") from error
+
+
+def _other(path) -> str:
+    """What to do about a damaged checkpoint."""
+    earlier = [step for step in steps(path.parent) if step < int(path.name)]
+    if not earlier:
+        return ""
+    return f". The one of {earlier[-1]} updates is next: move {path} away to go on from there"
+
+
+def _written(folder, action):
+    """The action's result, with whatever goes wrong as OSError, but for a lack of memory or threads."""
+    try:
+        return action()
+    except (OSError, MemoryError):
+        raise
+    # tensorstore raises ValueError, and jax its own errors; the system's number is in their words.
+    except Exception as error:
+        text = str(error) or repr(error)
+        if isinstance(error, ImportError) or "new thread" in text or "Out of memory" in text:
+            raise
+        system = re.search(r"os_error_code='(\d+)'|OS error (\d+)", text)
+        code = int(system[1] or system[2]) if system else None
+        if code is None and text.startswith("RESOURCE_EXHAUSTED"):
+            code = errno.ENOSPC
+        why = os.strerror(code) if code else text.splitlines()[0][:200]
+        raise OSError(code, why, str(folder)) from error
+
+
+def _orbax() -> Any:
+    """Imported late: it takes half a second, and plain training from Python needs none of it."""
+    import orbax.checkpoint
+
+    # Its warnings name its own internals; what matters is raised.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    return orbax.checkpoint

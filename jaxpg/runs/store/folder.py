@@ -1,0 +1,376 @@
+"""The run's folder: every file is written whole or not at all."""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import warnings
+import zipfile
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict, cast
+
+import jax
+import numpy as np
+
+from jaxpg.runs.config.config import CONFIG, FREE, Config, Grid, read_config
+from jaxpg.runs.config.schema import parsed
+from jaxpg.runs.host import health
+from jaxpg.runs.host.cache import processor
+from jaxpg.runs.store.lock import LOCK, locked
+
+METRICS, PARAMS, EVALUATION = "metrics.jsonl", "params.npz", "evaluation.json"
+SWEEP = "sweep.json"
+TABLE = "metrics.parquet"  # a folder of parts, which readers of Parquet take for one table
+CHECKPOINTS, FIGURES = "checkpoints", "figures"
+RUNS = Path("runs")  # where folders are made that nobody names
+BATCHES = "batches"  # of a sweep that goes on
+TENSORBOARD, WANDB = "tensorboard", "wandb"
+TEMPORARY = r"\..+\.\d+\.tmp"  # the names of files that are being written
+LONG = 16
+# Of a description, what may change the last digits of a result.
+COMPUTING = ("versions", "git", "device", "xla_flags", "precision", "lanes")
+PACKAGES = ("jaxpg", "jax", "jaxlib", "flax", "optax", "gymnax", "orbax-checkpoint")
+
+
+def create_folder(config: Config, over: bool = False) -> Path:
+    """A new or empty folder for the run. Raises ValueError when it is in use or cannot be written.
+
+    over: what a run left that was killed before its first checkpoint is removed.
+    """
+    if config.run is None:
+        return _new_folder(RUNS, f"{config.environment}-{config.algorithm}")
+    folder = Path(config.run)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if over:
+            _clear(folder)
+        if any(file.name != LOCK for file in folder.iterdir()):
+            raise ValueError(
+                f"{folder} is not empty; name a new folder with --run, or leave it out; "
+                "--resume-or-start goes on with a run of the same command"
+            )
+        _probe(folder)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    return folder
+
+
+def _clear(folder):
+    """Removes what a run left that was killed before its first checkpoint, if there is nothing else."""
+    with locked(folder):
+        check_links(folder)
+        ours = {".probe"}
+        if (folder / CONFIG).is_file():
+            ours |= {CONFIG, METRICS, TABLE, TENSORBOARD, WANDB, CHECKPOINTS}
+        if all(re.fullmatch(TEMPORARY, file.name) for file in (folder / BATCHES).glob("*")):
+            ours.add(BATCHES)
+        found = [file for file in folder.iterdir() if file.name != LOCK]
+        if any(file.name not in ours and not re.fullmatch(TEMPORARY, file.name) for file in found):
+            return
+        if any(file.name.isdecimal() for file in (folder / CHECKPOINTS).glob("*")):
+            return
+        # What says whose they are goes last.
+        for file in sorted(found, key=lambda file: file.name == CONFIG):
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+def _new_folder(parent, name):
+    name = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    number = 1
+    while True:
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            _probe(folder)
+            return folder
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+
+
+def _probe(folder):
+    # A folder may exist and still take no file.
+    write_atomically(folder / ".probe", lambda file: None)
+    (folder / ".probe").unlink()
+
+
+def _unwritable(folder, error):
+    return ValueError(
+        f"cannot write {folder}: {error.strerror or error}; name another folder with --run"
+    )
+
+
+def discard_folder(folder: Path) -> None:
+    """Removes a folder of a run that has learnt nothing."""
+    with suppress(
+        OSError
+    ):  # the folder may be a mount point, or hold something of the user's by now
+        for name in (CONFIG, LOCK):
+            (folder / name).unlink(missing_ok=True)
+        for name in (TENSORBOARD, WANDB, CHECKPOINTS):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        remove_empty(folder)
+
+
+def remove_empty(folder: Path) -> None:
+    """Removes an empty folder, and runs/ where nothing else is in it. Raises OSError."""
+    folder.rmdir()
+    if folder.parent == RUNS:
+        RUNS.rmdir()
+
+
+def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
+    """Calls write(binary file), then gives the file its name. An OSError says which."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w+b") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any, exact: bool = False) -> None:
+    """Strict JSON: NaN and the infinities become null. exact: with every digit of a float."""
+    text = json.dumps(value if exact else jsonable(value), indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def append_json(path: Path, value: Any) -> None:
+    """One more line, in one write."""
+    with open(path, "ab", buffering=0) as file:
+        file.write(json_line(value))
+
+
+def json_line(value: Any) -> bytes:
+    return json.dumps(jsonable(value), allow_nan=False).encode() + b"\n"
+
+
+def write_params(path: Path, params: Any, about: dict | None = None) -> None:
+    """Leaves by their path in the tree, [N, ...] each; about: what they are of, as the archive's comment."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    arrays = {
+        jax.tree_util.keystr(place, simple=True, separator="/"): np.asarray(leaf)
+        for place, leaf in leaves
+    }
+
+    def write(file):
+        np.savez(file, **cast(Any, arrays))
+        with zipfile.ZipFile(file, "a") as archive:
+            archive.comment = json.dumps(about).encode()
+
+    write_atomically(path, write)
+
+
+def about_params(path: Path) -> dict | None:
+    """What the arrays of params.npz are of; None where it does not say. Raises ValueError."""
+    with _archive(path) as archive:
+        said = archive.comment
+    return parsed(said or b"null", About | None, f"the comment of {path}")
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """What a run's numbers follow from, by its config.json, but for what a resumed run may change.
+
+    A checkpoint and params.npz carry them. Long lists are told apart by their digests.
+    """
+    saved = read_config(folder)[1]
+    found = saved["config"] | saved["hyperparameters"]
+    found["demonstrations_sha256"] = saved.get("demonstrations_sha256")
+
+    def short(value):
+        if not isinstance(value, list) or len(value) <= LONG:
+            return value
+        digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
+        return f"{len(value)} values {digest[:12]}"
+
+    # The file of the demonstrations may have moved: its digest tells.
+    return {k: short(v) for k, v in found.items() if k not in (*FREE, "run", "demonstrations")}
+
+
+class About(TypedDict):
+    """What the comment of params.npz has to say."""
+
+    settings: dict[str, Any]
+    updates: int
+
+
+class Declared(NamedTuple):
+    """What the header of an array in an .npz file says."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def declared_arrays(path: str | Path) -> dict[str, Declared]:
+    """The arrays of an .npz file, as their headers say; none is unpacked. Raises ValueError."""
+    with _archive(path) as archive:
+        return {name.removesuffix(".npy"): _declared(archive, name) for name in archive.namelist()}
+
+
+def read_arrays(path: str | Path, names: Container[str]) -> dict[str, np.ndarray]:
+    """These arrays of an .npz file. Raises ValueError for more than memory holds, and for a damaged file."""
+    wanted = {name: each for name, each in declared_arrays(path).items() if name in names}
+    needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in wanted.values())
+    free = health.machine_bytes()
+    if free is not None and needed > free / 2:  # they are copied once
+        raise ValueError(
+            f"{path} unpacks to {needed / 1e9:,.1f} GB, and {free / 1e9:.1f} GB of memory are free"
+        )
+    with _archive(path) as archive:
+        found = {}
+        for name in wanted:
+            with archive.open(f"{name}.npy") as member:
+                found[name] = np.lib.format.read_array(member, allow_pickle=False)
+        return found
+
+
+@contextmanager
+def _archive(path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
+            warnings.simplefilter("error")
+            yield archive
+    # Whatever a damaged file makes zipfile, zlib and numpy raise.
+    except Exception as error:
+        why = f"{error}".splitlines()[0][:200] if str(error) else repr(error)
+        raise ValueError(f"cannot read {path}: {why}") from error
+
+
+def _declared(archive, name) -> Declared:
+    """Raises ValueError for a member that is no array, or not as long as it says."""
+    with archive.open(name) as member:
+        version = np.lib.format.read_magic(member)
+        readers = {(1, 0): np.lib.format.read_array_header_1_0}
+        shape, _, dtype = readers.get(version, np.lib.format.read_array_header_2_0)(member)
+        length = archive.getinfo(name).file_size - member.tell()
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != length or min(shape, default=0) < 0:
+        raise ValueError(f"{name} holds {length} bytes, and is said to be {dtype}{list(shape)}")
+    return Declared(shape, dtype)
+
+
+def description(config: Config, grid: Grid, replicas: list[dict]) -> dict[str, Any]:
+    """What config.json says."""
+    device = jax.devices()[0]
+    return {
+        "config": asdict(config),
+        "hyperparameters": grid._asdict(),
+        "replicas": replicas,
+        "demonstrations_sha256": _digest(config),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()}
+        | {name: _version(name) for name in PACKAGES},
+        "git": revision(),
+        "device": {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "count": jax.device_count(),
+            "processor": processor(),
+        },
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        # The networks ask for full float32 products, whatever the device's default.
+        "precision": {
+            "matmul": "highest",
+            "dtype": str(jax.numpy.result_type(float)),
+            "x64": jax.config.read("jax_enable_x64"),
+        },
+    }
+
+
+def otherwise(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list]:
+    """What two descriptions compute with and differ in: [then, now] each, of what both say."""
+    found = {}
+    for name in COMPUTING:
+        old, new = (x.get(name) for x in (before, now))
+        if isinstance(old, dict) and isinstance(new, dict):
+            found |= {f"{name} {k}": [old[k], new[k]] for k in old if k in new and old[k] != new[k]}
+        elif name in before and name in now and old != new:
+            found[name] = [old, new]
+    return found
+
+
+def check_links(folder: Path) -> None:
+    """Raises ValueError where what a run writes or removes would be another folder's."""
+    names = (METRICS, TABLE, CHECKPOINTS, BATCHES, TENSORBOARD, WANDB)
+    for path in (*(folder / name for name in names), *(folder / CHECKPOINTS).glob("*")):
+        if path.is_symlink():
+            raise ValueError(
+                f"{path} is a link to {os.readlink(path)}, where files would be written and removed; "
+                "put a copy in its place"
+            )
+
+
+def check_demonstrations(folder: Path, config: Config) -> None:
+    """Raises ValueError when the file that the folder's run learnt from has become another."""
+    # A run of before they were kept has none to compare.
+    began = read_config(folder)[1].get("demonstrations_sha256")
+    if began is not None and began != _digest(config):
+        raise ValueError(
+            f"{config.demonstrations} has changed since {folder} began with it, so a resumed run would "
+            f"not be the same; put the first one back, or start again with --config {folder}"
+        )
+
+
+def _digest(config):
+    if not config.demonstrations:
+        return None
+    with open(config.demonstrations, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def revision() -> dict[str, Any] | None:
+    """The git commit of jaxpg's own sources, and whether they differ from it; None where there is none."""
+    package = Path(__file__).parents[2]
+
+    def git(*arguments):
+        done = subprocess.run(
+            ["git", "-C", str(package), *arguments], capture_output=True, text=True, timeout=10
+        )
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        # Installed packages may lie inside a repository of something else.
+        if git("ls-files", "--error-unmatch", "__init__.py") is None:
+            return None
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "changed": bool(git("status", "--porcelain", ".")),
+        }
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def jsonable(value: Any) -> Any:
+    """Plain Python values; floats to the digits that float32 has, NaN and infinities as None."""
+    if isinstance(value, dict):
+        return {name: jsonable(each) for name, each in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return jsonable(value.tolist())
+    if isinstance(value, list | tuple):
+        return [jsonable(each) for each in value]
+    if isinstance(value, float):
+        return float(f"{value:.8g}") if math.isfinite(value) else None
+    return value
+
+
+def _version(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None  # run from its sources

@@ -1,0 +1,316 @@
+"""Metrics: what a run measures, [replica, update], and the sinks that it is written to."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxpg.runs.config.config import Config
+from jaxpg.runs.store.folder import append_json, json_line, jsonable, write_atomically
+from jaxpg.stats.seeds import noise_ratios
+from jaxpg.types import Hyperparams
+
+
+class Records(NamedTuple):
+    """One chunk: K updates of N replicas."""
+
+    update: np.ndarray  # [K] counted from 1
+    env_steps: np.ndarray  # [N, K] of each replica, so far
+    seconds: np.ndarray  # [K] of training so far; within a chunk, in equal parts
+    metrics: dict[str, np.ndarray]  # [N, K] each; NaN where there is no value
+
+
+class Sink(NamedTuple):
+    """Where records go: two functions, so that a user's own is as short as it can be."""
+
+    write: Callable[[Records], Any]
+    close: Callable[[], Any]
+
+
+class Table(NamedTuple):
+    """The Parquet table: records are kept until flush writes them as one more part."""
+
+    write: Callable[[Records], None]
+    flush: Callable[[], None]
+
+
+def check_sinks(config: Config) -> None:
+    """Raises ValueError when a sink that was asked for is not installed."""
+    for wanted, module, extra in (
+        (config.tensorboard, "tensorboardX", "tensorboard"),
+        (config.wandb, "wandb", "wandb"),
+    ):
+        if wanted and find_spec(module) is None:
+            raise ValueError(f"--{extra} needs {module}: pip install 'jaxpg[{extra}]'")
+
+
+def nan_mean(values: np.ndarray) -> np.ndarray:
+    """[N, K] to [N]: over the updates that have a value, NaN where none has."""
+    has = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(has, values, 0.0).sum(axis=1) / has.sum(axis=1)
+
+
+def means(records: Records, num_envs: int) -> dict[str, np.ndarray]:
+    """[N] each: the chunk's means and, where noise is measured, ratios of them."""
+    found = {name: nan_mean(values) for name, values in records.metrics.items()}
+    return found | _ratios(records, num_envs, [[i] for i in range(len(records.env_steps))])
+
+
+def _ratios(records: Records, num_envs: int, groups: list[list[int]]) -> dict[str, np.ndarray]:
+    """[G] each, over a group's replicas and the chunk's updates; where not resolved NaN, and a bound."""
+    if not {"noise", "signal"} <= records.metrics.keys():
+        return {}
+    noise, signal = (
+        np.stack([records.metrics[name][rows].ravel() for rows in groups])
+        for name in ("noise", "signal")
+    )
+    found = {}
+    for name, (value, low, _) in noise_ratios(noise, signal, num_envs).items():
+        found |= {name: value, f"{name}_above": np.where(np.isnan(value), low, np.nan)}
+    return found
+
+
+def json_lines(path: Path, num_envs: int) -> Sink:
+    """One line for each chunk, with the mean of every metric for each replica."""
+
+    def write(records):
+        append_json(path, _line(records, num_envs))
+
+    return Sink(write, lambda: None)
+
+
+def _line(records: Records, num_envs: int) -> dict[str, Any]:
+    counts = {
+        "update": records.update[-1],
+        "env_steps": records.env_steps[:, -1],
+        "seconds": records.seconds[-1],
+    }
+    return counts | means(records, num_envs)
+
+
+def parquet(folder: Path, labels: list[dict], columns: list[str]) -> Table:
+    """A tidy table, a row for each replica and update, as a folder of parts that make one table.
+
+    columns: of the labels, those that vary. A part is written at each checkpoint, so that neither a crash
+    nor a resume has to rewrite what is there.
+    """
+    kept: list[Records] = []
+
+    def flush():
+        if not kept:
+            return
+        import pyarrow
+        from pyarrow import parquet
+
+        records = _joined(kept)
+        count = len(records.update)
+        rows: dict[str, Any] = {"replica": np.repeat(np.arange(len(labels), dtype=np.int32), count)}
+        for name in ("seed", *columns):
+            rows[name] = np.repeat(np.array([label[name] for label in labels]), count)
+        rows["update"] = np.tile(records.update, len(labels))
+        rows["env_steps"] = records.env_steps.reshape(-1)
+        rows["seconds"] = np.tile(records.seconds, len(labels))
+        rows |= {name: values.reshape(-1) for name, values in records.metrics.items()}
+        table = pyarrow.table({name: _column(values) for name, values in rows.items()})
+        folder.mkdir(exist_ok=True)
+        path = folder / f"part-{records.update[-1]:012d}.parquet"
+        write_atomically(
+            path, lambda file: parquet.write_table(table, file, write_page_checksum=True)
+        )
+        kept.clear()
+
+    return Table(kept.append, flush)
+
+
+def _column(values: np.ndarray) -> Any:
+    """Numbers as a pyarrow array; no value is null, because readers skip that in a mean and keep NaN."""
+    import pyarrow
+
+    if values.dtype.kind not in "iuf":
+        return pyarrow.array(values)
+    # pyarrow.array would import pandas, half a second, to see that this is none of its series.
+    valid = None
+    if values.dtype.kind == "f":
+        valid = pyarrow.py_buffer(np.packbits(~np.isnan(values), bitorder="little"))
+    buffer = pyarrow.py_buffer(np.ascontiguousarray(values))
+    kind = pyarrow.from_numpy_dtype(values.dtype)
+    return pyarrow.Array.from_buffers(kind, len(values), [valid, buffer])
+
+
+def tensorboard(folder: Path, labels: list[dict], columns: list[str], num_envs: int, after: int):
+    """Event files: for every setting, the mean of each metric over its seeds, by update.
+
+    after: events of later updates, which a resumed run repeats, are dropped.
+    """
+    from tensorboardX import SummaryWriter
+
+    writers = {
+        name: SummaryWriter(str(folder / name), purge_step=after + 1 if after else None)
+        for name in _settings(labels, columns)
+    }
+
+    def write(records):
+        for name, scalars in _by_setting(records, labels, columns, num_envs).items():
+            for metric, value in scalars.items():
+                writers[name].add_scalar(metric, value, int(records.update[-1]))
+            writers[name].flush()
+
+    return Sink(write, lambda: [writer.close() for writer in writers.values()])
+
+
+def wandb(
+    folder: Path, description: dict, labels: list[dict], columns: list[str], num_envs: int
+) -> Sink:
+    """Weights & Biases, offline unless WANDB_MODE says otherwise: one run, a metric for each setting."""
+    import wandb as library
+
+    mode: Any = os.environ.get("WANDB_MODE", "offline")
+    settings = library.Settings(silent=True)
+    run = library.init(
+        project="jaxpg", dir=str(folder), mode=mode, config=jsonable(description), settings=settings
+    )
+
+    def write(records):
+        found = _by_setting(records, labels, columns, num_envs)
+        several = len(found) > 1
+        flat = {
+            f"{name}/{metric}" if several else metric: value
+            for name, scalars in found.items()
+            for metric, value in scalars.items()
+        }
+        run.log(flat, step=int(records.update[-1]))
+
+    return Sink(write, run.finish)
+
+
+def rewind(lines: Path, table: Path, update: int) -> None:
+    """Drops what was recorded after this update, which a resumed run records again."""
+    if lines.is_file():
+        # What follows the last line break is a line that a crash cut short.
+        kept = [
+            line
+            for line in lines.read_text(errors="replace").split("\n")[:-1]
+            if not (at := _update(line)) or at <= update
+        ]
+        write_atomically(lines, lambda file: file.write("".join(x + "\n" for x in kept).encode()))
+    for part in table.glob("part-*.parquet"):
+        if int(part.stem.removeprefix("part-")) > update:
+            part.unlink()
+    if update == 0:
+        shutil.rmtree(table, ignore_errors=True)
+
+
+def count_lines(lines: Path) -> int:
+    return len(lines.read_bytes().splitlines()) if lines.is_file() else 0
+
+
+def check_table(folder: Path, since: int, update: int, replicas: int) -> None:
+    """Raises ValueError where the table lacks a row of since to update, or cannot be read."""
+    from pyarrow import ArrowException, parquet
+
+    found, why = np.zeros(update + 1, int), ""
+    for part in _parts(folder, update):
+        try:
+            table = parquet.read_table(part, page_checksum_verification=True)
+            found += np.bincount(table["update"].to_numpy(), minlength=update + 1)[: update + 1]
+        except (ArrowException, OSError, KeyError) as error:
+            why = f": {part.name} cannot be read ({str(error).splitlines()[0][:100]})"
+    bad = since + np.flatnonzero(found[since:] != replicas)
+    if len(bad):
+        raise ValueError(
+            f"{folder} is not whole between updates {bad[0]} and {bad[-1]}{why}; put its parts back, or "
+            "move it and metrics.jsonl away to go on without what they recorded"
+        )
+
+
+def mend_lines(
+    lines: Path, table: Path, updates: tuple[int, int], chunk: int, count: int | None, num_envs: int
+) -> str:
+    """Writes the lines anew from the table where some are missing or damaged, and says so; else "".
+
+    updates: the first and the last that are recorded. count: of the lines that there were; None: unknown.
+    """
+    since, update = updates
+    at = [_update(x) for x in lines.read_bytes().splitlines()] if lines.is_file() else []
+    rising = all(a < b for a, b in pairwise([since - 1, *at]))
+    if update < since or (rising and at[-1:] == [update] and count in (None, len(at))):
+        return ""
+    from pyarrow import concat_tables, parquet
+
+    parts = [parquet.read_table(part) for part in _parts(table, update)]
+    whole = concat_tables(parts, promote_options="default").sort_by(
+        [("replica", "ascending"), ("update", "ascending")]
+    )
+    total = update + 1 - since
+    columns = {
+        name: np.asarray(column.to_numpy(), column.type.to_pandas_dtype()).reshape(-1, total)
+        for name, column in zip(whole.column_names, whole.columns, strict=True)
+    }
+    steps, seconds = columns.pop("env_steps"), columns.pop("seconds")[0]
+    measured = {k: x for k, x in columns.items() if k not in ("seed", *Hyperparams._fields)}
+    del measured["replica"], measured["update"]
+    text: list[bytes] = []
+    for end in sorted({*range(since - 1 + chunk, update, chunk), update}):
+        place = slice(max(end - chunk, since - 1) + 1 - since, end + 1 - since)
+        records = Records(
+            np.arange(since, update + 1)[place],
+            steps[:, place],
+            seconds[place],
+            {name: values[:, place] for name, values in measured.items()},
+        )
+        text.append(json_line(_line(records, num_envs)))
+    write_atomically(lines, lambda file: file.writelines(text))
+    return f"{lines} had lost lines; it is written anew from {table.name}"
+
+
+def _update(line: str | bytes) -> int:
+    """Of a line of metrics.jsonl; 0 where it is damaged."""
+    try:
+        return int(json.loads(line)["update"])
+    except (ValueError, TypeError, KeyError):
+        return 0
+
+
+def _parts(folder: Path, update: int) -> list[Path]:
+    """The parts of the table up to an update, in their order."""
+    parts = sorted(folder.glob("part-*.parquet"))
+    return [part for part in parts if int(part.stem.removeprefix("part-")) <= update]
+
+
+def _joined(kept: list[Records]) -> Records:
+    return Records(
+        np.concatenate([r.update for r in kept]),
+        np.concatenate([r.env_steps for r in kept], axis=1),
+        np.concatenate([r.seconds for r in kept]),
+        {name: np.concatenate([r.metrics[name] for r in kept], axis=1) for name in kept[0].metrics},
+    )
+
+
+def _settings(labels, columns) -> dict[str, list[int]]:
+    """The replicas of each setting, under a name that a folder can have."""
+    places: dict[str, list[int]] = {}
+    for i, label in enumerate(labels):
+        name = ",".join(f"{column}={label[column]:g}" for column in columns) or "all"
+        places.setdefault(name, []).append(i)
+    return places
+
+
+def _by_setting(records, labels, columns, num_envs) -> dict[str, dict[str, float]]:
+    settings = _settings(labels, columns)
+    ratios = _ratios(records, num_envs, list(settings.values()))
+    found = {name: nan_mean(values) for name, values in records.metrics.items()}
+    found["env_steps"] = records.env_steps[:, -1].astype(float)
+    scalars = {}
+    for place, (name, rows) in enumerate(settings.items()):
+        each = {metric: nan_mean(values[None, rows])[0] for metric, values in found.items()}
+        each |= {metric: values[place] for metric, values in ratios.items()}
+        scalars[name] = {metric: float(x) for metric, x in each.items() if not np.isnan(x)}
+        scalars[name]["seconds"] = float(records.seconds[-1])
+    return scalars

@@ -1,0 +1,285 @@
+"""Rankings: what a sweep found, as a table, as files and in the terminal."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxpg.runs.config.config import Config, Grid
+from jaxpg.runs.host import health
+from jaxpg.runs.store import artifacts
+from jaxpg.runs.store import folder as files
+from jaxpg.runs.store.folder import SWEEP
+from jaxpg.runs.store.metrics import nan_mean
+from jaxpg.runs.sweep import figures
+from jaxpg.runs.sweep.search import Options, Rung
+from jaxpg.runs.train.report import aligned
+from jaxpg.stats.moments import Estimate
+from jaxpg.stats.reliability import interquartile_mean
+from jaxpg.stats.seeds import interval, number, robust
+from jaxpg.types import Hyperparams
+
+MOST_ROWS = 12
+WIDTH = 80
+DESCRIBED = ("return", "low", "high", "updates", "evaluated", "area", "tied", "diverged")
+
+
+class Search(NamedTuple):
+    """What a sweep tries."""
+
+    grid: Grid  # the values that were listed; of a range for random search, its ends
+    options: Options
+    swept: tuple[str, ...]
+    points: list[Hyperparams]
+    rungs: list[Rung]
+
+
+class Outcomes(NamedTuple):
+    """What is known of every point so far; filled while the sweep runs."""
+
+    returns: (
+        np.ndarray
+    )  # [P, S] final evaluation, or the last chunk of training where there is none
+    updates: np.ndarray  # [P]
+    evaluated: np.ndarray  # [P, S] bool
+    areas: np.ndarray  # [P, S] under the learning curve over its length: the mean return so far
+    ended: np.ndarray  # [P, S] updates in which an episode ended, of which that is the mean
+    diverged: np.ndarray  # [P, S] the first update whose numbers were not finite; 0: none
+
+
+class Costs(NamedTuple):
+    """What a sweep took."""
+
+    env_steps: int
+    seconds: float  # without the first compilation
+    compile_seconds: float
+    batch: int  # replicas that the first rung trains at a time
+    bytes: int | None  # that its program needs of one device
+
+
+def nothing_yet(num_points: int, seeds: int) -> Outcomes:
+    shape = num_points, seeds
+    return Outcomes(
+        np.full(shape, np.nan),
+        np.zeros(num_points, int),
+        np.zeros(shape, bool),
+        np.full(shape, np.nan),
+        np.zeros(shape, int),
+        np.zeros(shape, int),
+    )
+
+
+def note(outcomes: Outcomes, rows: np.ndarray, updates: int, measured: dict) -> None:
+    """Notes a chunk of these rows of [P x S] that ends at `updates`; measured: [rows, K] each."""
+    returns, area, ended, diverged = (
+        x.reshape(-1) for x in (outcomes.returns, outcomes.areas, outcomes.ended, outcomes.diverged)
+    )
+    found = measured["episode_return"]
+    at = updates - found.shape[1] + 1 + np.arange(found.shape[1])
+    first = np.array([update for update, _ in health.first_divergence(at, measured)])
+    diverged[rows] = np.where(diverged[rows] > 0, diverged[rows], first)
+    mean, count = nan_mean(found), (~np.isnan(found)).sum(axis=1)
+    ended[rows] += count
+    before = np.where(np.isnan(area[rows]), mean, area[rows])
+    with np.errstate(invalid="ignore"):
+        step = (mean - before) * count / ended[rows]
+    area[rows] = np.where(count > 0, before + step, area[rows])
+    returns[rows] = mean
+    for each in (returns, area):
+        each[rows] = np.where(diverged[rows] > 0, np.nan, each[rows])
+    outcomes.updates[rows // outcomes.returns.shape[1]] = updates
+
+
+def best_of(outcomes: Outcomes, alive: np.ndarray, count: int) -> np.ndarray:
+    """The places in `alive` of the best points, best first. Raises ValueError when none has a return."""
+    found = _scores(outcomes.returns)[alive]
+    if np.isnan(found).all():
+        raise ValueError(
+            f"no episode ended in the last chunk before update {outcomes.updates[alive[0]]}, so that "
+            "halving has nothing to rank by; use more --updates or --num-steps, or no --halving"
+        )
+    areas = _scores(outcomes.areas)[alive]
+    return np.lexsort([-np.nan_to_num(x, nan=-np.inf) for x in (areas, found)])[:count]
+
+
+def order(outcomes: Outcomes) -> np.ndarray:
+    """The points that were run, best first; one that trained longer is before what halving dropped.
+
+    Of those that tie, the one with the larger area under its learning curve comes first; what has diverged
+    comes last.
+    """
+    found, areas = (_scores(x) for x in (outcomes.returns, outcomes.areas))
+    lost = outcomes.diverged.all(axis=1) | (outcomes.updates == 0)
+    keys = (np.nan_to_num(x, nan=-np.inf) for x in (areas, found))
+    return np.lexsort((*(-x for x in keys), -outcomes.updates, lost))[
+        : (outcomes.updates > 0).sum()
+    ]
+
+
+def table(search: Search, outcomes: Outcomes) -> dict[str, list]:
+    """A column for each number, a row for each point that was run, best first."""
+    returns, places = _filled(outcomes.returns), order(outcomes)
+    estimates = [robust(returns[i]) for i in places]
+    areas = _scores(outcomes.areas)
+    level = [(int(outcomes.updates[i]), e.value) for i, e in zip(places, estimates, strict=True)]
+    # What has no return has no rank.
+    ranks = [i if np.isfinite(e.value) else None for i, e in enumerate(estimates, start=1)]
+    columns: dict[str, list] = {"rank": ranks}
+    columns |= {n.strip("_"): [getattr(search.points[i], n) for i in places] for n in search.swept}
+    return columns | {
+        "return": [e.value for e in estimates],
+        "low": [e.low for e in estimates],
+        "high": [e.high for e in estimates],
+        "smallest": [float(returns[i].min()) for i in places],
+        "largest": [float(returns[i].max()) for i in places],
+        "updates": [int(outcomes.updates[i]) for i in places],
+        "evaluated": [bool(outcomes.evaluated[i].all()) for i in places],
+        "area": [float(areas[i]) for i in places],
+        "tied": [level.count(each) - 1 if np.isfinite(each[1]) else 0 for each in level],
+        "diverged": [int((outcomes.diverged[i] > 0).sum()) for i in places],
+    }
+
+
+def headline(config: Config, search: Search) -> list[str]:
+    """What is tried, in lines."""
+    devices = jax.devices()
+    lines = [
+        f"{config.environment}, {config.algorithm}: {len(search.points):,} points x {config.seeds} "
+        f"seeds, {config.updates} updates, {len(devices)} {devices[0].platform} "
+        f"device{'s' * (len(devices) > 1)}"
+    ]
+    if len(search.rungs) > 1:
+        said = ", ".join(f"{r.points:,} to update {r.updates:,}" for r in search.rungs)
+        lines.append(f"halving: {said}")
+    return lines
+
+
+def report(config: Config, search: Search, outcomes: Outcomes, costs: Costs) -> list[str]:
+    """The best rows of the table, and what the sweep took."""
+    found = table(search, outcomes)
+    names = [n.strip("_") for n in search.swept]
+    thinned, lossy = len(set(found["updates"])) > 1, any(found["diverged"])
+    last = ["updates"] * thinned + ["diverged"] * lossy
+    rows = [["rank", *names, "return", "95 % interval", *last]]
+    for i in range(min(len(found["rank"]), MOST_ROWS)):
+        numbers = [f"{found[n][i]:g}" for n in names]
+        estimate = Estimate(found["return"][i], found["low"][i], found["high"][i])
+        more = [f"{found['updates'][i]:,}"] * thinned
+        more += [f"{found['diverged'][i]} of {config.seeds}"] * lossy
+        rank = str(found["rank"][i] or "-")
+        rows.append([rank, *numbers, number(estimate.value), interval(estimate), *more])
+    lines = [line[:WIDTH] for line in aligned(rows)]
+    if len(found["rank"]) > MOST_ROWS:
+        lines.append(f"  (the best {MOST_ROWS} of {len(found['rank']):,}; all are in table.csv)")
+    evaluated = all(found["evaluated"])
+    what = f"{config.evaluation_episodes} fresh episodes per agent" if evaluated else (
+        "fresh episodes where training ended, else the last chunk of training"
+    )  # fmt: skip
+    flags = []
+    if found["rank"] and np.isfinite(found["return"][0]):
+        flags = [f"--{n.replace('_', '-')} {found[n][0]:g}" for n in names]
+    return [
+        f"interquartile mean over {config.seeds} seed{'s' * (config.seeds > 1)} of the return of",
+        f"{what}:",
+        *lines,
+        *(["best: " + " ".join(flags), *_tie(found)] if flags else []),
+        f"{costs.env_steps:,} steps in {costs.seconds:.1f} s, in batches of {costs.batch:,} agents, "
+        f"after {costs.compile_seconds:.1f} s",
+        "of compilation",
+    ]
+
+
+def _tie(found) -> list[str]:
+    """What is said of points that tie with the best."""
+    others = found["tied"][0]
+    if not others:
+        return []
+    said = f"  ties with {others} other point{'s' * (others > 1)} at {number(found['return'][0])}; "
+    if found["area"][0] > found["area"][1]:
+        return [said + "it has the largest area under its", "  learning curve"]
+    return [said + "the areas under their", "  learning curves tie too, and it was listed first"]
+
+
+def write(
+    folder: Path, config: Config, search: Search, outcomes: Outcomes, costs: Costs, complete: bool
+) -> None:
+    """table.csv, table.parquet and then sweep.json, which says that they are there."""
+    found = table(search, outcomes)
+    artifacts.write_table(folder, found)
+    record: dict[str, Any] = {
+        **description(config, search),
+        "costs": costs._asdict(),
+        "complete": complete,
+        "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "points": _described(search, outcomes, found),
+    }
+    files.write_json(folder / SWEEP, record)
+
+
+def draw(folder: Path, config: Config, search: Search, outcomes: Outcomes) -> None:
+    """figures/response; where it cannot be drawn, a line says why."""
+    numbers = figures.Points(
+        {n: [getattr(p, n) for p in search.points] for n in search.swept},
+        _estimates(outcomes),
+        outcomes.updates == config.updates,
+        search.options.random is None,
+        np.all(outcomes.diverged, axis=1),
+    )
+    title = f"{config.environment}, {config.algorithm}"
+    artifacts.write_figure(
+        folder / files.FIGURES, lambda figure: figures.draw(figure, numbers, title), "response"
+    )
+
+
+def description(config: Config, search: Search) -> dict[str, Any]:
+    """What a sweep is, and computes with."""
+    described = files.description(config, search.grid, [])
+    del described["replicas"]
+    return {
+        "kind": "sweep",
+        **described,
+        "search": {
+            "swept": list(search.swept),
+            "random": search.options.random,
+            "ranges": {n: r._asdict() for n, r in search.options.ranges.items()},
+            "halving": search.options.halving,
+            "rungs": [rung._asdict() for rung in search.rungs],
+        },
+    }
+
+
+def _described(search, outcomes, found) -> list[dict[str, Any]]:
+    """Every point that was run, best first."""
+    return [
+        {
+            "rank": found["rank"][row],
+            "hyperparameters": search.points[i]._asdict(),
+            **{n: found[n][row] for n in DESCRIBED},
+            "returns": outcomes.returns[i],
+        }
+        for row, i in enumerate(order(outcomes))
+    ]
+
+
+def _estimates(outcomes) -> np.ndarray:
+    """[3, P]: interquartile mean, low and high; NaN for a point that was not run."""
+    found = np.full((3, len(outcomes.updates)), np.nan)
+    returns = _filled(outcomes.returns)
+    for i in np.flatnonzero(outcomes.updates):
+        found[:, i] = robust(returns[i])
+    return found
+
+
+def _filled(returns) -> np.ndarray:
+    """The returns; a seed that diverged, beside seeds that have a return, earns the least of all."""
+    found = np.isfinite(returns)
+    if not found.any():
+        return returns
+    beside = found.any(axis=1, keepdims=True) & ~found
+    return np.where(beside, returns[found].min(), returns)
+
+
+def _scores(returns) -> np.ndarray:
+    return interquartile_mean(_filled(returns)[..., None])

@@ -1,0 +1,337 @@
+"""Sweeps: many points of hyperparameter space, ranked; with successive halving where it is asked."""
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple, NotRequired, TypedDict
+
+import jax
+import numpy as np
+
+from jaxpg.runs.config.config import Config, Grid, check, completed
+from jaxpg.runs.config.flags import request
+from jaxpg.runs.config.schema import read_json
+from jaxpg.runs.console import say
+from jaxpg.runs.host import health
+from jaxpg.runs.host.interrupt import Interrupted, heeding, signals
+from jaxpg.runs.host.progress import Show, Status, display
+from jaxpg.runs.store import folder as files
+from jaxpg.runs.store.folder import SWEEP
+from jaxpg.runs.store.lock import locked
+from jaxpg.runs.sweep import ranking
+from jaxpg.runs.sweep.ranking import Costs, Outcomes, Search
+from jaxpg.runs.sweep.search import Options, choose, count, rungs, take_options
+from jaxpg.runs.train import replica_batches
+from jaxpg.runs.train.build import Parts, build, instructed
+from jaxpg.runs.train.loop import chunk_length, stopper, workers
+from jaxpg.runs.train.replicas import use_cpu_cores
+from jaxpg.stats.intervals import attained
+
+NOTHING = "before the first update; nothing was saved"
+UNHEARD = ("tensorboard", "wandb", "debug_nans")  # flags of train that mean nothing here
+
+
+class Began(TypedDict):
+    """What sweep.json has to have, of a sweep that has ended or of one that goes on."""
+
+    config: dict[str, Any]
+    hyperparameters: dict[str, Any]
+    search: dict[str, Any]
+    demonstrations_sha256: str | None
+    complete: NotRequired[bool]
+    batch: NotRequired[int]
+
+
+class Sweep(NamedTuple):
+    """A sweep that has been checked."""
+
+    config: Config
+    search: Search
+    parts: Parts
+    folder: Path
+    began: dict[str, Any] | None = None  # of a sweep that was killed: what it was, and its batches
+
+    @property
+    def done(self) -> bool:
+        return self.began is not None and self.began["complete"]
+
+
+def prepare(argv: Sequence[str]) -> Sweep:
+    """What the arguments ask for, checked. Raises ValueError, leaving nothing behind."""
+    options, rest = take_options(argv)
+    asked = request(rest, prog="jaxpg sweep")
+    if asked.resume:
+        raise ValueError(
+            "a sweep goes on by the command that began it, with its --run and --resume-or-start"
+        )
+    for name in UNHEARD:
+        if getattr(asked.config, name):
+            flag = name.replace("_", "-")
+            raise ValueError(
+                f"--{flag} means nothing to a sweep, which keeps no curves; leave it out"
+            )
+    use_cpu_cores()
+    config, grid = asked.config, completed(asked.config, asked.grid)
+    check(config, grid)
+    search = _search(config, grid, options)
+    parts = build(config)
+    health.check_sizes(config, parts.env, replica_batches.state_bytes(parts), 1)
+    parts = instructed(parts, config)
+    if len(search.rungs) > 1:
+        _check_room(len(search.points), config.seeds, replica_batches.state_bytes(parts))
+    began = _began(config, search) if asked.resume is None else None
+    folder = Path(str(config.run)) if began is not None else _folder(config, asked.resume is None)
+    return Sweep(config, search, parts, folder, began)
+
+
+def _began(config: Config, search: Search) -> dict[str, Any] | None:
+    """What the sweep in the folder config.run is. Raises ValueError where it is another one."""
+    folder = Path(str(config.run))
+    found = [path for path in (folder / SWEEP, folder / files.BATCHES / SWEEP) if path.is_file()]
+    if not found:
+        return None
+    files.check_links(folder)
+    records: list[dict[str, Any]] = [read_json(path, Began) for path in found]
+    began = _settings(records[0])
+    now = _settings(json.loads(json.dumps(ranking.description(config, search))))
+    for name, value in now.items():
+        if began.get(name, value) != value:
+            raise ValueError(
+                f"{found[0]} has a sweep with another {name.strip('_')}; give it the flags that it began "
+                "with, or name a new folder with --run"
+            )
+    if not records[0].get("complete", False):
+        if "batch" not in records[-1]:
+            raise ValueError(f"{folder} has no batches to go on with; name a new folder with --run")
+        most = len(search.points) * config.seeds + jax.device_count() - 1
+        if not 1 <= records[-1]["batch"] <= most:
+            raise ValueError(
+                f"cannot read {found[-1]}: batch={records[-1]['batch']} must be between 1 and {most}"
+            )
+    return records[-1] | {"complete": records[0].get("complete", False)}
+
+
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    """What the numbers of a sweep follow from."""
+    free = ("run", "quiet", "demonstrations", "checkpoint_seconds", "compilation_cache")
+    found = record["config"] | record["hyperparameters"] | record["search"]
+    found["demonstrations_sha256"] = record["demonstrations_sha256"]
+    return {name: value for name, value in found.items() if name not in free}
+
+
+def _search(config: Config, grid: Grid, options: Options) -> Search:
+    total = count(grid, options)
+    _check_room(total, config.seeds)
+    points = choose(grid, options, config.seed)
+    steps = rungs(total, config.updates, chunk_length(config.updates), options.halving)
+    swept = tuple(name for name, values in grid._asdict().items() if len(values) > 1)
+    return Search(grid, options, swept, points, steps)
+
+
+def _check_room(points: int, seeds: int, state: int = 0) -> None:
+    """Raises ValueError when what is kept of every replica between batches would not fit."""
+    free, each = health.machine_bytes(), seeds * (health.REPLICA_BYTES + state)
+    if free is None or points * each <= free:
+        return
+    what = "their states between rungs" if state else "their results"
+    raise ValueError(
+        f"{points:,} points x {seeds} seeds are too many for memory: {what} need "
+        f"{points * each / 1e9:,.1f} GB, and {free / 1e9:.1f} GB are free; {int(free / each):,} points "
+        "fit, and --random draws so many"
+    )
+
+
+def _folder(config: Config, over: bool) -> Path:
+    if config.run is None:
+        return files._new_folder(files.RUNS, f"sweep-{config.environment}-{config.algorithm}")
+    return files.create_folder(config, over)
+
+
+def execute(sweep: Sweep) -> None:
+    """Trains all points, ranks them and fills the folder.
+
+    Raises Interrupted after SIGINT or SIGTERM, with what is known by then saved; and ValueError where not
+    even one agent fits in memory, or halving has nothing to rank by; and health.Diverged where every
+    agent did.
+    """
+    config, search, parts, folder, began = sweep
+    outcomes = ranking.nothing_yet(len(search.points), config.seeds)
+    with ExitStack() as stack:
+        stack.enter_context(locked(folder))
+        stopped = stack.enter_context(signals())
+        executor, compilers = (stack.enter_context(workers()) for _ in range(2))
+        try:
+            if not config.quiet:
+                say(*ranking.headline(config, search))
+            show, stopped = heeding(stack.enter_context(display(config.quiet)), stopped)
+            job = replica_batches.Job(config, search.points, parts, executor, compilers, stopped)
+            if began is not None:
+                now = ranking.description(config, search)
+                for name, (old, new) in files.otherwise(began, now).items():
+                    show(
+                        f"its numbers will be those of one go to rounding: {name} was {old}, is {new}"
+                    )
+            costs = _climb(job, search, outcomes, show, folder / files.BATCHES, began)
+            if stopped() and not outcomes.updates.any():
+                raise Interrupted(stopped(), NOTHING)
+        except BaseException:
+            if not (folder / files.BATCHES).exists():
+                files.discard_folder(folder)
+            raise
+        ranking.write(folder, config, search, outcomes, costs, complete=not stopped())
+        show("drawing")
+        ranking.draw(folder, config, search, outcomes)
+        gone = outcomes.diverged.all()
+        if not stopped():
+            shutil.rmtree(folder / files.BATCHES, ignore_errors=True)
+    say(*ranking.report(config, search, outcomes, costs))
+    if gone:
+        raise health.Diverged(
+            f"nothing is ranked: all {len(search.points)} points diverged, the last seed at update "
+            f"{outcomes.diverged.max()}; smaller steps may help; the table is in {folder}"
+        )
+    if stopped():
+        done = int((outcomes.updates > 0).sum())
+        said = (
+            f"before the end; {done} of {len(search.points)} points are ranked in {folder}; "
+            f"the same command with --run {folder} --resume-or-start goes on"
+        )
+        raise Interrupted(stopped(), said)
+    say(f"saved in {folder}")
+
+
+def _climb(
+    job: replica_batches.Job,
+    search: Search,
+    outcomes: Outcomes,
+    show: Show,
+    place: Path,
+    began: dict[str, Any] | None,
+) -> Costs:
+    """Rung after rung, batch after batch, until the end or a signal.
+
+    place: where batches are kept, from which what has been done is taken; began: of a sweep that goes on.
+    """
+    seeds, started = job.config.seeds, time.perf_counter()
+    show("compiling")
+    stop = stopper(job.stop, NOTHING if began is None else f"before it went on from {place.parent}")
+    totals = [rung.points * seeds for rung in search.rungs]
+    plan = replica_batches.plan(job, totals, stop, *([] if began is None else [began["batch"]]))
+    compiled = time.perf_counter()
+    costs = [Costs(0, 0.0, compiled - started, plan.size, plan.bytes)]
+    total, chunks = _total_updates(search, plan.size, seeds), [0]
+    saved = [compiled]
+
+    def numbers(rows, done):
+        found = {name: x.reshape(-1)[rows] for name, x in _by_row(outcomes).items()}
+        spent = {"env_steps": costs[0].env_steps, "seconds": costs[0].seconds}
+        return found | spent | {"done": done}
+
+    def save(path, rows, done, states):
+        if not (place / SWEEP).exists():
+            place.mkdir(exist_ok=True)
+            about = ranking.description(job.config, search) | {"batch": plan.size}
+            files.write_json(place / SWEEP, about, exact=True)
+        replica_batches.write(path, rows, numbers(rows, done), states)
+        saved[0] = time.perf_counter()
+
+    show(f"compiled in {compiled - started:.1f} s")
+
+    def tick(rows, updates, measured):
+        ranking.note(outcomes, rows, updates, measured)
+        steps = costs[0].env_steps + int(measured["env_steps"].astype(np.int64).sum())
+        costs[0] = costs[0]._replace(
+            env_steps=steps, seconds=time.perf_counter() - compiled + base[0]
+        )
+        chunks[0] += 1
+        done = chunks[0] * chunk_length(job.config.updates)
+        seen = attained(measured["episode_return"])
+        show(Status(done, total, *costs[0][:3], outcomes.returns, seen))
+
+    def restored(path, rows):
+        """The updates and the states of a batch that was kept, in which outcomes are those it had."""
+        found = None if began is None else replica_batches.read(job, path, rows, numbers(rows, 0))
+        if found is None:
+            return 0, None
+        kept, states = found
+        done = int(kept["done"])
+        if not 0 <= done <= job.config.updates or done % chunk_length(job.config.updates):
+            raise ValueError(f"cannot read {path}: no chunk ends after {done} updates; remove it")
+        for name, x in outcomes._asdict().items():
+            (x.reshape(-1) if x.ndim == 2 else x)[rows if x.ndim == 2 else rows // seeds] = kept[
+                name
+            ]
+        base[0] = float(kept["seconds"]) - (time.perf_counter() - compiled)
+        costs[0] = costs[0]._replace(
+            env_steps=int(kept["env_steps"]), seconds=float(kept["seconds"])
+        )
+        return done, states
+
+    base = [0.0]
+    alive, states, before = np.arange(len(search.points)), None, 0
+    for level, rung in enumerate(search.rungs):
+        if outcomes.diverged.all():
+            return costs[0]
+        if states is not None:
+            chosen = ranking.best_of(outcomes, alive, rung.points)
+            here = _rows(chosen, seeds)
+            alive, states = alive[chosen], jax.tree.map(lambda x, r=here: x[r], states)
+        rows, kept = _rows(alive, seeds), []
+        size, programs, last = plan.size, plan.programs, rung is search.rungs[-1]
+        for number, some in enumerate(replica_batches.batches(len(rows), size)):
+            path = place / f"{level}-{number}.npz"
+            done, given = restored(path, rows[some])
+            chunks[0] += max(done - before, 0) // chunk_length(job.config.updates)
+            if done == rung.updates and (given is None) == last:  # the last is evaluated then
+                kept.append(given)
+                continue
+            if given is None and states is not None:
+                given = jax.tree.map(lambda x, s=some: x[s], states)
+            replicas, state = replica_batches.begin(job, programs, rows[some], size, given)
+            span = (max(done, before), rung.updates)
+
+            def hold(state, done, path=path, here=rows[some], rung=rung):
+                due = time.perf_counter() - saved[0] >= job.config.checkpoint_seconds
+                if job.stop() or (due and done < rung.updates):
+                    save(path, here, done, replica_batches.kept(state, len(here)))
+
+            state = replica_batches.advance(
+                job, programs, replicas, state, rows[some], span, tick, hold
+            )
+            if job.stop():
+                return costs[0]
+            if last:
+                found = replica_batches.evaluated(job, programs, replicas, state, len(rows[some]))
+                lost = outcomes.diverged.reshape(-1)[rows[some]] > 0
+                outcomes.returns.reshape(-1)[rows[some]] = np.where(lost, np.nan, found)
+                outcomes.evaluated.reshape(-1)[rows[some]] = True
+            else:
+                kept.append(replica_batches.kept(state, len(rows[some])))
+            save(path, rows[some], rung.updates, None if last else kept[-1])
+        states = None if last else jax.tree.map(lambda *x: np.concatenate(x), *kept)
+        before = rung.updates
+    return costs[0]
+
+
+def _by_row(outcomes: Outcomes) -> dict[str, np.ndarray]:
+    """Every array of the outcomes, [P, S]."""
+    return {
+        name: x if x.ndim == 2 else np.repeat(x[:, None], outcomes.returns.shape[1], axis=1)
+        for name, x in outcomes._asdict().items()
+    }
+
+
+def _rows(points: np.ndarray, seeds: int) -> np.ndarray:
+    """The rows of all seeds of these points."""
+    return (points[:, None] * seeds + np.arange(seeds)[None]).reshape(-1)
+
+
+def _total_updates(search: Search, size: int, seeds: int) -> int:
+    """Of all batches of all rungs together."""
+    ends = [0, *(rung.updates for rung in search.rungs)]
+    counts = (len(replica_batches.batches(rung.points * seeds, size)) for rung in search.rungs)
+    return sum(n * (b - a) for n, (a, b) in zip(counts, pairwise(ends), strict=True))

@@ -1,0 +1,1 @@
+"""Training runs: built, laid over devices, looped, evaluated and reported."""

@@ -1,0 +1,181 @@
+"""From a configuration to what is trained: environment, agent, algorithm, trainer."""
+
+import difflib
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jaxpg.envs import Env, from_gymnax, history, mask_observation, repeat_action
+from jaxpg.estimators.control_variates import CONTROL_VARIATES
+from jaxpg.estimators.importance import IMPORTANCES
+from jaxpg.optimizers import BATCH_SCALINGS, OPTIMIZERS, SCHEDULES, batch_scaled
+from jaxpg.optimizers.adaptation import ADAPTATIONS, fixed
+from jaxpg.optimizers.natural import NATURAL_OPTIMIZERS
+from jaxpg.policies import NETWORKS, Agent, actor_critic
+from jaxpg.policies.networks import ACTIVATIONS
+from jaxpg.runs.config.config import Config
+from jaxpg.runs.console import shortened
+from jaxpg.runs.store.trajectories import read_demonstrations
+from jaxpg.training.algorithm import Algorithm, algorithm
+from jaxpg.training.data import mixture, replay
+from jaxpg.training.imitation import informed
+from jaxpg.training.trainer import Trainer, make_trainer
+from jaxpg.types import Trajectory
+
+
+class Parts(NamedTuple):
+    env: Env
+    agent: Agent
+    trainer: Trainer
+    demonstrations: Trajectory | None = None
+
+
+def build(config: Config) -> Parts:
+    """The parts of a run. Raises ValueError for names that are unknown and parts that do not fit."""
+    row = build_algorithm(config)
+    # Names are looked up before the environment is made, which takes seconds.
+    known(NETWORKS, "network", config.network)
+    known(ACTIVATIONS, "activation", config.activation)
+    env = wrapped(from_gymnax(config.environment, **settings_of(config)), config)
+    # Not every network has hidden layers or an activation.
+    accepted = inspect.signature(NETWORKS[config.network]).parameters
+    settings = {
+        name: getattr(config, name)
+        for name in ("hidden", "activation", "initial_std")
+        if name in accepted
+    }
+    agent = actor_critic(env, config.network, normalise=config.normalise, **settings)
+    if row.critic_optimizer is None:
+        agent = agent._replace(critic=None)
+    trainer = make_trainer(env, agent, row, num_envs=config.num_envs, num_steps=config.num_steps)
+    return Parts(env, agent, trainer)
+
+
+def settings_of(config: Config) -> dict[str, bool | int | float]:
+    """The environment's settings as numbers. Raises ValueError for what is no name=number."""
+    settings = {}
+    for part in config.settings.split(",") if config.settings else ():
+        name, _, value = part.partition("=")
+        try:
+            settings[name.strip()] = json.loads(value.lower())
+        except ValueError as error:  # no JSON, or a number of too many digits
+            raise ValueError(
+                f"settings={config.settings}: {shortened(part)!r} is not name=number, as in size=16"
+            ) from error
+    return settings
+
+
+def instructed(parts: Parts, config: Config) -> Parts:
+    """The parts of a run with the demonstrations that its configuration names. Raises ValueError.
+
+    Apart from build, because a finished run's policy can be loaded without them.
+    """
+    if not config.demonstrations:
+        return parts
+    env, agent, trainer, _ = parts
+    demonstrations = read_demonstrations(config.demonstrations, env, named(config))
+    row = build_algorithm(config)
+    if config.imitate:
+        init = informed(
+            trainer, env, agent.policy, row, demonstrations, config.imitate, config.warm_start
+        )
+        trainer = trainer._replace(init=init)
+    return Parts(env, agent, trainer, demonstrations if row.data.demonstrations else None)
+
+
+def wrapped(env: Env, config: Config) -> Env:
+    """The environment as the agent meets it: some entries, actions repeated, a history of what is left."""
+    if config.keep:
+        env = mask_observation(env, config.keep)
+    if config.repeat > 1:
+        env = repeat_action(env, config.repeat)
+    return env if config.history is None else history(env, config.history)
+
+
+def named(config: Config) -> str:
+    """What `wrapped` makes of an environment: its name, and the flags of its wrappers."""
+    parts = [config.environment]
+    if config.keep:
+        parts.append(f"--keep {','.join(map(str, config.keep))}")
+    if config.repeat > 1:
+        parts.append(f"--repeat {config.repeat}")
+    if config.history is not None:
+        parts.append(f"--history {config.history}")
+    return " ".join(parts)
+
+
+def build_algorithm(config: Config) -> Algorithm:
+    """The row of the algorithm table with the configuration's settings. Raises ValueError."""
+    row = algorithm(config.algorithm)
+    if (row.data.demonstrations or config.imitate) and not config.demonstrations:
+        raise ValueError(
+            f"{config.algorithm} learns from demonstrations; give --demonstrations FILE, as written "
+            "by jaxpg record"
+            if not config.imitate
+            else f"imitate={config.imitate} imitates demonstrations; give --demonstrations FILE"
+        )
+    if config.demonstrations and not (row.data.demonstrations or config.imitate):
+        raise ValueError(
+            f"{config.algorithm} does not read demonstrations; use guided or behaviour_cloning, or "
+            "--imitate UPDATES --warm-start"
+        )
+    if config.imitate and not (row.data is mixture or config.warm_start):
+        raise ValueError("imitate fits a policy that nothing uses; add --warm-start")
+    if row.data is mixture and not config.imitate:
+        raise ValueError(
+            "guided weighs its own episodes by the demonstrators' density, which behaviour cloning "
+            "fits; give --imitate UPDATES, such as 200"
+        )
+    if row.critic_optimizer is None and config.critic_epochs:
+        raise ValueError(
+            f"critic_epochs={config.critic_epochs}, but {config.algorithm} has no critic; "
+            "leave it out, or use vpg, a2c, ppo or trpo"
+        )
+    optimizer = known(OPTIMIZERS, "optimizer", config.optimizer)
+    # The natural gradient's rows are their optimizer: the flag is for the critic's then.
+    natural_row = row.policy_optimizer in NATURAL_OPTIMIZERS
+    estimator, adaptation = row.estimator, row.adaptation
+    if config.importance:
+        slot = known(IMPORTANCES, "importance", config.importance)
+        estimator = estimator._replace(importance=slot)
+    if config.adaptation:
+        adaptation = known(ADAPTATIONS, "adaptation", config.adaptation)
+    variate = config.control_variate
+    return row._replace(
+        estimator=estimator,
+        data=row.data if config.num_batches is None else replay(row.data, config.num_batches),
+        policy_optimizer=row.policy_optimizer if natural_row else optimizer,
+        critic_optimizer=optimizer if row.critic_optimizer else None,
+        num_epochs=config.num_epochs,
+        num_minibatches=config.num_minibatches,
+        critic_epochs=config.critic_epochs,
+        critic_minibatches=config.critic_minibatches,
+        adaptation=adaptation,
+        fisher_samples=config.fisher_samples,
+        measure_kl=row.measure_kl or adaptation is not fixed,
+        schedule=_schedule(config, row.data.whole_episodes),
+        control_variate=variate and known(CONTROL_VARIATES, "control variate", variate),
+        measure_noise=config.measure_noise,
+    )
+
+
+def _schedule(config, whole_episodes):
+    schedule = known(SCHEDULES, "schedule", config.schedule)
+    if not known(BATCH_SCALINGS, "batch scaling", config.batch_scaling):
+        return schedule
+    if config.reference_batch is None:
+        raise ValueError(
+            f"batch_scaling={config.batch_scaling} scales from a batch that the learning rates fit; "
+            "give reference_batch"
+        )
+    batch = config.num_envs * (1 if whole_episodes else config.num_steps or 128)
+    return batch_scaled(schedule, config.batch_scaling, batch, config.reference_batch)
+
+
+def known(table: Mapping[str, Any], what: str, name: str) -> Any:
+    """An entry of a table. Raises ValueError, with near matches, for an unknown name."""
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=3, cutoff=0.4) or table
+        raise ValueError(f"unknown {what} {name!r}; did you mean {', '.join(near)}?")
+    return table[name]

@@ -1,0 +1,223 @@
+"""Batches: replicas by the batch that fits in memory, every batch by the same compiled program."""
+
+import math
+from collections.abc import Callable
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpg.runs.config.config import Config
+from jaxpg.runs.host import health
+from jaxpg.runs.store.checkpoint import on_host, stored_as
+from jaxpg.runs.store.folder import declared_arrays, read_arrays, write_atomically
+from jaxpg.runs.train.build import Parts
+from jaxpg.runs.train.loop import chunk_length, wait_for
+from jaxpg.runs.train.replicas import Programs, Replicas, compile_programs, replicas_of
+from jaxpg.types import Hyperparams
+
+SHARE = 0.9  # of free memory that a batch may take
+
+Tick = Callable[[np.ndarray, int, dict[str, np.ndarray]], None]  # (rows, updates, metrics [n, K])
+Save = Callable[[Any, int], None]  # (state, updates)
+
+
+class Job(NamedTuple):
+    """What every batch needs. A row is a replica: point x seeds + seed."""
+
+    config: Config
+    points: list[Hyperparams]
+    parts: Parts
+    executor: Executor
+    compilers: Executor
+    stop: Callable[[], int]  # the number of a signal, or 0
+
+
+class Plan(NamedTuple):
+    """The one batch size and its programs: nothing else is compiled."""
+
+    size: int
+    programs: Programs
+    bytes: int | None  # that training needs of one device
+
+
+def plan(job: Job, totals: list[int], poll: Callable[[], Any], size: int | None = None) -> Plan:
+    """A batch size that fits, by the compiled program's own account, and serves every rung.
+
+    totals: the replicas of each rung. size: that with which a sweep began. Training is compiled once, and
+    once more with fewer replicas only where it turned out not to fit. Raises ValueError where one does not.
+    """
+    free, most = health.available_bytes(), _wanted(totals)
+    if size is not None:
+        programs = _start(job, size)
+        needed = health.needed_bytes(wait_for(programs.train, poll))
+        if needed is not None and free is not None and needed > free:
+            raise ValueError(
+                f"the sweep began in batches of {size} agents, which need {needed / 1e9:.1f} GB of memory, "
+                f"and {free / 1e9:.1f} GB are free; free some, or start anew in another folder"
+            )
+        wait_for(programs.init, poll)  # type: ignore[arg-type]
+        return Plan(size, programs, needed)
+    total = totals[0] if len(totals) == 1 else most
+    if free is not None:
+        # Not even to be tried: states that are, before and after, more than there is.
+        most = min(most, max(1, int(SHARE * free / (2 * state_bytes(job.parts)))))
+    while True:
+        size = _equal(total, most)
+        programs = _start(job, size)
+        needed = health.needed_bytes(wait_for(programs.train, poll))
+        if needed is None or free is None or needed <= SHARE * free:
+            break
+        if size == 1:
+            raise ValueError(
+                f"one agent needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; "
+                "fewer --num-envs or --num-steps need less"
+            )
+        most = max(1, min(size - 1, int(size * SHARE * free / needed)))
+    wait_for(programs.init, poll)  # type: ignore[arg-type]
+    return Plan(size, programs, needed)
+
+
+def _wanted(totals: list[int]) -> int:
+    """Replicas at a time, were there memory for any number.
+
+    With halving, one size for all rungs. A CPU takes as long as there are replicas, so that padding the last
+    rung would cost most; an accelerator hardly notices them, and many short batches would.
+    """
+    if len(totals) == 1:
+        return totals[0]
+    return totals[-1] if jax.default_backend() == "cpu" else totals[1]
+
+
+def batches(total: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def begin(job: Job, programs: Programs, rows: np.ndarray, size: int, states: Any = None):
+    """A batch's replicas and its state: new, or given on the host, [n, ...] each."""
+    replicas = _replicas(job, rows, size)
+    if states is None:
+        assert programs.init is not None  # because the state was said to be fresh
+        return replicas, programs.init.result()(replicas.keys)
+    shapes = jax.eval_shape(jax.vmap(job.parts.trainer.init), replicas.keys)
+
+    def padded(like, x):
+        x = np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)])
+        if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(jnp.asarray(x), impl="threefry2x32")
+        return x
+
+    return replicas, jax.device_put(jax.tree.map(padded, shapes, states), replicas.sharding)
+
+
+def advance(
+    job, programs: Programs, replicas, state, rows, span: tuple[int, int], tick: Tick, save: Save
+):
+    """Trains a batch chunk after chunk, from one number of updates to another or until a signal."""
+    chunk, demonstrations = chunk_length(job.config.updates), job.parts.demonstrations
+    common = () if demonstrations is None else (demonstrations,)
+    program = wait_for(programs.train, lambda: None)
+
+    def step(state):
+        state, measured = program(state, replicas.hyperparams, *common)
+        return state, jax.device_get(measured)  # which waits for the devices
+
+    for done in range(span[0] + chunk, span[1] + 1, chunk):
+        if job.stop():
+            break
+        state, measured = wait_for(job.executor.submit(step, state), lambda: None)
+        tick(rows, done, {name: values[: len(rows)] for name, values in measured.items()})
+        save(state, done)
+    return state
+
+
+def evaluated(job: Job, programs: Programs, replicas: Replicas, state, count: int) -> np.ndarray:
+    """The mean returns of a batch's final evaluation, [count]; NaN where parameters have diverged."""
+    program = wait_for(programs.evaluate, lambda: None)
+    arguments = state.params, replicas.evaluation_keys
+    found = wait_for(job.executor.submit(lambda: jax.device_get(program(*arguments))), lambda: None)
+    finite = health.finite(on_host(state.params))
+    return np.where(finite, found.mean, np.nan)[:count]
+
+
+def kept(state, count: int):
+    """A batch's states on the host, without its padding."""
+    return jax.tree.map(lambda x: x[:count], on_host(state))
+
+
+def write(path: Path, rows: np.ndarray, numbers: dict[str, Any], states: Any) -> None:
+    """A batch as a sweep that was killed goes on with it; states: on the host, or None."""
+    leaves = {f"state_{i}": x for i, x in enumerate(jax.tree.leaves(states))}
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, lambda file: np.savez(file, rows=rows, **numbers, **leaves))
+
+
+def read(
+    job: Job, path: Path, rows: np.ndarray, like: dict[str, Any]
+) -> tuple[dict[str, np.ndarray], Any] | None:
+    """What was written of the batch of these rows, if anything was. Raises ValueError.
+
+    like: numbers as they are written.
+    """
+    if not path.exists():
+        return None
+    try:
+        declared = declared_arrays(path)
+        init = jax.eval_shape(job.parts.trainer.init, jax.random.key(0))
+        leaves = {f"state_{i}": stored_as(x) for i, x in enumerate(jax.tree.leaves(init))}
+        wanted = {
+            name: (np.shape(x), np.asarray(x).dtype) for name, x in (like | {"rows": rows}).items()
+        }
+        if "state_0" in declared:
+            wanted |= {
+                name: ((len(rows), *shape), dtype) for name, (shape, dtype) in leaves.items()
+            }
+        for name, (shape, dtype) in wanted.items():
+            # Of another precision, they become what is expected.
+            found = declared.get(name)
+            if found is None or (found.shape, found.dtype.kind) != (shape, dtype.kind):
+                has = "lacks it" if found is None else f"has {found.dtype}{found.shape}"
+                raise ValueError(
+                    f"{path} does not hold {name} of this sweep, {dtype}{shape}: it {has}"
+                )
+        arrays = read_arrays(path, wanted)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it, to train its batch again") from error
+    if not np.array_equal(arrays["rows"], rows):
+        raise ValueError(f"{path} is a batch of other agents than this sweep's; remove it")
+    states = [arrays.pop(name) for name in leaves if name in arrays]
+    return arrays, jax.tree.unflatten(jax.tree.structure(init), states) if states else None
+
+
+def state_bytes(parts: Parts) -> int:
+    """Of one replica's state."""
+    leaves = jax.tree.leaves(jax.eval_shape(parts.trainer.init, jax.random.key(0)))
+    return sum(x.size * x.dtype.itemsize for x in leaves)
+
+
+def _equal(total: int, most: int) -> int:
+    """The size of equal batches of at most so many; a multiple of the devices, so that all are used."""
+    devices = jax.device_count()
+    if devices <= most:
+        most -= most % devices
+        size = math.ceil(total / math.ceil(total / most))
+        return -(-size // devices) * devices
+    return math.ceil(total / math.ceil(total / most))
+
+
+def _start(job: Job, size: int) -> Programs:
+    replicas = _replicas(job, np.zeros(1, int), size)
+    chunk = chunk_length(job.config.updates)
+    return compile_programs(
+        job.parts, replicas, job.config, chunk, job.compilers, job.parts.demonstrations
+    )
+
+
+def _replicas(job: Job, rows: np.ndarray, size: int) -> Replicas:
+    """The replicas of these rows; the last is repeated to fill the batch."""
+    seeds = job.config.seeds
+    padded = np.pad(rows, (0, size - len(rows)), mode="edge").tolist()
+    return replicas_of(job.config, [(job.points[row // seeds], row % seeds) for row in padded])

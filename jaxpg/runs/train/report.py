@@ -1,0 +1,86 @@
+"""What is said before and after a run."""
+
+import jax
+import numpy as np
+
+from jaxpg.runs.config.config import Config, Grid, points, varying
+from jaxpg.runs.host.progress import Status, steps_per_second
+from jaxpg.stats.intervals import ANY
+from jaxpg.stats.seeds import interval, number, summarise
+
+MOST_ROWS = 12
+
+
+def headline(config: Config, grid: Grid) -> str:
+    """One line on what is trained, and where."""
+    devices = jax.devices()
+    settings = len(points(grid))
+    agents = _count(config.seeds, "seed") + (f" x {settings} settings" if settings > 1 else "")
+    return (
+        f"{config.environment}, {config.algorithm}: {agents}, {_count(config.updates, 'update')}, "
+        f"{_count(len(devices), f'{devices[0].platform} device')}"
+    )
+
+
+def summary(
+    config: Config,
+    grid: Grid,
+    status: Status,
+    returns: np.ndarray,
+    diverged: np.ndarray,
+    attainable: tuple[float, float],
+) -> list[str]:
+    """Lines: the table of evaluated returns [N], and what the run took."""
+    shape = -1, config.seeds
+    return [
+        f"evaluation: {_count(config.evaluation_episodes, 'fresh episode')} per agent, mean over "
+        f"{_count(config.seeds, 'seed')}",
+        *table(grid, returns.reshape(shape), diverged.reshape(shape), attainable),
+        f"{status.env_steps:,} steps in {status.seconds:.1f} s "
+        f"({number(steps_per_second(status), 0)} steps/s), "
+        f"after {status.compile_seconds:.1f} s of compilation",
+    ]
+
+
+def table(
+    grid: Grid,
+    returns: np.ndarray,
+    diverged: np.ndarray | None = None,
+    attainable: tuple[float, float] = ANY,
+) -> list[str]:
+    """Lines of a table with one row per point of the grid; returns, diverged: [points, seeds].
+
+    Of a large grid, the best rows only. Seeds that diverged are counted, and those that have no return for
+    another reason beside them. attainable: the range of an episode's return.
+    """
+    names, at = varying(grid), points(grid)
+    diverged = np.zeros(returns.shape, bool) if diverged is None else diverged
+    summaries = [summarise(row, attainable) for row in np.where(diverged, np.nan, returns)]
+    order = list(range(len(at)))
+    if len(order) > MOST_ROWS:
+        order.sort(key=lambda i: -np.nan_to_num(summaries[i].mean, nan=-np.inf))
+    lost = {"diverged": diverged, "no return": ~np.isfinite(returns) & ~diverged}
+    lost = {name: seeds.sum(axis=1) for name, seeds in lost.items() if seeds.any()}
+    rows = [[*names, "mean", "95 % interval", "min", "max", *lost]]
+    for i in order[:MOST_ROWS]:
+        s = summaries[i]
+        settings = [f"{getattr(at[i], name):g}" for name in names]
+        row = [number(s.mean), interval(s), number(s.smallest), number(s.largest)]
+        last = [f"{count[i]} of {returns.shape[1]}" for count in lost.values()]
+        rows.append([*settings, *row, *last])
+    lines = aligned(rows)
+    if len(order) > MOST_ROWS:
+        lines.append(f"  (the best {MOST_ROWS} of {len(order)})")
+    return lines
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Lines of a table whose columns end together."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows
+    ]
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")

@@ -1,0 +1,344 @@
+"""A run from its start to its report: checked, trained, evaluated, all in its folder."""
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxpg.rollout import Evaluation
+from jaxpg.runs import console
+from jaxpg.runs.config.config import (
+    Config,
+    Grid,
+    check,
+    completed,
+    load_config,
+    num_points,
+    points,
+    read_config,
+    varying,
+)
+from jaxpg.runs.config.presets import preset
+from jaxpg.runs.host import health
+from jaxpg.runs.host.interrupt import heeding, signals
+from jaxpg.runs.host.progress import display
+from jaxpg.runs.store import checkpoint, metrics
+from jaxpg.runs.store import folder as files
+from jaxpg.runs.store.evaluation import read_evaluation
+from jaxpg.runs.store.lock import locked
+from jaxpg.runs.store.metrics import Sink
+from jaxpg.runs.train.build import Parts, build, instructed
+from jaxpg.runs.train.loop import (
+    Job,
+    Progress,
+    Recorder,
+    chunk_length,
+    on_workers,
+    stopper,
+    train_chunks,
+    wait_for,
+    workers,
+)
+from jaxpg.runs.train.replica_batches import state_bytes
+from jaxpg.runs.train.replicas import (
+    Replicas,
+    compile_programs,
+    lanes,
+    make_replicas,
+    use_cpu_cores,
+)
+from jaxpg.runs.train.report import headline, summary
+from jaxpg.stats.intervals import attained
+
+
+class Experiment(NamedTuple):
+    """A run that has been checked: nothing about it can be a user's mistake any more."""
+
+    config: Config
+    grid: Grid
+    parts: Parts
+    folder: Path
+    start: int | None = None  # the updates of the checkpoint to go on from; None: a new run
+
+
+def prepare(config: Config, grid: Grid, over: bool = False) -> Experiment:
+    """Checks everything and makes the run's folder. Raises ValueError, leaving nothing behind.
+
+    over: starts over what was killed before its first checkpoint.
+    """
+    use_cpu_cores()
+    grid = completed(config, grid)
+    check(config, grid)
+    metrics.check_sinks(config)
+    parts = _parts(config, grid)
+    return Experiment(config, grid, parts, files.create_folder(config, over))
+
+
+def _parts(config: Config, grid: Grid) -> Parts:
+    parts = build(config)
+    count = num_points(grid) * config.seeds
+    health.check_sizes(config, parts.env, state_bytes(parts), count)
+    return instructed(parts, config)
+
+
+def prepare_either(config: Config, grid: Grid) -> Experiment | None:
+    """The run of the folder config.run: from its newest checkpoint, or else from its start.
+
+    None where it has finished. Raises ValueError.
+    """
+    folder = Path(str(config.run))
+    found = checkpoint.steps(folder / files.CHECKPOINTS)
+    if not found:
+        return prepare(config, grid, over=True)
+    done = found[-1] >= config.updates and _evaluated(config, grid)
+    return None if done else prepare_resume(config, grid)
+
+
+def _evaluated(config: Config, grid: Grid) -> bool:
+    """Whether the folder config.run has an evaluation after config.updates or more."""
+    try:
+        found = read_evaluation(Path(str(config.run)), num_points(grid) * config.seeds)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it, to evaluate again") from error
+    return found is not None and found.get("update", config.updates) >= config.updates
+
+
+def prepare_resume(config: Config, grid: Grid) -> Experiment:
+    """The run of the folder config.run, to go on to config.updates in all. Raises ValueError.
+
+    config, grid: as the folder's config.json says, but for what a resumed run may change.
+    """
+    use_cpu_cores()
+    grid = completed(config, grid)
+    check(config, grid)
+    metrics.check_sinks(config)
+    folder = Path(str(config.run))
+    found = checkpoint.steps(folder / files.CHECKPOINTS)
+    if not found:
+        raise ValueError(
+            f"{folder} has no checkpoint to resume from; start again with --config {folder}"
+        )
+    start = found[-1]
+    if config.updates < start:
+        raise ValueError(
+            f"updates={config.updates} in all, and {folder} has made {start} already; ask for more"
+        )
+    _check_schedule(folder, config, grid)
+    if config.updates == start and _evaluated(config, grid):
+        raise ValueError(
+            f"{folder} has finished its {start} updates; --updates {2 * start} goes on to "
+            f"{2 * start} in all"
+        )
+    parts = _parts(config, grid)
+    files.check_demonstrations(folder, config)
+    return Experiment(config, grid, parts, folder, start)
+
+
+def _check_schedule(folder: Path, config: Config, grid: Grid) -> None:
+    """Raises ValueError for updates beyond those that the run was to have, in which it would not learn."""
+    before, numbers = load_config(folder)
+    if len(grid.schedule_updates) != len(numbers.schedule_updates):
+        raise ValueError(
+            f"{folder} has {len(numbers.schedule_updates)} values of schedule_updates; give as many"
+        )
+    ends = min(grid.schedule_updates)
+    if config.schedule != "constant" and config.updates > max(before.updates, ends):
+        raise ValueError(
+            f"the {config.schedule} schedule of {folder} ends at update {ends:g}, and from there on the "
+            f"learning rate is 0; --schedule-updates {config.updates} stretches it, and --schedule "
+            "constant goes on at the full rate"
+        )
+
+
+def execute(experiment: Experiment, sinks: Sequence[Sink] = ()) -> None:
+    """Trains, evaluates, reports and fills the folder; sinks: further ones of the user's.
+
+    Raises Interrupted after SIGINT or SIGTERM, with what was learnt so far saved; health.Diverged; and
+    ValueError when another process has the folder, or a checkpoint cannot be read.
+    """
+    config, grid, parts, folder, _ = experiment
+    say = (lambda text: None) if config.quiet else console.say
+    with ExitStack() as stack:
+        stack.enter_context(locked(folder))
+        stopped = stack.enter_context(signals())
+        executor = stack.enter_context(workers())
+        replicas = make_replicas(config, points(grid))
+        try:
+            say(headline(config, grid))
+            state, progress = _begin(experiment, replicas, say)
+            show, stopped = heeding(stack.enter_context(display(config.quiet)), stopped)
+            job = Job(config, grid, parts, folder, replicas, executor, stopped, show)
+            programs, seconds = _compiled(job, state is None, progress.updates, say)
+        except BaseException:
+            if experiment.start is None:
+                files.discard_folder(folder)
+            raise
+        recorder = _recorder(job, sinks, progress.updates)
+        stack.callback(_close, recorder)
+        if programs.init is not None:
+            state = programs.init.result()(replicas.keys)
+        train = programs.train.result()
+        state, status, progress = train_chunks(job, train, state, progress, recorder, seconds)
+        (folder / files.EVALUATION).unlink(missing_ok=True)  # of other parameters
+        about = {"updates": progress.updates, "settings": files.settings(folder)}
+        files.write_params(folder / files.PARAMS, state.params, about)
+        done = (
+            f"after {status.updates} of {config.updates} updates; saved in {folder}; "
+            f"go on with jaxpg train --resume {folder}"
+        )
+        stop = stopper(stopped, done)
+        stop()
+        show("evaluating")
+        evaluate = wait_for(programs.evaluate, stop)
+        evaluation = on_workers(job, stop, evaluate, state.params, replicas.evaluation_keys)
+        diverged = np.isin(np.arange(len(replicas.labels)), list(progress.diverged))
+        # What has diverged has no return.
+        returns = np.where(diverged, np.nan, evaluation.mean)
+        _write_evaluation(folder, evaluation, returns, replicas, progress)
+    attainable = attained(evaluation.smallest, evaluation.largest)
+    console.say(*summary(config, grid, status, returns, diverged, attainable), f"saved in {folder}")
+
+
+def _begin(experiment, replicas, say) -> tuple[Any, Progress]:
+    """Writes config.json. Of a resumed run, the state; of a new one, None."""
+    config, grid, parts, folder, start = experiment
+    now = files.description(config, grid, replicas.labels) | {"lanes": lanes(replicas)}
+    if start is not None:
+        return _go_on(experiment, replicas, now, say)
+    warning = health.starving(config.updates, config.num_envs * health.num_steps(config, parts.env))
+    if warning and not _as_preset(config):
+        say(warning)
+    files.write_json(folder / files.CONFIG, now, exact=True)
+    return None, Progress(0, [0] * len(replicas.labels), 0.0, {})
+
+
+def _go_on(experiment, replicas, now: dict, say) -> tuple[Any, Progress]:
+    """The state of the checkpoint, and what differs from when the run began said and noted.
+
+    now: the description that a new run would have.
+    """
+    config, _, parts, folder, start = experiment
+    files.check_links(folder)
+    shapes = jax.eval_shape(jax.vmap(parts.trainer.init), replicas.keys)
+    settings = files.settings(folder)
+    state, record = checkpoint.restore_run(
+        folder / files.CHECKPOINTS, start, shapes, len(replicas.labels), settings
+    )
+    state = jax.device_put(state, replicas.sharding)
+    saved: dict[str, Any] = dict(read_config(folder)[1])
+    entry = {"update": start, "time": now["started"], **_recorded(experiment, saved, record, say)}
+    say(f"resuming {folder} after {start} of {config.updates} updates")
+    if "lines" not in record:
+        say("its checkpoint was written before they named their settings, which were not compared")
+    if changed := files.otherwise(saved, now):
+        said = "; ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items())
+        say(f"its numbers will be those of one go to rounding, not bit by bit: {said}")
+        entry["changed"] = changed
+    for part, name in (("config", "schedule"), ("hyperparameters", "schedule_updates")):
+        if json.loads(json.dumps(now[part][name])) != saved[part].get(name):
+            entry[name] = now[part][name]
+            saved[part][name] = now[part][name]
+    saved["config"]["updates"] = config.updates
+    saved["replicas"] = replicas.labels
+    saved["resumed"] = [*saved.get("resumed", []), entry]
+    files.write_json(folder / files.CONFIG, saved, exact=True)
+    diverged = {int(i): update for i, update in record["diverged"].items()}
+    lines = metrics.count_lines(folder / files.METRICS)
+    return state, Progress(start, record["env_steps"], record["seconds"], diverged, lines)
+
+
+def _recorded(experiment, saved: dict, record: checkpoint.Record, say) -> dict[str, int]:
+    """Checks and rewinds what was recorded up to the checkpoint; what config.json has to say of it.
+
+    Raises ValueError, leaving all as it is, where the table has a hole.
+    """
+    config, _, _, folder, start = experiment
+    lines, table = folder / files.METRICS, folder / files.TABLE
+    since = max((each.get("recorded_from", 1) for each in saved.get("resumed", ())), default=1)
+    if not lines.exists() and not table.exists() and since <= start:
+        say(f"{folder} has lost {lines.name} and {table.name}: both begin at update {start + 1}")
+        return {"recorded_from": start + 1}
+    metrics.check_table(table, since, start, len(record["env_steps"]))
+    metrics.rewind(lines, table, start)
+    chunk, count = chunk_length(load_config(folder)[0].updates), record.get("lines")
+    if said := metrics.mend_lines(lines, table, (since, start), chunk, count, config.num_envs):
+        say(said)
+    return {}
+
+
+def _as_preset(config) -> bool:
+    """Whether batches and updates are the defaults, which have been tried."""
+    usual = preset(config.environment, config.algorithm)[0]
+    sizes = ("updates", "num_envs", "num_steps")
+    return all(getattr(config, name) == getattr(usual, name) for name in sizes)
+
+
+def _compiled(job: Job, fresh: bool, done: int, say):
+    """The programs, of which evaluation's may still be compiling, and the seconds that they took."""
+    config = job.config
+    started = time.perf_counter()
+    job.show("compiling")
+    stop = stopper(job.stopped, "before the first update; nothing was saved")
+    if not fresh:
+        stop = stopper(
+            job.stopped, f"before it went on; the checkpoint in {job.folder} is untouched"
+        )
+    chunk = chunk_length(config.updates, done)
+    programs = compile_programs(
+        job.parts, job.replicas, config, chunk, job.executor, job.parts.demonstrations, fresh
+    )
+    for each in (programs.train, programs.init):
+        if each is not None:
+            wait_for(each, stop)
+    health.check_memory(programs.train.result(), len(job.replicas.labels), config.force)
+    seconds = time.perf_counter() - started
+    job.show(f"compiled in {seconds:.1f} s")
+    return programs, seconds
+
+
+def _recorder(job: Job, sinks: Sequence[Sink], after: int) -> Recorder:
+    config, folder, labels = job.config, job.folder, job.replicas.labels
+    columns = varying(job.grid)
+    found = [metrics.json_lines(folder / files.METRICS, config.num_envs), *sinks]
+    if config.tensorboard:
+        place = folder / files.TENSORBOARD
+        found.append(metrics.tensorboard(place, labels, columns, config.num_envs, after))
+    if config.wandb:
+        description = {"config": asdict(config), "hyperparameters": job.grid._asdict()}
+        found.append(metrics.wandb(folder, description, labels, columns, config.num_envs))
+    table = metrics.parquet(folder / files.TABLE, labels, columns)
+    checkpoints = checkpoint.open_checkpoints(folder / files.CHECKPOINTS, files.settings(folder))
+    return Recorder(found, table, checkpoints)
+
+
+def _close(recorder: Recorder) -> None:
+    for sink in recorder.sinks:
+        sink.close()
+    recorder.checkpoints.close()
+
+
+def _write_evaluation(
+    folder: Path,
+    evaluation: Evaluation,
+    returns: np.ndarray,
+    replicas: Replicas,
+    progress: Progress,
+) -> None:
+    labels = replicas.labels
+    record = {
+        "update": progress.updates,
+        "mean_return": returns,
+        "standard_error": evaluation.standard_error,
+        "episodes": evaluation.episodes,
+        "smallest": evaluation.smallest,
+        "largest": evaluation.largest,
+        "diverged": [progress.diverged.get(i) for i in range(len(labels))],
+        **{name: [label[name] for label in labels] for name in labels[0]},
+    }
+    files.write_json(folder / files.EVALUATION, record)

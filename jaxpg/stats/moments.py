@@ -1,0 +1,87 @@
+"""Streaming moments and intervals.
+
+Samples are split into groups; each group keeps its count, mean and sum of squared deviations, merged by
+Chan's shifted formula (Chan et al., 1983), so nothing is lost beside a large mean. Intervals are by the
+delete-one-group jackknife: one rule for means, traces and ratios alike.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpg.stats.intervals import Estimate, quantile, ratio
+from jaxpg.types import Array
+
+GROUPS = 32
+
+
+class Moments(NamedTuple):
+    """Count, mean and sum of squared deviations of vectors; leading axes are groups."""
+
+    count: Any  # [...] jax arrays on the device, NumPy's in float64 on the host
+    mean: Any  # [..., P]
+    squares: Any  # [..., P]
+
+
+def moments_of(rows: Array, valid: Array | None = None) -> Moments:
+    """Two passes over the rows [C, P] that are valid: mean first, deviations from it second."""
+    keep = jnp.ones(rows.shape[0], bool) if valid is None else valid
+    count = keep.sum().astype(rows.dtype)
+    mean = jnp.where(keep[:, None], rows, 0.0).sum(axis=0) / jnp.maximum(count, 1.0)
+    deviation = jnp.where(keep[:, None], rows - mean[None], 0.0)
+    return Moments(count, mean, (deviation**2).sum(axis=0))
+
+
+def merge(one: Moments, other: Moments) -> Moments:
+    """The moments of both sets of samples together (Chan et al., 1983)."""
+    count = one.count + other.count
+    share = other.count / jnp.maximum(count, 1)
+    shift = other.mean - one.mean
+    squares = one.squares + other.squares + shift**2 * one.count * share
+    return Moments(count, one.mean + shift * share, squares)
+
+
+def merge_groups(moments: Moments) -> Moments:
+    """The moments over all groups, on the host."""
+    count = moments.count.sum()
+    mean = moments.count @ moments.mean / count
+    shift = moments.mean - mean
+    return Moments(count, mean, moments.squares.sum(axis=0) + moments.count @ shift**2)
+
+
+def jackknife(
+    function: Callable[[Moments], Any], moments: Moments, confidence: float = 0.95
+) -> Estimate:
+    """function of all groups, with the interval from leaving out one group at a time.
+
+    A ratio to a variance of 0 is infinite or undefined, and comes out as such.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _jackknife(function, moments, confidence)
+
+
+def jackknife_ratio(
+    top: Callable[[Moments], Any],
+    bottom: Callable[[Moments], Any],
+    moments: Moments,
+    confidence: float = 0.95,
+) -> Estimate:
+    """`ratio` of two functions of moments."""
+    one, other = (jackknife(each, moments, confidence) for each in (top, bottom))
+    return ratio(one, other, jackknife(lambda m: top(m) / bottom(m), moments, confidence))
+
+
+def _jackknife(function, moments, confidence) -> Estimate:
+    groups = len(moments.count)
+    level = quantile(confidence, groups)
+    value = float(function(merge_groups(moments)))
+    left = np.array(
+        [
+            function(merge_groups(Moments(*(np.delete(x, g, axis=0) for x in moments))))
+            for g in range(groups)
+        ]
+    )
+    error = np.sqrt((groups - 1) / groups * ((left - left.mean()) ** 2).sum())
+    return Estimate(value, float(value - level * error), float(value + level * error))

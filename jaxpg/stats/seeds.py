@@ -1,0 +1,112 @@
+"""Statistics over seeds: of one number that each has, of a curve, and of several tasks."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxpg.stats.intervals import ANY, Estimate, bootstrap, mean_interval, ratio_of_means, within
+
+FEWEST = 0.5  # share of the seeds below which the others' statistic would be about survivors
+BAND_RESAMPLES = 500  # for an eye
+
+
+class Band(NamedTuple):
+    """A curve with its 95 % band, [T] each."""
+
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+class Summary(NamedTuple):
+    """Of a number that each seed has: its mean with a 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    smallest: float
+    largest: float
+
+
+def summarise(values: np.ndarray, attainable: tuple[float, float] = ANY) -> Summary:
+    """Over the seeds that have a value; NaN where there are too few.
+
+    attainable: a range in which the mean must lie; see mean_interval.
+    """
+    values = np.asarray(values, float)
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return Summary(*[float("nan")] * 5)
+    return Summary(*mean_interval(values, attainable), values.min(), values.max())
+
+
+def number(value: float, digits: int = 1) -> str:
+    """Fixed digits, or a dash for NaN."""
+    return f"{value:,.{digits}f}" if np.isfinite(value) else "-"
+
+
+def interval(summary: Summary | Estimate, digits: int = 1) -> str:
+    """`[low, high]`, or a dash."""
+    if not np.isfinite(summary.low):
+        return "-"
+    return f"[{number(summary.low, digits)}, {number(summary.high, digits)}]"
+
+
+def robust(values: np.ndarray) -> Estimate:
+    """Interquartile mean of seeds [R], or of runs on tasks [R, K], with its 95 % bootstrap interval.
+
+    Of [R], over the seeds that have a value, and NaN where none has. Without an interval where there is only
+    one (Agarwal et al., 2021).
+    """
+    from jaxpg.stats.reliability import interquartile_mean
+
+    values = np.asarray(values, float)
+    if values.ndim == 1:
+        values = values[np.isfinite(values), None]
+    if len(values) > 1:
+        return Estimate(*map(float, bootstrap(interquartile_mean, values)))
+    nan = float("nan")
+    return Estimate(float(interquartile_mean(values)) if len(values) else nan, nan, nan)
+
+
+def band(curves: np.ndarray) -> Band:
+    """The interquartile mean over seeds [R, T], with its pointwise 95 % bootstrap band.
+
+    NaN at points where fewer than half of the seeds have a value.
+    """
+    from jaxpg.stats.reliability import interquartile_mean
+
+    curves = np.asarray(curves, float)
+    found = np.isfinite(curves)
+    shown = np.full((3, curves.shape[1]), np.nan)
+    whole = found.all(axis=0) & (len(curves) > 1)
+    if whole.any():
+        # Points are strata: each is resampled on its own.
+        shown[:, whole] = bootstrap(
+            lambda x: interquartile_mean(np.moveaxis(x, -1, -2)[..., None]),
+            curves[:, whole],
+            num_resamples=BAND_RESAMPLES,
+        )
+    for t in np.flatnonzero(~whole & (found.mean(axis=0) >= FEWEST)):
+        shown[:, t] = robust(curves[:, t])
+    return Band(*shown)
+
+
+def noise_ratios(noise: np.ndarray, signal: np.ndarray, num_envs: int) -> dict[str, Estimate]:
+    """The noise scale (episodes or lanes) and signal to noise of n measurements each, [..., n].
+
+    Ratios of averages, because each measurement's own is mostly noise; and where the average below is not
+    clear of 0 a bound (see intervals.ratio).
+    """
+    return {
+        "noise_scale": within(ratio_of_means(num_envs * noise, signal)),
+        "signal_to_noise": within(ratio_of_means(signal, noise)),
+    }
+
+
+def scaled(scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Scores [R, K] by name, so that 0 and 1 are the lowest and the highest of any run on each task."""
+    everything = np.concatenate(list(scores.values()))
+    low, high = np.nanmin(everything, axis=0), np.nanmax(everything, axis=0)
+    span = np.where(high > low, high - low, 1.0)
+    return {name: (each - low[None]) / span[None] for name, each in scores.items()}

@@ -1,0 +1,1 @@
+"""Training: the table of algorithms, and the one loop that runs every row of it."""

@@ -1,0 +1,181 @@
+"""The table: every algorithm is an estimator, where its data comes from, and how it steps."""
+
+import difflib
+from typing import NamedTuple
+
+from jaxpg.estimators import (
+    Estimator,
+    baselines,
+    credit,
+    describe,
+    facts_of,
+    importance,
+    surrogates,
+)
+from jaxpg.estimators.control_variates import ControlVariate
+from jaxpg.optimizers import Optimizer, Schedule, adam, adaptation, constant, natural
+from jaxpg.optimizers.adaptation import Adaptation
+from jaxpg.training import data
+from jaxpg.training.data import Data
+
+
+class Algorithm(NamedTuple):
+    estimator: Estimator
+    data: Data = data.episodes
+    policy_optimizer: Optimizer = adam
+    critic_optimizer: Optimizer | None = None  # None: no critic
+    num_epochs: int = 1  # passes over the batch that move the policy (and the critic)
+    num_minibatches: int = 1  # parts of the batch, one step each
+    critic_epochs: int = 0  # further passes that move only the critic
+    critic_minibatches: int = 1  # parts of the batch in those
+    schedule: Schedule = constant
+    adaptation: Adaptation = adaptation.fixed  # of numbers to the KL of each update
+    fisher_samples: int | None = None  # steps (or lanes) that the Fisher matrix is of; None: all
+    measure_kl: bool = False  # log the KL of each whole update, for two more forward passes
+    control_variate: ControlVariate | None = None  # a baseline per parameter, on whole episodes
+    measure_noise: bool = False  # log the gradient's signal and noise, for one more backward pass
+
+
+_TO_GO = Estimator(credit.reward_to_go)
+_ACTOR_CRITIC = Estimator(credit.lambda_return, baselines.critic, reduce=surrogates.per_step)
+_PPO = Algorithm(
+    _ACTOR_CRITIC._replace(surrogate=surrogates.standardised(surrogates.clipped)),
+    data.stream,
+    critic_optimizer=adam,
+    num_epochs=4,
+    num_minibatches=4,
+)
+_TRUST_REGION = Algorithm(
+    _ACTOR_CRITIC._replace(surrogate=surrogates.standardised(surrogates.ratio)),
+    data.stream,
+    policy_optimizer=natural.trpo,
+    critic_optimizer=adam,
+    critic_epochs=9,
+    measure_kl=True,
+)
+
+ALGORITHMS = {
+    # Williams, 1992.
+    "reinforce": Algorithm(Estimator(credit.total_return)),
+    "reinforce_to_go": Algorithm(_TO_GO),
+    "reinforce_baseline": Algorithm(_TO_GO._replace(baseline=baselines.leave_one_out)),
+    # Sutton et al., 2000, with the credit of Schulman et al., 2016.
+    "vpg": Algorithm(
+        _ACTOR_CRITIC._replace(surrogate=surrogates.standardised(surrogates.score)),
+        data.stream,
+        critic_optimizer=adam,
+        critic_epochs=9,
+    ),
+    # Mnih et al., 2016, without the asynchrony: short rollouts, one joint step each.
+    "a2c": Algorithm(_ACTOR_CRITIC, data.stream, critic_optimizer=adam),
+    # Espeholt et al., 2018: stale streams under V-trace weights.
+    "impala": Algorithm(
+        _ACTOR_CRITIC._replace(importance=importance.truncated(1.0)),
+        data.replay(data.stream, 4),
+        critic_optimizer=adam,
+    ),
+    # Schulman et al., 2017.
+    "ppo": _PPO,
+    "ppo_kl": _PPO._replace(
+        estimator=_ACTOR_CRITIC._replace(
+            surrogate=surrogates.standardised(surrogates.kl_penalised)
+        ),
+        adaptation=adaptation.kl_penalty,
+        measure_kl=True,
+    ),
+    # Kakade, 2001.
+    "npg": _TRUST_REGION._replace(policy_optimizer=natural.npg),
+    # Schulman et al., 2015.
+    "trpo": _TRUST_REGION,
+    # Peters and Schaal, 2008: batch_mean is what the intercept of the regression subtracts.
+    "enac": Algorithm(
+        Estimator(credit.total_return, baselines.batch_mean),
+        policy_optimizer=natural.enac,
+        measure_kl=True,
+    ),
+    # Baxter and Bartlett, 2001: the discounted sum from the start of the episode ...
+    "gpomdp": Algorithm(_TO_GO._replace(importance=importance.from_start(importance.on_policy))),
+    # ... and the eligibility trace z <- gamma z + u over num_steps of a task that never ends, where gamma
+    # is their beta: (1/T) sum_t r_t z_t = (1/T) sum_t u_t sum_{k>=t} gamma^(k-t) r_k.
+    "gpomdp_continuing": Algorithm(_TO_GO._replace(reduce=surrogates.per_step), data.stream),
+    # Precup et al., 2000: whole episodes of the last policies, each reward weighed by what led to it.
+    "off_policy": Algorithm(
+        _TO_GO._replace(baseline=baselines.time_mean, importance=importance.per_decision),
+        data.replay(data.episodes, 4),
+    ),
+    # Levine and Koltun, 2013: the gradient of the self-normalised estimate of J from the mixture of the
+    # policy's own episodes and demonstrations, through its normaliser.
+    "guided": Algorithm(
+        Estimator(
+            credit.total_return,
+            baselines.regularised(baselines.weighted_mean),
+            importance.self_normalised(importance.trajectory),
+        ),
+        data.mixture,
+    ),
+    # Maximum likelihood is REINFORCE with weight 1, on somebody else's data.
+    "behaviour_cloning": Algorithm(Estimator(credit.unit), data.demonstrations),
+}
+
+
+def algorithm(name: str) -> Algorithm:
+    """A row of the table. Raises ValueError, with near matches, for an unknown name."""
+    if name not in ALGORITHMS:
+        near = difflib.get_close_matches(name, ALGORITHMS, n=3, cutoff=0.4) or ALGORITHMS
+        raise ValueError(f"unknown algorithm {name!r}; did you mean {', '.join(near)}?")
+    return ALGORITHMS[name]
+
+
+def unmeasured(algorithm: Algorithm) -> list[str]:
+    """Metrics that say nothing: 0 and 1 for a policy that takes one step from its own data."""
+    if algorithm.num_epochs * algorithm.num_minibatches > 1 or algorithm.data.reweighs:
+        return []
+    return ["ess"] if algorithm.measure_kl else ["ess", "kl"]
+
+
+def check_algorithm(algorithm: Algorithm, has_critic: bool) -> None:
+    """Raises ValueError for a row whose parts contradict each other."""
+    estimator, source = algorithm.estimator, algorithm.data
+    whole = [value for value in estimator if facts_of(value).whole_episodes]
+    if whole and not source.whole_episodes:
+        raise ValueError(
+            f"{describe(whole[0])} needs whole episodes, but the algorithm runs on a stream; "
+            "set data=episodes"
+        )
+    needs_critic = any(facts_of(value).reads_critic for value in estimator)
+    if needs_critic and not (has_critic and algorithm.critic_optimizer):
+        raise ValueError(
+            f"credit {describe(estimator.credit)} with baseline {describe(estimator.baseline)} reads a "
+            "critic; give the agent one and the algorithm a critic_optimizer"
+        )
+    corrects = facts_of(estimator.surrogate).corrects
+    reuses = algorithm.num_epochs * algorithm.num_minibatches > 1 and source.gathers
+    if reuses and not corrects:
+        raise ValueError(
+            f"{algorithm.num_epochs} epochs x {algorithm.num_minibatches} minibatches move the policy "
+            "away from its data, which the score surrogate cannot correct; use ratio, clipped or "
+            "kl_penalised, or one step per batch"
+        )
+    if source.reweighs and not facts_of(estimator.importance).corrects:
+        raise ValueError(
+            f"{source.name} holds data of other policies, which {describe(estimator.importance)} takes for "
+            "the present one's; use per_decision, trajectory, prefix, one_step, truncated or a "
+            "self_normalised form"
+        )
+    by_step = facts_of(estimator.reduce).ignores_lanes
+    if algorithm.control_variate and (not source.whole_episodes or reuses or by_step):
+        raise ValueError(
+            "a control variate acts on the gradients of whole episodes; use data=episodes, reduce "
+            "per_episode, and one step per batch"
+        )
+    if source.name == "mixture" and (algorithm.critic_optimizer or algorithm.control_variate):
+        raise ValueError(
+            "a mixture with demonstrations takes neither a critic nor a control variate"
+        )
+    if algorithm.adaptation is not adaptation.fixed and not algorithm.measure_kl:
+        raise ValueError("adaptation reads the KL of each update; set measure_kl=True")
+    for name in ("num_epochs", "num_minibatches", "critic_minibatches"):
+        if getattr(algorithm, name) < 1:
+            raise ValueError(f"{name}={getattr(algorithm, name)} must be at least 1")
+    if algorithm.critic_epochs < 0:
+        raise ValueError(f"critic_epochs={algorithm.critic_epochs} must not be negative")

@@ -1,0 +1,52 @@
+"""Imitation: the demonstrators' policy, by maximum likelihood."""
+
+from collections.abc import Callable
+
+import jax
+
+from jaxpg.envs import Env
+from jaxpg.policies import Agent, Network
+from jaxpg.training.algorithm import Algorithm, algorithm
+from jaxpg.training.data import mixture
+from jaxpg.training.trainer import Trainer, TrainState, make_trainer, train
+from jaxpg.types import Hyperparams, Key, Params, Trajectory
+
+# Of the cloning alone: the run's own learning rates belong to its own algorithm.
+NUMBERS = Hyperparams(learning_rate=5e-3)
+
+
+def imitate(
+    env: Env, policy: Network, demonstrations: Trajectory, key: Key, num_updates: int
+) -> Params:
+    """Parameters of a fresh policy after num_updates Adam steps up the demonstrations' likelihood."""
+    row = algorithm("behaviour_cloning")
+    trainer = make_trainer(env, Agent(policy), row, num_envs=1)
+    state, _ = train(trainer, trainer.init(key), NUMBERS, demonstrations, num_updates=num_updates)
+    return state.params.policy
+
+
+def informed(
+    trainer: Trainer,
+    env: Env,
+    policy: Network,
+    row: Algorithm,
+    demonstrations: Trajectory,
+    num_updates: int,
+    warm_start: bool,
+) -> Callable[[Key], TrainState]:
+    """The trainer's init, with an imitation of the demonstrations in its place.
+
+    A mixture takes it for the demonstrators' density on its own episodes; warm_start: the policy starts
+    from it.
+    """
+
+    def init(key):
+        state = trainer.init(key)
+        fitted = imitate(env, policy, demonstrations, jax.random.fold_in(key, 1), num_updates)
+        if row.data is mixture:
+            state = state._replace(data=fitted)
+        if warm_start:
+            state = state._replace(params=state.params._replace(policy=fitted))
+        return state
+
+    return init

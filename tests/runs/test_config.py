@@ -1,0 +1,129 @@
+"""Grids, and the table of presets behind the flags."""
+
+from dataclasses import fields, replace
+
+import jax
+import pytest
+
+from jaxpg.envs import gymnax_names
+from jaxpg.optimizers import BATCH_SCALINGS, OPTIMIZERS, SCHEDULES
+from jaxpg.policies import NETWORKS, init_params
+from jaxpg.policies.networks import ACTIVATIONS
+from jaxpg.runs.config.config import Config, Grid, check, completed, points, varying
+from jaxpg.runs.config.flags import parse
+from jaxpg.runs.config.presets import PRESETS, preset
+from jaxpg.runs.train.build import build, build_algorithm
+from jaxpg.training.algorithm import ALGORITHMS
+from jaxpg.types import Hyperparams
+
+TRAINABLE = [
+    name for name, row in ALGORITHMS.items() if not row.data.demonstrations
+]  # which need demonstrations
+
+
+def test_a_grid_has_every_combination_once():
+    _, grid = preset("CartPole-v1", "ppo")
+    grid = grid._replace(learning_rate=(0.1, 0.2, 0.3), gamma=(0.5, 0.9))
+    seen = [(p.learning_rate, p.gamma) for p in points(grid)]
+    assert seen == [(a, b) for a in (0.1, 0.2, 0.3) for b in (0.5, 0.9)]
+    assert varying(grid) == ["learning_rate", "gamma"]
+
+
+@pytest.mark.parametrize("key", PRESETS)
+def test_a_preset_names_what_exists(key):
+    environment, algorithm = key
+    assert environment in {"*", *gymnax_names()}
+    assert algorithm in {"*", *ALGORITHMS}
+    assert PRESETS[key].keys() <= {f.name for f in fields(Config)} | set(Hyperparams._fields)
+
+
+@pytest.mark.parametrize("algorithm", TRAINABLE)
+@pytest.mark.parametrize("environment", sorted({e for e, _ in PRESETS} - {"*"}))
+def test_every_combination_of_presets_builds(environment, algorithm):
+    config, grid = preset(environment, algorithm)
+    grid = completed(config, grid)
+    check(config, grid)
+    build(config)
+    assert grid.schedule_updates == (config.updates,)
+
+
+@pytest.mark.parametrize("algorithm", TRAINABLE)
+def test_epochs_agree_with_the_algorithm_table(algorithm):
+    """The help cannot read that table, which needs jax; so the presets repeat it."""
+    row = build_algorithm(preset("", algorithm)[0])
+    for name in ("num_epochs", "critic_epochs"):
+        assert getattr(row, name) == getattr(ALGORITHMS[algorithm], name)
+
+
+@pytest.mark.parametrize(
+    ("flag", "table"),
+    [
+        ("algorithm", TRAINABLE),
+        ("network", NETWORKS),
+        ("activation", ACTIVATIONS),
+        ("optimizer", OPTIMIZERS),
+        ("schedule", SCHEDULES),
+        ("batch_scaling", BATCH_SCALINGS),
+    ],
+)
+def test_help_names_every_choice(flag, table):
+    (text,) = (f.metadata["help"] for f in fields(Config) if f.name == flag)
+    assert [name for name in table if name not in text] == []
+
+
+@pytest.mark.parametrize("order", ["{env} {flags}", "{flags} {env}", "{flags} --quiet {env}"])
+def test_flags_fill_both_types_in_any_order(order):
+    flags = "--algorithm=vpg --learning-rate 1e-3,3e-4 --lambda .9 --hidden 32,16"
+    config, grid = parse(order.format(env="CartPole-v1", flags=flags).split(), "jaxpg train")
+    expected, preset_grid = preset("CartPole-v1", "vpg")
+    assert config == replace(expected, hidden=(32, 16), quiet="--quiet" in order)
+    assert grid == preset_grid._replace(learning_rate=(1e-3, 3e-4), lambda_=(0.9,))
+
+
+def test_flags_wrap_the_environment():
+    """CartPole, every action twice; of every observation two entries, with the action before, three times."""
+    flags = "CartPole-v1 --keep 0,2 --repeat 2 --history 3 --normalise"
+    config, grid = parse(flags.split(), "jaxpg train")
+    assert (config.keep, config.repeat, config.history, config.normalise) == ((0, 2), 2, 3, True)
+    check(config, completed(config, grid))
+    parts = build(config)
+    assert parts.env.observation.shape == (3 * (2 + 2),) and parts.env.horizon == 250
+    params = init_params(parts.agent, jax.random.key(0))
+    assert params.policy["statistics"].mean.shape == params.critic["statistics"].mean.shape == (12,)
+    plain, _ = preset("CartPole-v1", "ppo")
+    assert build(plain).env.observation.shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("CartPole-v1 --keep 4", "keep=4 must name entries of the observation: 0 to 3"),
+        ("Catch-bsuite --keep 0", "keep chooses entries of a vector"),
+        ("CartPole-v1 --history 0", "history=0 must be at least 1"),
+        ("CartPole-v1 --repeat 0", "repeat=0 must be at least 1"),
+        ("CartPole-v1 --reference-batch 0", "reference_batch=0 must be at least 1"),
+        ("CartPole-v1 --weight-decay -1", "weight_decay=-1 must not be negative"),
+        ("FrozenLake-misc --normalise", "normalise scales real observations"),
+    ],
+)
+def test_wrong_flags_are_one_clear_line(flags, message):
+    config, grid = parse(flags.split(), "jaxpg train")
+
+    def prepare():
+        check(config, completed(config, grid))
+        build(config)
+
+    with pytest.raises(ValueError, match=message) as error:
+        prepare()
+    assert "\n" not in str(error.value)
+
+
+def test_every_field_is_a_flag(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(["CartPole-v1", "--help"], "jaxpg train")
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    names = [f.name for f in fields(Config) if f.name != "environment"] + list(Grid._fields)
+    flags = [n.strip("_").replace("_", "-") for n in names]
+    missing = [n for n in flags if f"--{n}" not in text and f"--no-{n}" not in text]
+    assert missing == []

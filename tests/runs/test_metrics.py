@@ -1,0 +1,177 @@
+"""What is measured is kept per seed and update, and every sink gets it."""
+
+import json
+import os
+import struct
+
+import numpy as np
+import pytest
+from pyarrow import parquet
+from small_runs import FLAGS, start
+
+from jaxpg.runs.config.flags import request
+from jaxpg.runs.store import metrics
+from jaxpg.runs.store.metrics import Records, Sink
+from jaxpg.runs.train.run import execute, prepare
+from jaxpg.training.algorithm import algorithm, unmeasured
+
+LABELS = [
+    {"seed": 0, "learning_rate": 0.1, "gamma": 0.9},
+    {"seed": 1, "learning_rate": 0.1, "gamma": 0.9},
+    {"seed": 0, "learning_rate": 0.2, "gamma": 0.9},
+    {"seed": 1, "learning_rate": 0.2, "gamma": 0.9},
+]
+COLUMNS = ["learning_rate"]
+HUGE = 3 * 10**9  # beyond int32
+
+
+def records(first, count):
+    update = np.arange(first, first + count)
+    value = 100.0 * np.arange(4)[:, None] + update
+    returns = np.where(update < 3, np.nan, value)  # no episode has ended yet
+    return Records(
+        update,
+        HUGE + np.broadcast_to(update, (4, count)) * 7,
+        update / 10,
+        {"objective": value.astype(np.float32), "episode_return": returns.astype(np.float32)},
+    )
+
+
+def test_the_table_has_a_row_for_each_replica_and_update(tmp_path):
+    folder = tmp_path / "metrics.parquet"
+    table = metrics.parquet(folder, LABELS, COLUMNS)
+    for first in (1, 3):
+        table.write(records(first, 2))
+    table.flush()
+    table.flush()  # nothing new, nothing written
+    table.write(records(5, 1))
+    table.flush()
+    assert len(list(folder.iterdir())) == 2
+    rows = parquet.read_table(folder).to_pylist()
+    assert len(rows) == 4 * 5
+    for row in rows:
+        i, update = row["replica"], row["update"]
+        expected = {
+            "replica": i,
+            "seed": i % 2,
+            "learning_rate": 0.1 if i < 2 else 0.2,
+            "update": update,
+            "env_steps": HUGE + 7 * update,
+            "seconds": update / 10,
+            "objective": 100.0 * i + update,
+            "episode_return": None if update < 3 else 100.0 * i + update,
+        }
+        assert row == expected
+    assert {(row["replica"], row["update"]) for row in rows} == {
+        (i, u) for i in range(4) for u in range(1, 6)
+    }
+
+
+def test_rewinding_leaves_what_a_checkpoint_knows(tmp_path):
+    lines, folder = tmp_path / "metrics.jsonl", tmp_path / "metrics.parquet"
+    sink, table = metrics.json_lines(lines, 1), metrics.parquet(folder, LABELS, COLUMNS)
+    for first in (1, 3, 5):
+        for write in (sink.write, table.write):
+            write(records(first, 2))
+        table.flush()
+    with open(lines, "a") as file:
+        file.write('{"update": 8, "ob')
+    metrics.rewind(lines, folder, 4)
+    kept = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [line["update"] for line in kept] == [2, 4]
+    assert max(parquet.read_table(folder)["update"].to_pylist()) == 4
+    metrics.rewind(lines, folder, 0)
+    assert lines.read_text() == ""
+    assert not folder.exists()
+
+
+def test_ratios_are_of_averages():
+    values = {"noise": np.array([[1.0, 3.0] * 4]), "signal": np.array([[-1.0, 5.0] * 4])}
+    found = metrics.means(Records(np.arange(8), np.zeros((1, 8)), np.arange(8), values), 10)
+    # The mean of the updates' own ratios would be -20 / 10.
+    assert np.isnan(found["noise_scale"]) and np.isnan(found["signal_to_noise_above"])
+    np.testing.assert_allclose(found["signal_to_noise"], 2 / 2)
+    values["signal"] = np.array([[1.0, 2.0] * 4])
+    found = metrics.means(Records(np.arange(8), np.zeros((1, 8)), np.arange(8), values), 10)
+    np.testing.assert_allclose(found["noise_scale"], 10 * 2 / 1.5)
+    np.testing.assert_allclose(found["signal_to_noise"], 1.5 / 2)
+
+
+def events(folder):
+    """(tag, step, value) of an event file: records of length, checksum, data, checksum."""
+    proto = pytest.importorskip("tensorboardX.proto.event_pb2")
+    (path,) = folder.iterdir()
+    data, found = path.read_bytes(), []
+    while data:
+        (size,) = struct.unpack("<Q", data[:8])
+        event = proto.Event.FromString(data[12 : 12 + size])
+        found += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+        data = data[16 + size :]
+    return found
+
+
+def test_tensorboard_has_the_mean_over_seeds_of_every_setting(tmp_path):
+    pytest.importorskip("tensorboardX")
+    sink = metrics.tensorboard(tmp_path, LABELS, COLUMNS, 1, 0)
+    sink.write(records(1, 2))
+    sink.write(records(3, 2))
+    sink.close()
+    assert {f.name for f in tmp_path.iterdir()} == {"learning_rate=0.1", "learning_rate=0.2"}
+    found = events(tmp_path / "learning_rate=0.2")
+    curves = {(tag, step): value for tag, step, value in found}
+    assert curves["objective", 2] == 250 + 1.5
+    assert curves["episode_return", 4] == 250 + 3.5
+    assert ("episode_return", 2) not in curves
+
+
+def test_wandb_works_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    sink = metrics.wandb(tmp_path, {"config": {"seeds": 2}}, LABELS, COLUMNS, 1)
+    sink.write(records(1, 2))
+    sink.close()
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert next(run.glob("*.wandb")).stat().st_size > 0
+
+
+def test_a_sink_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    config, _, _ = request([*FLAGS.split(), "--tensorboard"], "jaxpg train")
+    with pytest.raises(ValueError, match=r"pip install 'jaxpg\[tensorboard\]'"):
+        metrics.check_sinks(config)
+
+
+def test_a_users_own_sink_gets_every_update_once(tmp_path, capsys):
+    got, closed = [], []
+    flags = [*FLAGS.split(), "--updates", "40", "--tensorboard", "--run", str(tmp_path / "r")]
+    config, grid, _ = request(flags, "jaxpg train")
+    execute(prepare(config, grid), sinks=[Sink(got.append, lambda: closed.append(True))])
+    assert closed == [True]
+    assert np.concatenate([r.update for r in got]).tolist() == list(range(1, 41))
+    steps = np.concatenate([r.env_steps for r in got], axis=1)
+    np.testing.assert_array_equal(steps, np.tile(16 * np.arange(1, 41), (2, 1)))
+    seconds = np.concatenate([r.seconds for r in got])
+    assert (np.diff(seconds) > 0).all()
+    # The same numbers, bit by bit, are in the table, and their means in the lines.
+    table = parquet.read_table(tmp_path / "r" / "metrics.parquet").to_pandas()
+    table = table.sort_values(["replica", "update"])
+    for name in got[0].metrics:
+        values = np.concatenate([r.metrics[name] for r in got], axis=1)
+        np.testing.assert_array_equal(table[name].to_numpy().reshape(2, 40), values)
+    lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == len(got) == 20
+    expected = got[3].metrics["entropy"].mean(axis=1)
+    np.testing.assert_allclose(json.loads(lines[3])["entropy"], expected, rtol=1e-6)
+    assert events(tmp_path / "r" / "tensorboard" / "all")
+    assert os.listdir(tmp_path / "r" / "tensorboard") == ["all"]
+
+
+def test_what_a_method_does_not_measure_is_not_logged(tmp_path):
+    """One step from its own data has a KL of 0 and an effective share of 1 by construction."""
+    assert unmeasured(algorithm("reinforce")) == ["ess", "kl"]
+    assert unmeasured(algorithm("trpo")) == ["ess"], "it measures the KL of the whole update"
+    assert unmeasured(algorithm("ppo")) == unmeasured(algorithm("impala")) == []
+    start(tmp_path / "r", "--algorithm", "a2c", "--num-minibatches", "1", "--updates", "1")
+    (line,) = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    names = {*json.loads(line)}
+    assert {"entropy", "grad_norm"} <= names and not {"ess", "kl"} & names
