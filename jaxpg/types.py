@@ -3,7 +3,8 @@
 Arrays are time-major, `[T, B, ...]`: T steps of B environments.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+import math
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
 
 if TYPE_CHECKING:
     from jax import Array
@@ -42,44 +43,133 @@ class Trajectory(NamedTuple):
     )
 
 
+class Number(NamedTuple):
+    """What a hyperparameter is, in words, where it counts, and which values it takes."""
+
+    help: str
+    where: str = ""  # "": everywhere
+    least: float = -math.inf
+    most: float = math.inf
+    above: bool = False  # least itself is not allowed
+    hint: str = ""  # a value that works
+
+    def check(self, name: str, value: float) -> None:
+        """Raises ValueError for a value outside the range."""
+        if self.least < value <= self.most or (value == self.least and not self.above):
+            return
+        must = "must not be negative"
+        if self.most < math.inf:
+            must = f"must lie in [{self.least:g}, {self.most:g}]"
+        elif self.above:
+            must = f"must be above {self.least:g}"
+        raise ValueError(f"{name}={value:g} {must}; {self.hint}")
+
+
+_RATE = Number("", least=0, hint="try 1e-3")
+_SHARE = Number("", least=0, most=1)
+_POSITIVE = Number("", least=0, above=True)
+_CLIPS = _POSITIVE._replace(hint="a large one, such as 1e9, never clips")
+_NATURAL = "npg, trpo, enac"
+
+
 class Hyperparams(NamedTuple):
-    """Numbers that training reads: traced and vmappable, never a shape and never a switch."""
+    """Numbers that training reads: traced and vmappable, never a shape and never a switch.
 
-    learning_rate: Any = 1e-3
-    critic_learning_rate: Any = 1e-3
-    gamma: Any = 0.99
-    lambda_: Any = 0.95
-    clip_eps: Any = 0.2
-    entropy_coef: Any = 0.0
-    kl_coef: Any = 1.0
-    target_kl: Any = 0.01
-    stop_kl: Any = 1e9
-    max_kl: Any = 0.01
-    damping: Any = 0.1
-    value_clip_eps: Any = 1e9
-    ess_floor: Any = 0.1
-    normaliser_coef: Any = 0.0
-    max_grad_norm: Any = 0.5
-    weight_decay: Any = 0.0  # of adamw, lion and muon
-    schedule_updates: Any = 1e9  # updates over which a learning-rate schedule runs
+    The one table of them: each with its default, meaning, place and range.
+    """
+
+    learning_rate: Annotated[Any, _RATE._replace(help="step size of the policy's optimizer")] = 1e-3
+    critic_learning_rate: Annotated[
+        Any, _RATE._replace(help="step size of the critic's optimizer", where="rows with a critic")
+    ] = 1e-3
+    gamma: Annotated[Any, _SHARE._replace(help="discount per step", hint="try 0.99")] = 0.99
+    lambda_: Annotated[
+        Any,
+        _SHARE._replace(
+            help="lambda of the lambda-return (GAE is the lambda-return minus V)",
+            where="credit lambda_return",
+            hint="try 0.95",
+        ),
+    ] = 0.95
+    clip_eps: Annotated[
+        Any,
+        _POSITIVE._replace(
+            help="epsilon of the clipped surrogate: ratios outside 1 +- epsilon are clipped",
+            where="ppo",
+            hint="try 0.2",
+        ),
+    ] = 0.2
+    entropy_coef: Annotated[Any, Number("weight of the entropy bonus")] = 0.0
+    kl_coef: Annotated[
+        Any,
+        Number("weight of the KL penalty", "ppo_kl", least=0, hint="try 1"),
+    ] = 1.0
+    target_kl: Annotated[
+        Any,
+        _POSITIVE._replace(
+            help="KL per update, in nats per step, that --adaptation steers to",
+            where="rows that adapt",
+            hint="try 0.01",
+        ),
+    ] = 0.01
+    stop_kl: Annotated[
+        Any,
+        _POSITIVE._replace(
+            help="a minibatch whose KL exceeds it ends the policy's steps of its update",
+            where="rows of several steps per batch",
+            hint="a large one, such as 1e9, never stops",
+        ),
+    ] = 1e9
+    max_kl: Annotated[
+        Any,
+        _POSITIVE._replace(
+            help="KL of one step, in nats per step of the batch", where=_NATURAL, hint="try 0.01"
+        ),
+    ] = 0.01
+    damping: Annotated[
+        Any,
+        Number("added to the diagonal of the Fisher matrix", _NATURAL, least=0, hint="try 0.1"),
+    ] = 0.1
+    value_clip_eps: Annotated[
+        Any,
+        _CLIPS._replace(
+            help="the critic's loss lets a value move this far per update; a large one is no limit",
+            where="rows with a critic",
+        ),
+    ] = 1e9
+    ess_floor: Annotated[
+        Any,
+        _SHARE._replace(
+            help="old data is dropped where its effective share of the sample is below it",
+            where="off_policy, impala",
+            hint="try 0.1",
+        ),
+    ] = 0.1
+    normaliser_coef: Annotated[
+        Any, Number("weight of the log normaliser of the self-normalised weights", "guided")
+    ] = 0.0
+    max_grad_norm: Annotated[
+        Any, _CLIPS._replace(help="gradients are scaled down to this global norm")
+    ] = 0.5
+    weight_decay: Annotated[
+        Any,
+        Number(
+            "decay of weight matrices, in units of the learning rate",
+            "adamw, lion and muon",
+            least=0,
+            hint="try 1e-2",
+        ),
+    ] = 0.0
+    schedule_updates: Annotated[
+        Any,
+        _POSITIVE._replace(
+            help="updates over which the learning-rate schedule runs; for the command, 0 is all",
+            hint="leave it out to mean all updates",
+        ),
+    ] = 1e9
 
 
-HYPERPARAM_HELP = {
-    "learning_rate": "step size of the policy's optimizer",
-    "critic_learning_rate": "step size of the critic's optimizer",
-    "gamma": "discount per step, in [0, 1]",
-    "lambda_": "lambda of the lambda-return (GAE is the lambda-return minus V), in [0, 1]",
-    "clip_eps": "epsilon of the clipped surrogate: ratios outside 1 +- epsilon are clipped",
-    "entropy_coef": "weight of the entropy bonus",
-    "kl_coef": "weight of the KL penalty of the kl_penalised surrogate",
-    "target_kl": "KL per update, in nats per step, that --adaptation steers to",
-    "stop_kl": "a minibatch whose KL exceeds it ends the policy's steps of its update",
-    "max_kl": "KL in nats per step of one step of npg, trpo and enac",
-    "damping": "added to the diagonal of the Fisher matrix by npg, trpo and enac",
-    "value_clip_eps": "the critic's loss lets a value move this far per update; a large one is no limit",
-    "ess_floor": "old data is dropped where its effective share of the sample is below it, in [0, 1]",
-    "normaliser_coef": "weight of the log normaliser of guided's self-normalised weights",
-    "max_grad_norm": "gradients are scaled down to this global norm",
-    "weight_decay": "of weight matrices, by adamw, lion and muon, in units of the learning rate",
-    "schedule_updates": "updates over which the learning-rate schedule runs; for the command, 0 is all",
+HYPERPARAMS: dict[str, Number] = {
+    name: kind.__metadata__[0]
+    for name, kind in get_type_hints(Hyperparams, include_extras=True).items()
 }

@@ -3,18 +3,20 @@
 from dataclasses import fields, replace
 
 import jax
+import numpy as np
 import pytest
 
 from jaxpg.envs import gymnax_names
 from jaxpg.optimizers import BATCH_SCALINGS, OPTIMIZERS, SCHEDULES
 from jaxpg.policies import NETWORKS, init_params
 from jaxpg.policies.networks import ACTIVATIONS
-from jaxpg.runs.config.config import Config, Grid, check, completed, points, varying
+from jaxpg.runs.config.config import COUNTS, Config, Grid, check, completed, points, varying
 from jaxpg.runs.config.flags import parse
 from jaxpg.runs.config.presets import PRESETS, preset
+from jaxpg.runs.config.rows import settled
 from jaxpg.runs.train.build import build, build_algorithm
 from jaxpg.training.algorithm import ALGORITHMS
-from jaxpg.types import Hyperparams
+from jaxpg.types import HYPERPARAMS, Hyperparams
 
 TRAINABLE = [
     name for name, row in ALGORITHMS.items() if not row.data.demonstrations
@@ -47,12 +49,25 @@ def test_every_combination_of_presets_builds(environment, algorithm):
     assert grid.schedule_updates == (config.updates,)
 
 
-@pytest.mark.parametrize("algorithm", TRAINABLE)
-def test_epochs_agree_with_the_algorithm_table(algorithm):
-    """The help cannot read that table, which needs jax; so the presets repeat it."""
-    row = build_algorithm(preset("", algorithm)[0])
-    for name in ("num_epochs", "critic_epochs"):
-        assert getattr(row, name) == getattr(ALGORITHMS[algorithm], name)
+def test_a_rows_counts_hold_unless_a_preset_or_a_flag_says_otherwise(monkeypatch):
+    counts = {"num_epochs": 10, "num_minibatches": 2, "critic_epochs": 3, "critic_minibatches": 5}
+    new = ALGORITHMS["ppo"]._replace(**counts)
+    monkeypatch.setitem(ALGORITHMS, "new", new)
+    config, _ = parse(
+        ["CartPole-v1", "--algorithm", "new", "--num-minibatches", "8"], "jaxpg train"
+    )
+    expected = counts | {"num_minibatches": 8}
+    for found in (build_algorithm(config), settled(config)):
+        assert {name: getattr(found, name) for name in COUNTS} == expected
+    row = build_algorithm(preset("CartPole-v1", "ppo")[0])
+    assert (row.num_epochs, row.num_minibatches) == (4, 8), "the row's, and the preset's"
+
+
+def test_every_hyperparameter_stands_once_in_the_table():
+    assert [*HYPERPARAMS] == [*Hyperparams._fields]
+    for name, number in HYPERPARAMS.items():
+        number.check(name, getattr(Hyperparams(), name))
+        assert number.help and (number.hint or number.least == -np.inf)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from jaxpg.runs.config.schema import expect, read_json
-from jaxpg.types import Hyperparams
+from jaxpg.types import HYPERPARAMS, Hyperparams
 
 CONFIG = "config.json"
 
 Grid = Hyperparams  # whose every field is a tuple of values
+# Counts that a run left out has from its row of the algorithm table.
+COUNTS = ("num_epochs", "num_minibatches", "critic_epochs", "critic_minibatches")
 
 # What a resumed run may have otherwise than it began.
 FREE = (
@@ -97,10 +99,19 @@ class Config:
     reference_batch: int | None = _flag(
         None, "the batch that the learning rates fit, in steps; for reinforce*, in episodes"
     )
-    num_epochs: int = _flag(1, "passes over each batch that move the policy", 1, MOST_EPOCHS)
-    num_minibatches: int = _flag(1, "parts of a batch, one step of the optimizer each")
-    critic_epochs: int = _flag(0, "further passes that move only the critic", 0, MOST_EPOCHS)
-    critic_minibatches: int = _flag(1, "parts of a batch in those")
+    num_epochs: int | None = _flag(
+        None,
+        "passes over each batch that move the policy; None: the row's",
+        1,
+        MOST_EPOCHS,
+    )
+    num_minibatches: int | None = _flag(
+        None, "parts of a batch, one step of the optimizer each; None: the row's"
+    )
+    critic_epochs: int | None = _flag(
+        None, "further passes that move only the critic; None: the row's", 0, MOST_EPOCHS
+    )
+    critic_minibatches: int | None = _flag(None, "parts of a batch in those; None: the row's")
     fisher_samples: int | None = _flag(
         None, "steps (or lanes) of the batch that the Fisher matrix is of; by default all"
     )
@@ -177,7 +188,7 @@ def check(config: Config, grid: Grid) -> None:
         if not values:
             raise ValueError(f"{name} has no value; give one, or several for a grid")
         for value in values:
-            _check_number(name, value)
+            HYPERPARAMS[name].check(name, _held(name, value))
 
 
 def _check_sizes(name, value, limits) -> None:
@@ -198,31 +209,6 @@ def _check_sizes(name, value, limits) -> None:
             raise ValueError(f"{name}={size} must be at least {limits['least']}")
         if size > limits["most"]:
             raise ValueError(f"{name}={size} must be at most {limits['most']}")
-
-
-_RANGES = {
-    "gamma": (lambda x: 0 <= x <= 1, "must lie in [0, 1]; try 0.99"),
-    "lambda_": (lambda x: 0 <= x <= 1, "must lie in [0, 1]; try 0.95"),
-    "learning_rate": (lambda x: x >= 0, "must not be negative; try 1e-3"),
-    "critic_learning_rate": (lambda x: x >= 0, "must not be negative; try 1e-3"),
-    "clip_eps": (lambda x: x > 0, "must be above 0; try 0.2"),
-    "kl_coef": (lambda x: x >= 0, "must not be negative; try 1"),
-    "target_kl": (lambda x: x > 0, "must be above 0; try 0.01"),
-    "stop_kl": (lambda x: x > 0, "must be above 0; a large one, such as 1e9, never stops"),
-    "max_kl": (lambda x: x > 0, "must be above 0; try 0.01"),
-    "damping": (lambda x: x >= 0, "must not be negative; try 0.1"),
-    "value_clip_eps": (lambda x: x > 0, "must be above 0; a large one, such as 1e9, never clips"),
-    "ess_floor": (lambda x: 0 <= x <= 1, "must lie in [0, 1]; try 0.1"),
-    "weight_decay": (lambda x: x >= 0, "must not be negative; try 1e-2"),
-    "max_grad_norm": (lambda x: x > 0, "must be above 0; a large one, such as 1e9, never clips"),
-    "schedule_updates": (lambda x: x > 0, "must be above 0; leave it out to mean all updates"),
-}
-
-
-def _check_number(name, value):
-    holds, hint = _RANGES.get(name, (lambda x: True, ""))
-    if not holds(_held(name, value)):
-        raise ValueError(f"{name}={value:g} {hint}")
 
 
 def _held(name, value) -> float:

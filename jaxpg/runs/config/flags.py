@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin
 
-from jaxpg.runs.config.config import CONFIG, FREE, Config, Grid, load_config
+from jaxpg.runs.config.config import CONFIG, COUNTS, FREE, Config, Grid, load_config
 from jaxpg.runs.config.presets import preset
 from jaxpg.runs.console import shortened
 from jaxpg.types import Hyperparams
@@ -193,6 +193,8 @@ def _either(config, grid) -> Request:
             given = (new or end for new, end in zip(grid.schedule_updates, ends, strict=True))
             grid = grid._replace(schedule_updates=tuple(given))
         began = replace(began[0], run=config.run), began[1]
+        left = [name for name in COUNTS if getattr(config, name) is None]
+        config = replace(config, **{name: getattr(began[0], name) for name in left})
         _check_unchanged(began, config, grid, config.run)
     return Request(config, grid, None)
 

@@ -1,4 +1,4 @@
-"""The one table of defaults, per algorithm and per environment."""
+"""Where defaults differ from those of the algorithm table and of Hyperparams, and from Config's own."""
 
 from dataclasses import fields, replace
 from typing import Any
@@ -9,7 +9,6 @@ from jaxpg.types import Hyperparams
 _PPO = {
     "num_envs": 16,
     "num_steps": 64,
-    "num_epochs": 4,
     "num_minibatches": 8,
     "learning_rate": 2.5e-3,
     "critic_learning_rate": 2.5e-3,
@@ -25,7 +24,6 @@ _TRUST_REGION = {
     "updates": 60,
     "num_envs": 16,
     "num_steps": 256,
-    "critic_epochs": 9,
     "critic_minibatches": 4,
     "critic_learning_rate": 1e-2,
 }
@@ -42,7 +40,6 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "updates": 400,
         "num_envs": 16,
         "num_steps": 64,
-        "critic_epochs": 9,
         "learning_rate": 1e-2,
         "critic_learning_rate": 1e-2,
     },

@@ -10,7 +10,7 @@ import tyro
 from jaxpg.runs.config.config import Config, Grid
 from jaxpg.runs.config.flags import EITHER
 from jaxpg.runs.console import heard
-from jaxpg.types import HYPERPARAM_HELP, Hyperparams
+from jaxpg.types import HYPERPARAMS, Hyperparams
 
 
 def show(
@@ -70,7 +70,10 @@ def _structure_flag(f):
 
 
 def _number_flag(name):
-    arg = tyro.conf.arg(name=name.strip("_"), help=HYPERPARAM_HELP[name])
+    number = HYPERPARAMS[name]
+    arg = tyro.conf.arg(
+        name=name.strip("_"), help=": ".join(filter(None, (number.where, number.help)))
+    )
     return name, Annotated[tuple[float, ...], _FLOATS, arg], field()
 
 

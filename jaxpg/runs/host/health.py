@@ -13,6 +13,7 @@ import numpy as np
 from jaxpg.envs import Env
 from jaxpg.rollout.stepping import reset_lanes, step_lanes
 from jaxpg.runs.config.config import Config
+from jaxpg.runs.config.rows import counts_of
 from jaxpg.training.algorithm import algorithm
 from jaxpg.training.data import episodes
 
@@ -87,10 +88,10 @@ def check_sizes(config: Config, env: Env, state_bytes: int, replicas: int) -> No
         sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(x)) for x in (start, start[1])
     )
     # Whole episodes in one piece are rolled out again where they are many.
-    data = algorithm(config.algorithm).data
-    kept = data is not episodes or config.num_minibatches > 1
+    data, counts = algorithm(config.algorithm).data, counts_of(config)
+    kept = data is not episodes or counts["num_minibatches"] > 1
     batch = max(2 * lane, row * num_steps(config, env) * kept)
-    epochs = config.num_epochs + config.critic_epochs
+    epochs = counts["num_epochs"] + counts["critic_epochs"]
     agent = 2 * state_bytes + REPLICA_BYTES
     for what, noun, one, count, remedy in (
         (

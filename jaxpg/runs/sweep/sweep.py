@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxpg.runs.config.config import Config, Grid, check, completed
 from jaxpg.runs.config.flags import request
+from jaxpg.runs.config.rows import settled
 from jaxpg.runs.config.schema import read_json
 from jaxpg.runs.console import say
 from jaxpg.runs.host import health
@@ -77,6 +78,7 @@ def prepare(argv: Sequence[str]) -> Sweep:
     use_cpu_cores()
     config, grid = asked.config, completed(asked.config, asked.grid)
     check(config, grid)
+    config = settled(config)
     search = _search(config, grid, options)
     parts = build(config)
     health.check_sizes(config, parts.env, replica_batches.state_bytes(parts), 1)

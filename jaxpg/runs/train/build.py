@@ -15,6 +15,7 @@ from jaxpg.optimizers.natural import NATURAL_OPTIMIZERS
 from jaxpg.policies import NETWORKS, Agent, actor_critic
 from jaxpg.policies.networks import ACTIVATIONS
 from jaxpg.runs.config.config import Config
+from jaxpg.runs.config.rows import counts_of
 from jaxpg.runs.console import shortened
 from jaxpg.runs.store.trajectories import read_demonstrations
 from jaxpg.training.algorithm import Algorithm, algorithm
@@ -107,7 +108,7 @@ def named(config: Config) -> str:
 
 def build_algorithm(config: Config) -> Algorithm:
     """The row of the algorithm table with the configuration's settings. Raises ValueError."""
-    row = algorithm(config.algorithm)
+    row, counts = algorithm(config.algorithm), counts_of(config)
     if (row.data.demonstrations or config.imitate) and not config.demonstrations:
         raise ValueError(
             f"{config.algorithm} learns from demonstrations; give --demonstrations FILE, as written "
@@ -127,9 +128,9 @@ def build_algorithm(config: Config) -> Algorithm:
             "guided weighs its own episodes by the demonstrators' density, which behaviour cloning "
             "fits; give --imitate UPDATES, such as 200"
         )
-    if row.critic_optimizer is None and config.critic_epochs:
+    if row.critic_optimizer is None and counts["critic_epochs"]:
         raise ValueError(
-            f"critic_epochs={config.critic_epochs}, but {config.algorithm} has no critic; "
+            f"critic_epochs={counts['critic_epochs']}, but {config.algorithm} has no critic; "
             "leave it out, or use vpg, a2c, ppo or trpo"
         )
     optimizer = known(OPTIMIZERS, "optimizer", config.optimizer)
@@ -147,10 +148,7 @@ def build_algorithm(config: Config) -> Algorithm:
         data=row.data if config.num_batches is None else replay(row.data, config.num_batches),
         policy_optimizer=row.policy_optimizer if natural_row else optimizer,
         critic_optimizer=optimizer if row.critic_optimizer else None,
-        num_epochs=config.num_epochs,
-        num_minibatches=config.num_minibatches,
-        critic_epochs=config.critic_epochs,
-        critic_minibatches=config.critic_minibatches,
+        **counts,
         adaptation=adaptation,
         fisher_samples=config.fisher_samples,
         measure_kl=row.measure_kl or adaptation is not fixed,

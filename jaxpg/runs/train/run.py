@@ -25,6 +25,7 @@ from jaxpg.runs.config.config import (
     varying,
 )
 from jaxpg.runs.config.presets import preset
+from jaxpg.runs.config.rows import settled
 from jaxpg.runs.host import health
 from jaxpg.runs.host.interrupt import heeding, signals
 from jaxpg.runs.host.progress import display
@@ -75,6 +76,7 @@ def prepare(config: Config, grid: Grid, over: bool = False) -> Experiment:
     use_cpu_cores()
     grid = completed(config, grid)
     check(config, grid)
+    config = settled(config)
     metrics.check_sinks(config)
     parts = _parts(config, grid)
     return Experiment(config, grid, parts, files.create_folder(config, over))
@@ -117,6 +119,7 @@ def prepare_resume(config: Config, grid: Grid) -> Experiment:
     use_cpu_cores()
     grid = completed(config, grid)
     check(config, grid)
+    config = settled(config)
     metrics.check_sinks(config)
     folder = Path(str(config.run))
     found = checkpoint.steps(folder / files.CHECKPOINTS)
