@@ -108,7 +108,7 @@ def test_a_grid_goes_on_without_what_diverged(tmp_path, capsys):
 
 def test_debug_nans_names_the_operation(tmp_path):
     # The values become infinite at the second minibatch, and their gradients 0 times infinity.
-    found = r"no checkpoint yet; invalid value \(nan\) .* at .*gradients\.py:\d+"
+    found = r"no checkpoint yet; invalid value \(nan\) .* at .*accumulation\.py:\d+"
     beyond = ("--critic-learning-rate", "3e38")
     with pytest.raises(health.Diverged, match=found):
         start(tmp_path / "r", "--updates", "4", "--debug-nans", *beyond)
