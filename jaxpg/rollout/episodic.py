@@ -29,7 +29,6 @@ GROUP = 1024
 
 # Groups that run as one program. More keep no more of a CPU busy, and leave its cache.
 GROUPS_AT_ONCE = {"cpu": 1}
-
 OTHER_GROUPS_AT_ONCE = 64
 
 
@@ -74,7 +73,7 @@ def episodes(
 
 
 def _completed(trajectory: Trajectory, sums: EpisodeSums) -> tuple[Trajectory, EpisodeSums]:
-    """With the fields that cost memory to carry and nothing to say afterwards."""
+    """Adds the fields that cost memory to carry through the loop and follow from the others after it."""
     mask = trajectory.mask
     trajectory = trajectory._replace(first=mask & (jnp.arange(len(mask))[:, None] == 0))
     if isinstance(trajectory.value, tuple):  # without a critic
@@ -193,7 +192,7 @@ def _episodes(
         obs = kept(mask, obs)
     trajectory = Trajectory(
         obs, action, log_prob, reward, discount, nothing, last, mask, value, next_value
-    )  # see _completed
+    )
     sums = EpisodeSums(reward.sum(), mask.sum().astype(reward.dtype), last.sum())
     return trajectory, sums
 

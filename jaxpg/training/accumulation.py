@@ -120,7 +120,10 @@ def _over_lanes(
     like: Any,
     again: Callable | None = None,
 ) -> Any:
-    """The sum of one(part of data, its carry) over all lanes, as many at once as a rollout takes.
+    """Sums one(part of data, its carry) over all lanes.
+
+    Lanes go in groups as a rollout takes them where the network has memory or lanes are rolled out again;
+    otherwise blocks of steps bound the memory, and all lanes are cut at once.
 
     again: (index, part of data) -> the part with what was not kept put in.
     like: arrays of the sum's shapes, because to find them by tracing `one` doubles the time to trace.

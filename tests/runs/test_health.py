@@ -147,8 +147,10 @@ def test_what_is_named_is_jaxpgs_own_wherever_its_checkout_lies(monkeypatch):
             found = {"inner": found["step_lanes"]}
         return found["inner"]
 
-    own = nested("jaxpg/trainer.py", "jaxpg/gradients.py", ".venv/lib/jax/lax.py")
-    assert health.explain("env", own) == f"a nan at {checkout}/jaxpg/gradients.py:2"
+    own = nested(
+        "jaxpg/training/trainer.py", "jaxpg/training/accumulation.py", ".venv/lib/jax/lax.py"
+    )
+    assert health.explain("env", own) == f"a nan at {checkout}/jaxpg/training/accumulation.py:2"
     theirs = nested("jaxpg/rollout/stepping.py", "jaxpg_env/world.py", ".venv/lib/jax/lax.py")
     found = health.explain("env", theirs)
     assert found.startswith("env gave it, in its reset or step: a nan at ")

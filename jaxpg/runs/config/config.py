@@ -14,7 +14,7 @@ from jaxpg.types import HYPERPARAMS, Hyperparams
 CONFIG = "config.json"
 
 Grid = Hyperparams  # whose every field is a tuple of values
-# Counts that a run left out has from its row of the algorithm table.
+# Counts that come from the row of the algorithm table where a run leaves them out.
 COUNTS = ("num_epochs", "num_minibatches", "critic_epochs", "critic_minibatches")
 
 # What a resumed run may have otherwise than it began.
@@ -101,17 +101,17 @@ class Config:
     )
     num_epochs: int | None = _flag(
         None,
-        "passes over each batch that move the policy; None: the row's",
+        "passes over each batch that move the policy; None: the algorithm's",
         1,
         MOST_EPOCHS,
     )
     num_minibatches: int | None = _flag(
-        None, "parts of a batch, one step of the optimizer each; None: the row's"
+        None, "parts of a batch, one step of the optimizer each; None: the algorithm's"
     )
     critic_epochs: int | None = _flag(
-        None, "further passes that move only the critic; None: the row's", 0, MOST_EPOCHS
+        None, "further passes that move only the critic; None: the algorithm's", 0, MOST_EPOCHS
     )
-    critic_minibatches: int | None = _flag(None, "parts of a batch in those; None: the row's")
+    critic_minibatches: int | None = _flag(None, "parts of a batch in those; None: the algorithm's")
     fisher_samples: int | None = _flag(
         None, "steps (or lanes) of the batch that the Fisher matrix is of; by default all"
     )
