@@ -1,0 +1,81 @@
+"""The wheel is the package, whole and alone: it builds, installs and trains where there is no checkout."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Every module is imported, then one update is trained; all of the package that was used is named. An editable
+# installation would put the checkout on the path, with whatever else stands in it.
+ALONE = """
+import importlib, os, pkgutil, sys
+target, *arguments = sys.argv[1:]
+sys.path[:] = [x for x in sys.path if x == target or not os.path.isdir(os.path.join(x, "jaxpg"))]
+import jaxpg
+from jaxpg.cli import main
+for module in pkgutil.walk_packages(jaxpg.__path__, "jaxpg."):
+    if module.name != "jaxpg.__main__":
+        importlib.import_module(module.name)
+try:
+    main(arguments)
+finally:
+    print(*(m.__file__ for name, m in sys.modules.items() if name.split(".")[0] == "jaxpg"), sep="\\n")
+"""
+TRAIN = (
+    "train CartPole-v1 --algorithm reinforce --updates 1 --seeds 1 --num-envs 2 --num-steps 4 --hidden 2 "
+    "--evaluation-episodes 1 --quiet --run run"
+)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    pytest.importorskip("hatchling", reason="hatchling builds the wheel; install the test extra")
+    folder = tmp_path_factory.mktemp("wheel")
+    pip("wheel", str(ROOT), "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder))
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def pip(*arguments):
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir", "-q"]
+    subprocess.run([*command, *arguments], check=True, capture_output=True, text=True)
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    package = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "jaxpg").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert names == package and "jaxpg/py.typed" in names
+
+
+def test_the_wheel_trains_where_there_is_no_checkout(wheel, tmp_path):
+    target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    pip("install", str(wheel), "--no-deps", "--target", str(target))
+    environment = os.environ | {"PYTHONPATH": str(target)}
+
+    def python(*arguments):
+        found = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=elsewhere,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert found.returncode == 0, found.stderr
+        return found.stdout
+
+    version = wheel.name.split("-")[1]
+    assert python("-m", "jaxpg", "--version").split() == ["jaxpg", version]
+    used = python("-c", ALONE, str(target), *TRAIN.split()).splitlines()
+    used = [Path(line) for line in used if line.endswith(".py")]
+    assert target / "jaxpg/runs/train/loop.py" in used
+    assert all(path.is_relative_to(target) for path in used)
+    assert (elsewhere / "run/metrics.jsonl").stat().st_size > 0
