@@ -1,0 +1,102 @@
+"""Every name and path that the pages for developers put in back-quotes exists."""
+
+import ast
+import builtins
+import importlib
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from jaxpg.cli import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("ARCHITECTURE.md",)
+NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+PATH = re.compile(r"[\w.-]*/[\w./-]*|\w+\.(py|md|toml|sh|txt)")
+
+
+@cache
+def words():
+    """Everything that the source calls by a name."""
+    found = set(dir(builtins))
+    for file in ROOT.glob("jaxpg/**/*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            for field in ("name", "id", "arg", "attr"):
+                found.add(getattr(node, field, None))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)  # keys of tables, such as "reinforce"
+    return found | {path.name for path in (ROOT / "jaxpg").iterdir()}
+
+
+def imports(name):
+    """Whether a dotted name is a module, or an attribute of one."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:end]))
+        except ImportError:
+            continue
+        for part in parts[end:]:
+            if not hasattr(found, part) and part not in getattr(found, "__annotations__", ()):
+                return False
+            found = getattr(found, part, None)
+        return True
+    return False
+
+
+def missing(span):
+    """What is named in a span of code and is not there."""
+    if span.startswith(("scripts/", "jaxpg ")):
+        command, *rest = shlex.split(span)
+        if command == "jaxpg":
+            return [] if rest[0] in COMMANDS else [span]
+        text = (ROOT / command).read_text() if (ROOT / command).is_file() else ""
+        flags = [word for word in rest if word.startswith("--") and word not in text]
+        return flags if (ROOT / command).exists() else [command]
+    if span.startswith("tests/") and " " not in span:
+        span, _, test = span.partition("::")
+        path = ROOT / span
+        found = path.exists() and (not test or f"def {test}(" in path.read_text())
+        return [] if found else [span]
+    if PATH.fullmatch(span):
+        return [] if any((base / span).exists() for base in (ROOT, ROOT / "jaxpg")) else [span]
+    return [
+        each.group()
+        for each in NAME.finditer(span)
+        if not (
+            imports(f"jaxpg.{each.group()}") or imports(each.group())
+            if "." in each.group()
+            else len(each.group()) == 1 or each.group() in words()
+        )
+    ]
+
+
+def spans(page):
+    """The code in back-quotes, outside fenced blocks."""
+    prose = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    return re.findall(r"`([^`]+)`", prose)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_exists(page):
+    found = spans(page)
+    assert len(found) > 40
+    assert [name for span in found for name in missing(span)] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize(
+    "span",
+    ["estimators.assay", "training/pieces.py", "gatherer", "tests/test_cli.py::test_no_such",
+     "scripts/tests", "scripts/test --quickest", "jaxpg practise", "(gain, veil) -> scalar"],
+)  # fmt: skip
+def test_what_does_not_exist_is_seen(span):
+    assert missing(span)
