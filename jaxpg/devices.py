@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
-# The mesh axis of two devices between which `beside` divides its work.
-HALVES = "halves"
+# The mesh axis of the two devices on which `concurrently` runs its two functions.
+PAIR = "pair"
 
 
 def prefer(option: str, value: Any, default: Any) -> None:
@@ -46,13 +46,13 @@ def compiler_options(effort: int | None) -> dict[str, Any] | None:
     return {"xla_backend_optimization_level": effort}
 
 
-def beside(one: Callable, other: Callable, *arguments: Any) -> tuple[Any, Any]:
-    """one(*arguments) and other(*arguments); over a mesh with the axis HALVES, each on one half of it.
+def concurrently(one: Callable, other: Callable, *arguments: Any) -> tuple[Any, Any]:
+    """Return one(*arguments), other(*arguments); over a mesh with the axis PAIR, each on its own device.
 
-    On a CPU device XLA runs loops that do not need each other one after another, and a second core idles.
-    The results are the same to rounding.
+    On one CPU device XLA runs independent loops one after another and leaves the second core idle. The
+    results agree to rounding.
     """
-    if HALVES not in jax.sharding.get_abstract_mesh().axis_names:
+    if PAIR not in jax.sharding.get_abstract_mesh().axis_names:
         return one(*arguments), other(*arguments)
     one, other = jax.jit(one), jax.jit(other)  # each is traced once, here and for its shape
     nothing = jax.tree.map(
@@ -60,29 +60,32 @@ def beside(one: Callable, other: Callable, *arguments: Any) -> tuple[Any, Any]:
         (jax.eval_shape(one, *arguments), jax.eval_shape(other, *arguments)),
     )
     found = jax.lax.cond(
-        jax.lax.axis_index(HALVES) == 0,
+        jax.lax.axis_index(PAIR) == 0,
         lambda: (one(*arguments), nothing[1]),
         lambda: (nothing[0], other(*arguments)),
     )
     leaves, tree = jax.tree.flatten(found)
-    # What the other half left at zero comes by a sum; one for each type, because messages cost by number.
+    # A sum brings what the other device left at zero; one for each type, because each message costs.
     for dtype in dict.fromkeys(x.dtype for x in leaves):  # in an order that every process finds
         places = [i for i, x in enumerate(leaves) if x.dtype == dtype]
         flat = jnp.concatenate([leaves[i].ravel() for i in places])
-        flat = jax.lax.psum(flat, HALVES).astype(dtype)
+        flat = jax.lax.psum(flat, PAIR).astype(dtype)
         ends = np.cumsum([leaves[i].size for i in places])
         for i, part in zip(places, jnp.split(flat, ends[:-1]), strict=True):
             leaves[i] = part.reshape(leaves[i].shape)
     return jax.tree.unflatten(tree, leaves)
 
 
-def over_halves(function: Callable) -> Callable:
-    """A function of arrays that gives arrays, run over two devices of a CPU that has them; else as it is."""
+def on_two_devices(function: Callable) -> Callable:
+    """Run on two CPU devices if there are two; otherwise return the function unchanged."""
     devices = jax.devices()
     if jax.default_backend() != "cpu" or len(devices) < 2:
         return function
-    mesh = jax.make_mesh((2,), (HALVES,), axis_types=(AxisType.Auto,), devices=devices[:2])
+    mesh = jax.make_mesh((2,), (PAIR,), axis_types=(AxisType.Auto,), devices=devices[:2])
     everywhere = PartitionSpec()
     return jax.shard_map(
         function, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False
     )
+
+
+over_halves = on_two_devices  # the name that published scripts import

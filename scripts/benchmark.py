@@ -247,7 +247,7 @@ def _recording(parent: Path, repeats: int, updates: int) -> list[Row]:
         return found
 
     with loop.workers() as executor, display(False) as show:
-        job = loop.Job(config, grid, parts, folder, replicas, executor, lambda: 0, show)
+        job = loop.TrainingJob(config, grid, parts, folder, replicas, executor, lambda: 0, show)
         chunk = loop.chunk_length(updates)
         programs = compile_programs(parts, replicas, config, chunk, executor)
         train, init = programs.train.result(), programs.init.result()  # type: ignore[union-attr]

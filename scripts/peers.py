@@ -19,7 +19,7 @@ def jaxpg(num_envs: int, updates: int, repeats: int) -> dict:
     import jax
 
     from jaxpg import Hyperparams, evaluate, make_trainer, train
-    from jaxpg.devices import over_halves
+    from jaxpg.devices import on_two_devices
     from jaxpg.envs import from_gymnax
     from jaxpg.policies import actor_critic
     from jaxpg.runs.train.replicas import use_cpu_cores
@@ -32,7 +32,7 @@ def jaxpg(num_envs: int, updates: int, repeats: int) -> dict:
     trainer = make_trainer(env, agent, row, num_envs=num_envs, num_steps=STEPS)
     found = Hyperparams(learning_rate=RATE, critic_learning_rate=RATE, entropy_coef=ENTROPY)
     hyperparams = jax.tree.map(jax.numpy.float32, found)
-    learn = over_halves(partial(train, trainer, num_updates=updates))
+    learn = on_two_devices(partial(train, trainer, num_updates=updates))
     state = jax.jit(trainer.init)(jax.random.key(0))
     started = time.perf_counter()
     compiled = jax.jit(learn).lower(state, hyperparams).compile()

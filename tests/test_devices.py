@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxpg.batching import in_groups
-from jaxpg.devices import over_halves
+from jaxpg.devices import on_two_devices
 
 
 def work(params, key, common):
@@ -55,7 +55,7 @@ from functools import partial
 import jax, jax.numpy as jnp, numpy as np
 from jaxpg import Hyperparams, make_trainer, train
 from jaxpg.training.algorithm import algorithm
-from jaxpg.devices import beside, over_halves
+from jaxpg.devices import concurrently, on_two_devices
 from jaxpg.envs import from_gymnax
 from jaxpg.runs.config.presets import preset
 from jaxpg.runs.config.config import points
@@ -69,13 +69,13 @@ def one(x, n):
     return {"x": jnp.sin(x), "n": n + 1, "ended": n > 2, "none": ()}
 
 def other(x, n):
-    return [x[:2] * n, n.astype(jnp.uint8), jax.lax.axis_index("halves") if halved else jnp.int32(1)]
+    return [x[:2] * n, n.astype(jnp.uint8), jax.lax.axis_index("pair") if halved else jnp.int32(1)]
 
 arguments = jnp.arange(6.0).reshape(2, 3), jnp.int32(3)
 halved = False
-plain = beside(one, other, *arguments)
+plain = concurrently(one, other, *arguments)
 halved = True
-apart = jax.jit(over_halves(partial(beside, one, other)))(*arguments)
+apart = jax.jit(on_two_devices(partial(concurrently, one, other)))(*arguments)
 # The last number of the second says where it was made: on the second device.
 for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(apart), strict=True):
     assert a.dtype == b.dtype, (a, b)
@@ -87,7 +87,7 @@ trainer = make_trainer(env, agent, algorithm("ppo"), num_envs=4, num_steps=8)
 run = partial(train, trainer, num_updates=2)
 hyperparams = jax.tree.map(jnp.float32, Hyperparams(learning_rate=1e-3, critic_learning_rate=1e-3))
 state = jax.jit(trainer.init)(jax.random.key(0))
-plain, apart = jax.jit(run)(state, hyperparams), jax.jit(over_halves(run))(state, hyperparams)
+plain, apart = jax.jit(run)(state, hyperparams), jax.jit(on_two_devices(run))(state, hyperparams)
 def numbers(tree):
     raw = [jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
            for x in jax.tree.leaves(tree)]
@@ -103,7 +103,7 @@ config, grid = preset("CartPole-v1", "ppo")
 def mesh(**changes):
     found = make_replicas(replace(config, **changes), points(grid)).sharding
     return found and dict(found.mesh.shape)
-assert mesh(seeds=1) == {"replica": 1, "halves": 2}
+assert mesh(seeds=1) == {"replica": 1, "pair": 2}
 assert mesh(seeds=2) == {"replica": 2}
 assert mesh(seeds=3) == {"replica": 3}
 assert mesh(seeds=1, algorithm="reinforce") is None
@@ -115,6 +115,6 @@ def test_policy_and_critic_are_fitted_on_a_device_each():
     subprocess.run([sys.executable, "-c", APART], check=True, env=environment)
 
 
-def test_one_device_has_no_halves():
+def test_one_device_is_no_pair():
     if jax.device_count() == 1:
-        assert over_halves(work) is work
+        assert on_two_devices(work) is work

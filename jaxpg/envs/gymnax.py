@@ -41,7 +41,7 @@ def from_gymnax(environment, params=None, **settings) -> Env:
     """
     # Inside jit, too, what is not traced stays a number.
     with narrow(), jax.ensure_compile_time_eval():
-        environment, params = _made(environment, params, settings)
+        environment, params = resolve(environment, params, settings)
         with _refused(environment.name, settings):
             observed, taken = (
                 environment.observation_space(params),
@@ -113,7 +113,7 @@ def _refused(name, settings):
         raise ValueError(f"{name} does not run with {said}: {why}") from error
 
 
-def _made(environment, params, settings):
+def resolve(environment, params, settings):
     """The environment and its parameters, the settings among them. Raises ValueError."""
     if isinstance(environment, str):
         environment, params, settings = _make(environment, settings)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpg.envs.gymnax import _made, narrow
+from jaxpg.envs.gymnax import narrow, resolve
 from jaxpg.envs.mdp import Mdp
 
 LIMIT = 4096  # states
@@ -38,7 +38,7 @@ def mdp_from_gymnax(environment, params=None, **settings) -> Mdp:
     The time limit is the horizon, or the longest episode where that is shorter.
     Raises ValueError for an environment without a known law, and for more than 4096 states.
     """
-    environment, params = _made(environment, params, settings)
+    environment, params = resolve(environment, params, settings)
     law = _LAWS.get(type(environment).__name__)
     if law is None:
         raise ValueError(f"{environment.name} has no known table; these have: {', '.join(_LAWS)}")

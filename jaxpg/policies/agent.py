@@ -7,7 +7,7 @@ import jax
 from jaxpg.envs import Box, Discrete, Env
 from jaxpg.policies import networks
 from jaxpg.policies.distributions import Categorical, Gaussian, MultiCategorical
-from jaxpg.policies.networks import Network, _example
+from jaxpg.policies.networks import Network, example_observation
 from jaxpg.policies.normalisation import normalised
 from jaxpg.types import Carry, Key, Params, Trajectory
 
@@ -74,7 +74,7 @@ def check_agent(env: Env, agent: Agent) -> None:
     def outputs():
         params = agent.policy.init(jax.random.key(0))
         carry, first = agent.policy.initial_carry(1), jax.numpy.zeros((1, 1), bool)
-        return agent.policy.apply(params, carry, _example(env.observation), first)[1]
+        return agent.policy.apply(params, carry, example_observation(env.observation), first)[1]
 
     distribution = jax.eval_shape(outputs)
     action = env.action

@@ -98,7 +98,7 @@ def mlp(
     encode = partial(spaces.encode, observation)
 
     def init(key):
-        example = encode(_example(observation))
+        example = encode(example_observation(observation))
         gains = body.init(example)
         head_gains = head.init(body.apply(gains, example))
         return orthogonal(key, {"body": gains, "head": head_gains})
@@ -136,7 +136,7 @@ def gru(
         return jnp.zeros((num_lanes, features))
 
     def init(key):
-        example = encode(_example(observation))
+        example = encode(example_observation(observation))
         body_gains = body.init(example)
         encoded = body.apply(body_gains, example)
         cell_gains = _gains(cell, initial_carry(1), encoded[0])
@@ -277,7 +277,7 @@ def _check(observation: Space, action: Space | None) -> None:
         spaces.check_space("the action space", action)
 
 
-def _example(space: Space) -> Array:
+def example_observation(space: Space) -> Array:
     integer = not isinstance(space, Box)
     return jnp.zeros((1, 1, *space.shape), jnp.int32 if integer else jnp.float32)
 

@@ -20,7 +20,7 @@ LONGER = 8  # times as long are the episodes of a trained policy, about
 QUIET_SECONDS = 5.0  # between two lines of progress, where they cannot be overwritten
 
 
-class Job(NamedTuple):
+class LabJob(NamedTuple):
     """One experiment, checked as far as can be without running it."""
 
     name: str
@@ -29,17 +29,17 @@ class Job(NamedTuple):
     refusal: str  # why it is left out of `all`, or nothing
 
 
-class Plan(NamedTuple):
-    jobs: list[Job]  # none: only show the list
+class LabPlan(NamedTuple):
+    jobs: list[LabJob]  # none: only show the list
     out: str | None
     together: bool  # `all`: one folder each, and what does not apply is left out
 
 
-def prepare(argv: Sequence[str]) -> Plan:
+def prepare(argv: Sequence[str]) -> LabPlan:
     """What the arguments ask for. Raises ValueError for what cannot be; exits after --help."""
     arguments = _parser().parse_args(list(argv))
     if arguments.name == "list":
-        return Plan([], None, False)
+        return LabPlan([], None, False)
     # Imported here, so that help does not wait for jax.
     from jaxpg.devices import check_devices
     from jaxpg.lab.studies import EXPERIMENTS
@@ -69,11 +69,11 @@ def prepare(argv: Sequence[str]) -> Plan:
         if refusal and not together:
             raise ValueError(refusal)
         settings = base._replace(quick=arguments.quick, **meant)
-        jobs.append(Job(name, experiment, settings, refusal))
-    return Plan(jobs, arguments.out, together)
+        jobs.append(LabJob(name, experiment, settings, refusal))
+    return LabPlan(jobs, arguments.out, together)
 
 
-def execute(plan: Plan) -> None:
+def execute(plan: LabPlan) -> None:
     """Runs the jobs one after the other, each into its folder. Raises ValueError."""
     if not plan.jobs:
         say(*_listing())
@@ -107,7 +107,7 @@ def execute(plan: Plan) -> None:
         say(f"all in {time.perf_counter() - started:.0f} s, saved in {parent}")
 
 
-def _run(job: Job, folder: Path) -> tuple[Any, float]:
+def _run(job: LabJob, folder: Path) -> tuple[Any, float]:
     """What the experiment found, saved, and the seconds that it took."""
     started = time.perf_counter()
     settings = job.settings
@@ -128,13 +128,13 @@ def _run(job: Job, folder: Path) -> tuple[Any, float]:
     return result._replace(table=table), seconds
 
 
-def _report(job: Job, result) -> list[str]:
+def _report(job: LabJob, result) -> list[str]:
     headline = f"{job.name} on {_where_from(job.settings)}: {job.experiment.summary}"
     rows = (f"  {line}"[: artifacts.WIDTH] for line in artifacts.lines(result.table))
     return [textwrap.fill(headline, artifacts.WIDTH, break_on_hyphens=False), *rows]
 
 
-def _described(job: Job) -> dict[str, Any]:
+def _described(job: LabJob) -> dict[str, Any]:
     """The settings, a checkpoint by its run, and what they have otherwise than the run."""
     settings = job.settings
     found, checkpoint = settings._asdict(), settings.checkpoint
@@ -152,7 +152,7 @@ def _where_from(settings) -> str:
     return f"{settings.env}, seed {origin['seed']} of {origin['run']} at update {origin['update']}"
 
 
-def _departure(job: Job) -> str:
+def _departure(job: LabJob) -> str:
     """What is asked, or measured, otherwise than a checkpoint's run has it, or nothing."""
     settings = job.settings
     if settings.checkpoint is None:
@@ -173,11 +173,11 @@ def _noted(table: dict[str, list], note: str) -> dict[str, list]:
 def _surroundings() -> dict[str, Any]:
     import jax
 
-    from jaxpg.runs.store.folder import PACKAGES, _version
+    from jaxpg.runs.store.folder import PACKAGES, package_version
 
     device = jax.devices()[0]
     return {
-        "versions": {name: _version(name) for name in (*PACKAGES, "numpy", "scipy")},
+        "versions": {name: package_version(name) for name in (*PACKAGES, "numpy", "scipy")},
         "device": {"platform": device.platform, "kind": device.device_kind},
         "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
@@ -282,10 +282,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _folder(out: str | None, name: str) -> Path:
-    from jaxpg.runs.store.folder import RUNS, _new_folder
+    from jaxpg.runs.store.folder import RUNS, new_folder
 
     if out is None:
-        return _new_folder(RUNS, name)
+        return new_folder(RUNS, name)
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)

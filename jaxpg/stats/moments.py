@@ -17,7 +17,7 @@ from jaxpg.types import Array
 GROUPS = 32
 
 
-class Moments(NamedTuple):
+class SampleMoments(NamedTuple):
     """Count, mean and sum of squared deviations of vectors; leading axes are groups."""
 
     count: Any  # [...] jax arrays on the device, NumPy's in float64 on the host
@@ -25,34 +25,34 @@ class Moments(NamedTuple):
     squares: Any  # [..., P]
 
 
-def moments_of(rows: Array, valid: Array | None = None) -> Moments:
+def moments_of(rows: Array, valid: Array | None = None) -> SampleMoments:
     """Two passes over the rows [C, P] that are valid: mean first, deviations from it second."""
     keep = jnp.ones(rows.shape[0], bool) if valid is None else valid
     count = keep.sum().astype(rows.dtype)
     mean = jnp.where(keep[:, None], rows, 0.0).sum(axis=0) / jnp.maximum(count, 1.0)
     deviation = jnp.where(keep[:, None], rows - mean[None], 0.0)
-    return Moments(count, mean, (deviation**2).sum(axis=0))
+    return SampleMoments(count, mean, (deviation**2).sum(axis=0))
 
 
-def merge(one: Moments, other: Moments) -> Moments:
+def merge(one: SampleMoments, other: SampleMoments) -> SampleMoments:
     """The moments of both sets of samples together (Chan et al., 1983)."""
     count = one.count + other.count
     share = other.count / jnp.maximum(count, 1)
     shift = other.mean - one.mean
     squares = one.squares + other.squares + shift**2 * one.count * share
-    return Moments(count, one.mean + shift * share, squares)
+    return SampleMoments(count, one.mean + shift * share, squares)
 
 
-def merge_groups(moments: Moments) -> Moments:
+def merge_groups(moments: SampleMoments) -> SampleMoments:
     """The moments over all groups, on the host."""
     count = moments.count.sum()
     mean = moments.count @ moments.mean / count
     shift = moments.mean - mean
-    return Moments(count, mean, moments.squares.sum(axis=0) + moments.count @ shift**2)
+    return SampleMoments(count, mean, moments.squares.sum(axis=0) + moments.count @ shift**2)
 
 
 def jackknife(
-    function: Callable[[Moments], Any], moments: Moments, confidence: float = 0.95
+    function: Callable[[SampleMoments], Any], moments: SampleMoments, confidence: float = 0.95
 ) -> Estimate:
     """function of all groups, with the interval from leaving out one group at a time.
 
@@ -63,9 +63,9 @@ def jackknife(
 
 
 def jackknife_ratio(
-    top: Callable[[Moments], Any],
-    bottom: Callable[[Moments], Any],
-    moments: Moments,
+    top: Callable[[SampleMoments], Any],
+    bottom: Callable[[SampleMoments], Any],
+    moments: SampleMoments,
     confidence: float = 0.95,
 ) -> Estimate:
     """`ratio` of two functions of moments."""
@@ -79,7 +79,7 @@ def _jackknife(function, moments, confidence) -> Estimate:
     value = float(function(merge_groups(moments)))
     left = np.array(
         [
-            function(merge_groups(Moments(*(np.delete(x, g, axis=0) for x in moments))))
+            function(merge_groups(SampleMoments(*(np.delete(x, g, axis=0) for x in moments))))
             for g in range(groups)
         ]
     )

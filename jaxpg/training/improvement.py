@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from jaxpg.devices import beside
+from jaxpg.devices import concurrently
 from jaxpg.estimators import coefficients, lane_gradients, objective, surrogates
 from jaxpg.estimators.estimator import Batch
 from jaxpg.policies import Agent, AgentCarry, AgentParams
@@ -95,9 +95,9 @@ def improve(
         return state, jax.tree.map(lambda x: x.mean(axis=0), metrics)
 
     def of_policy(params, opt_state, data, keys):
-        # Not a constant True: a carry that is one for each replica from the start is batched once, not twice.
-        moving = hyperparams.stop_kl >= 0
-        state = params.policy, opt_state[0], moving
+        # Traced, not a literal True, so that vmap batches the scan once.
+        within_kl = hyperparams.stop_kl >= 0
+        state = params.policy, opt_state[0], within_kl
         state, metrics = epochs(policy_step, state, data, keys[0], algorithm.num_epochs, parts)
         return *state[:2], metrics
 
@@ -112,7 +112,7 @@ def improve(
         return *state, metrics
 
     data, keys = (batch, carry), jax.random.split(key)
-    fitted = beside(of_policy, of_critic, params, opt_state, data, keys)
+    fitted = concurrently(of_policy, of_critic, params, opt_state, data, keys)
     (policy, policy_opt, metrics), (critic, critic_opt, more) = fitted
     metrics |= more
     if algorithm.measure_kl:
@@ -139,8 +139,8 @@ def _in_groups(batch: Batch, algorithm: Algorithm) -> Batch:
 
 
 def _policy_step(policy, algorithm, layout, recall, optimizer, hyperparams, state, minibatch):
-    # moving: [] bool, no minibatch of this update has exceeded stop_kl.
-    (params, opt_state, moving), (batch, carry) = state, minibatch
+    # within_kl: [] bool, no minibatch of this update has exceeded stop_kl.
+    (params, opt_state, within_kl), (batch, carry) = state, minibatch
     ascent, metrics = gradient_of(
         algorithm.estimator, policy, params, carry.policy, batch, hyperparams, recall=recall
     )
@@ -152,16 +152,18 @@ def _policy_step(policy, algorithm, layout, recall, optimizer, hyperparams, stat
         gradient,
         opt_state,
         params,
-        **_landscape(policy, algorithm, layout, params, batch, carry, hyperparams),
+        **_extra_args(policy, algorithm, layout, params, batch, carry, hyperparams),
     )
     new_params = optax.apply_updates(params, updates)
     if algorithm.num_epochs * algorithm.num_minibatches == 1:
-        return (new_params, new_state, moving), metrics
-    moving &= metrics["kl"] <= hyperparams.stop_kl
+        return (new_params, new_state, within_kl), metrics
+    within_kl &= metrics["kl"] <= hyperparams.stop_kl
     new_params, new_state = jax.tree.map(
-        lambda new, old: jnp.where(moving, new, old), (new_params, new_state), (params, opt_state)
+        lambda new, old: jnp.where(within_kl, new, old),
+        (new_params, new_state),
+        (params, opt_state),
     )
-    return (new_params, new_state, moving), metrics
+    return (new_params, new_state, within_kl), metrics
 
 
 def _critic_step(critic, optimizer, hyperparams, state, minibatch):
@@ -171,8 +173,8 @@ def _critic_step(critic, optimizer, hyperparams, state, minibatch):
     return (optax.apply_updates(params, updates), opt_state), {"critic_loss": value}
 
 
-def _landscape(policy, algorithm, layout, params, batch, carry, hyperparams):
-    """What the natural gradient's transformations ask for; costs nothing where they do not ask."""
+def _extra_args(policy, algorithm, layout, params, batch, carry, hyperparams):
+    """Extra arguments of the natural gradient's transformations; they cost nothing if unused."""
     part = batch, carry
     if algorithm.fisher_samples:
         if layout == "steps":

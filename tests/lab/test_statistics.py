@@ -13,7 +13,7 @@ from jaxpg.lab.measure import samples
 from jaxpg.lab.measure.statistics import gradient_statistics
 from jaxpg.lab.measure.traces import ROUTES, gradient_trace
 from jaxpg.policies import mlp, tabular
-from jaxpg.stats.moments import Moments, jackknife, merge, merge_groups, moments_of
+from jaxpg.stats.moments import SampleMoments, jackknife, merge, merge_groups, moments_of
 
 A = instance_a()
 HP = Hyperparams(gamma=0.9)
@@ -152,7 +152,9 @@ def test_the_offset_bandit_in_float32():
 def test_moments_and_jackknife_against_numpy():
     rows = np.random.default_rng(1).normal(2.0, 3.0, (32, 100, 4))
     each = [moments_of(jnp.asarray(g, jnp.float32)) for g in rows]
-    groups = Moments(*(np.stack([np.asarray(m[i], np.float64) for m in each]) for i in range(3)))
+    groups = SampleMoments(
+        *(np.stack([np.asarray(m[i], np.float64) for m in each]) for i in range(3))
+    )
     whole = merge_groups(groups)
     flat = rows.reshape(-1, 4)
     assert np.allclose(whole.mean, flat.mean(0), atol=1e-5)

@@ -372,8 +372,8 @@ def test_a_picture_that_fails_costs_nothing_that_came_before_it(tmp_path, monkey
              "low": [1.0], "high": [2.0], "warning": [""]}  # fmt: skip
     result = Result(table, {"found": 1.5}, lambda figure: None)
     experiment = SimpleNamespace(summary="a stub", run=lambda settings, progress: result)
-    job = laboratory.Job("stub", experiment, EXPERIMENTS["gae"].quick, "")
-    laboratory.execute(laboratory.Plan([job], str(tmp_path / "lab"), False))
+    job = laboratory.LabJob("stub", experiment, EXPERIMENTS["gae"].quick, "")
+    laboratory.execute(laboratory.LabPlan([job], str(tmp_path / "lab"), False))
     said = capsys.readouterr()
     assert "saved in" in said.out and "1.5" in said.out and said.err.count("\n") == 1
     assert json.loads((tmp_path / "lab" / "summary.json").read_text())["summary"] == {"found": 1.5}

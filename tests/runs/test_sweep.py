@@ -190,7 +190,7 @@ def test_batches_fit_the_memory_that_there_is(monkeypatch, totals, free):
     monkeypatch.setattr(replica_batches, "state_bytes", lambda parts: 40)
     monkeypatch.setattr(health, "available_bytes", lambda: free)
     monkeypatch.setattr(health, "needed_bytes", lambda train: 30 + 200 * tried[-1])
-    job = replica_batches.Job(*[None] * 6)._replace(parts=None)
+    job = replica_batches.SweepJob(*[None] * 6)._replace(parts=None)
     plan = replica_batches.plan(job, totals, lambda: None)
     assert plan.size == tried[-1] and len(tried) <= 2
     assert free is None or plan.bytes <= 0.9 * free
@@ -214,7 +214,7 @@ def test_an_agent_that_does_not_fit_is_refused(monkeypatch):
     with pytest.raises(
         ValueError, match=r"one agent needs 3.0 GB of memory, and 2.0 GB are free; few"
     ):
-        replica_batches.plan(replica_batches.Job(*[None] * 6), [8], lambda: None)
+        replica_batches.plan(replica_batches.SweepJob(*[None] * 6), [8], lambda: None)
 
 
 def test_a_signal_ranks_what_is_known(halved, tmp_path, monkeypatch, capsys):

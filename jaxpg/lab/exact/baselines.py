@@ -41,7 +41,7 @@ def optimal_baselines(mdp: Mdp, logits, credit, gamma) -> OptimalBaselines:
 def minimisers(world: Tables, credit, gamma) -> OptimalBaselines:
     """optimal_baselines of tables."""
     total = _is_total(credit)
-    covariance, variance, expected = _projections(world, total, gamma)
+    covariance, variance, expected = projections(world, total, gamma)
 
     def ratio(axes):
         return _ratio(covariance.sum(axes), variance.sum(axes))
@@ -86,7 +86,7 @@ def _is_total(credit) -> bool:
     return credit is credits.total_return
 
 
-def _projections(world: Tables, total, gamma):
+def projections(world: Tables, total, gamma):
     """E[G phi] and E[phi^2] [H, S, P], and E[psi_t | s, a] [H, S, A].
 
     E[G phi_t] has three terms: the step's own score, those before it (whose sum Z_t is known at s_t),

@@ -19,7 +19,7 @@ from jaxpg.lab.measure.samples import (
 from jaxpg.stats.intervals import Estimate, within
 from jaxpg.stats.moments import (
     GROUPS,
-    Moments,
+    SampleMoments,
     jackknife,
     jackknife_ratio,
     merge,
@@ -86,7 +86,7 @@ def gradient_statistics(
     ess, warnings = _check_weights(source, weights)
     moments = jax.tree.map(lambda x: np.asarray(x, np.float64), moments)
 
-    def estimate(function: Callable[[Moments], Any]) -> Estimate:
+    def estimate(function: Callable[[SampleMoments], Any]) -> Estimate:
         return jackknife(function, moments, confidence)
 
     whole = merge_groups(moments)
@@ -149,7 +149,7 @@ def plan(source: Source, num_trajectories: int, batch_size: int | None) -> tuple
     return size, num_samples
 
 
-def _measure(source: Source, size: int, num_samples: int) -> tuple[Moments, _Weights]:
+def _measure(source: Source, size: int, num_samples: int) -> tuple[SampleMoments, _Weights]:
     per_group = -(-num_samples // GROUPS)
     at_a_time = max(1, min(chunk_size(source) // size, per_group))
     pieces = -(-per_group // at_a_time)
@@ -175,7 +175,7 @@ def _measure(source: Source, size: int, num_samples: int) -> tuple[Moments, _Wei
         zeros = jnp.zeros(num_params, jnp.result_type(float))
         none = jnp.full(len(_POWERS), -jnp.inf)
         start = (
-            Moments(jnp.zeros(()), zeros, zeros),
+            SampleMoments(jnp.zeros(()), zeros, zeros),
             _Weights(none, jnp.zeros(()), jnp.zeros(())),
         )
         return jax.lax.scan(piece, start, jnp.arange(pieces))[0]
@@ -266,16 +266,16 @@ def heavy_tail(fourth_sample_size: float) -> str:
     return f"few weights decide the variance (ESS of W^4 {fourth_sample_size:.1f}): interval too narrow"
 
 
-def _trace(moments: Moments):
+def _trace(moments: SampleMoments):
     return moments.squares.sum() / (moments.count - 1)
 
 
-def _signal(moments: Moments):
+def _signal(moments: SampleMoments):
     return moments.mean @ moments.mean - _trace(moments) / moments.count
 
 
-def _part(moments: Moments, span: slice) -> Moments:
-    return Moments(moments.count, moments.mean[span], moments.squares[span])
+def _part(moments: SampleMoments, span: slice) -> SampleMoments:
+    return SampleMoments(moments.count, moments.mean[span], moments.squares[span])
 
 
 def _cosine(one, other):

@@ -21,7 +21,7 @@ from jaxpg.lab.studies.study import (
 )
 from jaxpg.lab.worlds.world import World, has_exact
 from jaxpg.stats.figures import label, line, panels, points
-from jaxpg.stats.moments import GROUPS, Estimate, Moments, merge_groups, quantile
+from jaxpg.stats.moments import GROUPS, Estimate, SampleMoments, merge_groups, quantile
 
 REFERENCE_SEED = 1 << 20  # episodes of the reference gradient, apart from those measured
 
@@ -105,7 +105,7 @@ def _slope(levels: list[tuple[int, Measured]]) -> tuple[Estimate, Estimate]:
     def fit(without):
         y = []
         for n, measured in levels:
-            kept = Moments(*(np.delete(each, without, axis=0) for each in measured.levels[n]))
+            kept = SampleMoments(*(np.delete(each, without, axis=0) for each in measured.levels[n]))
             whole = merge_groups(kept)
             y.append(np.log(whole.squares.sum() / (whole.count - 1)))
         slope, intercept = np.polyfit(x, y, 1, w=np.sqrt(weight)) if len(x) > 1 else (np.nan, y[0])

@@ -28,7 +28,7 @@ from jaxpg.lab.worlds.regulators import coefficients, value_critic
 from jaxpg.lab.worlds.world import World, num_params, tabular_world
 from jaxpg.stats import figures
 from jaxpg.stats.intervals import Estimate, within
-from jaxpg.stats.moments import Moments, jackknife
+from jaxpg.stats.moments import SampleMoments, jackknife
 
 PARTS = {"initial": "initial state", "action": "actions", "transition": "transitions, reward noise"}
 SPLIT = {"trajectory": "what follows", "action": "the action", "state": "the state"}
@@ -111,7 +111,7 @@ def split_by_start(world: World, forms, key, num_trajectories) -> list[tuple[Est
 
     chunks = [of_start(key, start + np.arange(size)) for start in range(0, num_starts, size)]
 
-    def between(m: Moments):
+    def between(m: SampleMoments):
         return m.squares[:-1].sum() / (m.count - 1) - m.mean[-1] / PER_START
 
     columns = [

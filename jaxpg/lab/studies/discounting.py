@@ -24,7 +24,7 @@ from jaxpg.lab.studies.study import (
 from jaxpg.lab.worlds.world import World, coordinates
 from jaxpg.stats import figures
 from jaxpg.stats.intervals import NOT_RESOLVED, Estimate, within
-from jaxpg.stats.moments import Moments, jackknife, jackknife_ratio
+from jaxpg.stats.moments import SampleMoments, jackknife, jackknife_ratio
 
 GAMMAS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 NO_GRADIENT = "biased, and the gradient of no function (Nota and Thomas, 2020)"
@@ -114,13 +114,13 @@ def _discounted(world, gamma, from_start) -> Form:
     return Form(name, Estimator(importance=slot), world.hyperparams._replace(gamma=gamma), None)
 
 
-def _relative(pairs: Moments) -> Estimate:
+def _relative(pairs: SampleMoments) -> Estimate:
     """|E(other - one)| / |E one|, the root of a ratio of unbiased squares."""
     square = jackknife_ratio(lambda m: squares(m)[2], lambda m: squares(m)[0], pairs)
     return Estimate(*(float(np.sqrt(np.maximum(x, 0.0))) for x in square))
 
 
-def _cosine(pairs: Moments) -> Estimate:
+def _cosine(pairs: SampleMoments) -> Estimate:
     """By polarisation: <x, y> = (|x|^2 + |y|^2 - |y - x|^2) / 2, each square unbiased."""
 
     def cosine(m):

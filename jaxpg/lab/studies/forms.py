@@ -10,7 +10,7 @@ import numpy as np
 from jaxpg.estimators import Estimator, Slot, baselines, credit, importance
 from jaxpg.lab import exact
 from jaxpg.lab.exact import Coefficients, Moments, lqr, pair_moments
-from jaxpg.lab.exact.baselines import _projections, controlled, minimisers
+from jaxpg.lab.exact.baselines import controlled, minimisers, projections
 from jaxpg.lab.exact.compose import composed
 from jaxpg.lab.exact.tables import discounts, tabulate
 from jaxpg.lab.measure.samples import couples
@@ -176,7 +176,7 @@ def best(credit_, field) -> Callable[[World], np.ndarray]:
 
 def best_seen(world):
     """b_t(o): the same two sums as for b_t(s), taken over the states that look alike."""
-    covariance, variance, _ = _projections(tables(world), False, world.gamma)
+    covariance, variance, _ = projections(tables(world), False, world.gamma)
     seen = np.eye(world.mdp.observation.max() + 1)[world.mdp.observation]
     numerator, denominator = (x.sum(axis=2) @ seen for x in (covariance, variance))
     met = denominator > 0

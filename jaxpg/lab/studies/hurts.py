@@ -13,7 +13,7 @@ from jaxpg.lab.studies.study import Experiment, Progress, Result, Settings, esti
 from jaxpg.lab.worlds.world import world as make_world
 from jaxpg.stats.figures import caption, label, line, panels, points
 from jaxpg.stats.intervals import within
-from jaxpg.stats.moments import GROUPS, Moments, jackknife, moments_of
+from jaxpg.stats.moments import GROUPS, SampleMoments, jackknife, moments_of
 
 
 def never_hurts(settings: Settings, progress: Progress) -> Result:
@@ -61,7 +61,7 @@ def _bandit_group(key, draws, p, first, second, baseline):
     return moments_of(gradient[:, None])
 
 
-def _bandit(key, count, *numbers) -> Moments:
+def _bandit(key, count, *numbers) -> SampleMoments:
     draws = jnp.zeros(count // GROUPS)
     numbers = tuple(map(jnp.float32, numbers))
     groups = [_bandit_group(jax.random.fold_in(key, g), draws, *numbers) for g in range(GROUPS)]

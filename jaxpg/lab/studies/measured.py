@@ -7,13 +7,13 @@ import numpy as np
 
 from jaxpg.lab.measure.statistics import MIN_EFFECTIVE, heavy_tail
 from jaxpg.stats.intervals import Estimate, mean_interval, within
-from jaxpg.stats.moments import Moments, jackknife, jackknife_ratio, merge_groups
+from jaxpg.stats.moments import SampleMoments, jackknife, jackknife_ratio, merge_groups
 
 
 class Measured(NamedTuple):
     """Of one estimator: moments of the mean over N trajectories, over independent batches."""
 
-    levels: dict[int, Moments]  # N -> over GROUPS groups, float64
+    levels: dict[int, SampleMoments]  # N -> over GROUPS groups, float64
     trajectories: int
     env_steps: int
     effective_sample_size: float  # of whole-episode weights; the number of trajectories on-policy
@@ -38,7 +38,7 @@ class Measured(NamedTuple):
             return Estimate(*[float("nan")] * 3)
         return within(jackknife_ratio(lambda m: size * _trace(m), _signal, self.levels[size]))
 
-    def estimate(self, function: Callable[[Moments], Any], size: int = 1) -> Estimate:
+    def estimate(self, function: Callable[[SampleMoments], Any], size: int = 1) -> Estimate:
         """Any function of moments, with its jackknife interval; none where the weights are degenerate."""
         found = jackknife(function, self.levels[size])
         if self.effective_sample_size < MIN_EFFECTIVE:
@@ -76,9 +76,9 @@ def need_effective(found: Measured, name: str) -> None:
         )
 
 
-def _trace(moments: Moments):
+def _trace(moments: SampleMoments):
     return moments.squares.sum() / (moments.count - 1)
 
 
-def _signal(moments: Moments):
+def _signal(moments: SampleMoments):
     return (moments.mean**2).sum() - _trace(moments) / moments.count

@@ -20,7 +20,7 @@ from jaxpg.lab.studies.estimators import Form
 from jaxpg.lab.studies.measured import Measured
 from jaxpg.lab.studies.study import Progress
 from jaxpg.lab.worlds.world import World, num_params
-from jaxpg.stats.moments import GROUPS, Moments, moments_of
+from jaxpg.stats.moments import GROUPS, SampleMoments, moments_of
 from jaxpg.types import Key
 
 LIMIT_BYTES = 2**31
@@ -110,7 +110,10 @@ def _collect(forms, per_group, found) -> dict[str, Measured]:
     rows, steps, log_weights = jax.tree.map(lambda *x: np.stack(x), *found)
     return {
         form.name: Measured(
-            {n: Moments(*(np.asarray(x, np.float64) for x in m)) for n, (m, _) in levels.items()},
+            {
+                n: SampleMoments(*(np.asarray(x, np.float64) for x in m))
+                for n, (m, _) in levels.items()
+            },
             GROUPS * per_group,
             int(steps[int(form.off_policy)].astype(np.int64).sum()),
             _effective(log_weights[int(form.off_policy)][:, :2]),

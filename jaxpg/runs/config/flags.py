@@ -36,7 +36,7 @@ _KINDS: dict[str, tuple[str, Any]] = {
 del _KINDS["--environment"]  # which has no flag
 
 
-class Request(NamedTuple):
+class TrainRequest(NamedTuple):
     """A run to start, or to go on with: then config.run is its folder."""
 
     config: Config
@@ -44,7 +44,7 @@ class Request(NamedTuple):
     resume: bool | None  # None: where there is something to go on with, and else a start
 
 
-def request(argv: Sequence[str], prog: str) -> Request:
+def request(argv: Sequence[str], prog: str) -> TrainRequest:
     """What the arguments of train ask for. Raises ValueError for what cannot be read or changed so.
 
     Exits with status 0 after help.
@@ -57,14 +57,14 @@ def request(argv: Sequence[str], prog: str) -> Request:
         raise ValueError("--resume goes on and never starts; name the folder with --run")
     if resume is None:
         config, grid = parse(argv, prog)
-        return _either(config, grid) if EITHER in given else Request(config, grid, False)
+        return _either(config, grid) if EITHER in given else TrainRequest(config, grid, False)
     saved = load_config(resume)
     if not Path(resume).is_dir():
         raise ValueError(f"--resume takes the folder of a run, and {resume} is a file")
     saved = replace(saved[0], run=resume, quiet=False), saved[1]
     asked = _changed(saved, given)
     _check_unchanged(saved, *asked, resume)
-    return Request(*asked, True)
+    return TrainRequest(*asked, True)
 
 
 def parse(argv: Sequence[str], prog: str) -> tuple[Config, Grid]:
@@ -182,7 +182,7 @@ def _help(argv, prog) -> None:
     show(argv, prog, base, where, named is None)
 
 
-def _either(config, grid) -> Request:
+def _either(config, grid) -> TrainRequest:
     """The run of the folder --run, which has to have these settings, or a new one there."""
     if config.run is None:
         raise ValueError("--resume-or-start needs the same folder each time; name it with --run")
@@ -196,7 +196,7 @@ def _either(config, grid) -> Request:
         left = [name for name in COUNTS if getattr(config, name) is None]
         config = replace(config, **{name: getattr(began[0], name) for name in left})
         _check_unchanged(began, config, grid, config.run)
-    return Request(config, grid, None)
+    return TrainRequest(config, grid, None)
 
 
 def _check_unchanged(saved, config, grid, run) -> None:

@@ -13,7 +13,7 @@ X = ("env_steps", "updates", "seconds")
 WIDTH = 80
 
 
-class Request(NamedTuple):
+class PlotRequest(NamedTuple):
     """What to draw, and where to."""
 
     series: list[Any]  # of records
@@ -22,7 +22,7 @@ class Request(NamedTuple):
     out: Path
 
 
-def prepare(argv: Sequence[str]) -> Request:
+def prepare(argv: Sequence[str]) -> PlotRequest:
     """Reads the runs that the arguments name. Raises ValueError for what cannot be drawn."""
     arguments = _parser().parse_args(list(argv))
     # Imported here, so that help does not wait for jax.
@@ -55,10 +55,10 @@ def prepare(argv: Sequence[str]) -> Request:
     if len(folders) > 1:
         default = Path("runs") / f"plot-{datetime.now():%Y%m%d-%H%M%S}"
     out = Path(arguments.out) if arguments.out else default
-    return Request(series, arguments.x, arguments.metric, out)
+    return PlotRequest(series, arguments.x, arguments.metric, out)
 
 
-def execute(request: Request) -> None:
+def execute(request: PlotRequest) -> None:
     """Says what the runs reached and draws them into the folder.
 
     Raises OSError where there can be no folder, or not one picture.

@@ -47,7 +47,7 @@ def create_folder(config: Config, over: bool = False) -> Path:
     over: what a run left that was killed before its first checkpoint is removed.
     """
     if config.run is None:
-        return _new_folder(RUNS, f"{config.environment}-{config.algorithm}")
+        return new_folder(RUNS, f"{config.environment}-{config.algorithm}")
     folder = Path(config.run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def _clear(folder):
             shutil.rmtree(file) if file.is_dir() else file.unlink()
 
 
-def _new_folder(parent, name):
+def new_folder(parent, name):
     name = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     number = 1
     while True:
@@ -275,7 +275,7 @@ def description(config: Config, grid: Grid, replicas: list[dict]) -> dict[str, A
         "demonstrations_sha256": _digest(config),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in PACKAGES},
+        | {name: package_version(name) for name in PACKAGES},
         "git": revision(),
         "device": {
             "platform": device.platform,
@@ -369,7 +369,7 @@ def jsonable(value: Any) -> Any:
     return value
 
 
-def _version(name):
+def package_version(name):
     try:
         return version(name)
     except PackageNotFoundError:

@@ -149,7 +149,7 @@ def _check_room(points: int, seeds: int, state: int = 0) -> None:
 
 def _folder(config: Config, over: bool) -> Path:
     if config.run is None:
-        return files._new_folder(files.RUNS, f"sweep-{config.environment}-{config.algorithm}")
+        return files.new_folder(files.RUNS, f"sweep-{config.environment}-{config.algorithm}")
     return files.create_folder(config, over)
 
 
@@ -170,7 +170,9 @@ def execute(sweep: Sweep) -> None:
             if not config.quiet:
                 say(*ranking.headline(config, search))
             show, stopped = heeding(stack.enter_context(display(config.quiet)), stopped)
-            job = replica_batches.Job(config, search.points, parts, executor, compilers, stopped)
+            job = replica_batches.SweepJob(
+                config, search.points, parts, executor, compilers, stopped
+            )
             if began is not None:
                 now = ranking.description(config, search)
                 for name, (old, new) in files.otherwise(began, now).items():
@@ -207,7 +209,7 @@ def execute(sweep: Sweep) -> None:
 
 
 def _climb(
-    job: replica_batches.Job,
+    job: replica_batches.SweepJob,
     search: Search,
     outcomes: Outcomes,
     show: Show,

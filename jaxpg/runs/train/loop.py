@@ -30,7 +30,7 @@ CHUNKS = 20  # about so many in a run
 LONGEST_CHUNK = 200
 
 
-class Job(NamedTuple):
+class TrainingJob(NamedTuple):
     """What every part of a run needs."""
 
     config: Config
@@ -62,7 +62,7 @@ class Progress(NamedTuple):
 
 
 def train_chunks(
-    job: Job,
+    job: TrainingJob,
     program: Any,
     state: TrainState,
     progress: Progress,
@@ -146,7 +146,7 @@ def _records(measured, progress, seconds) -> tuple[Records, Progress]:
     return records, after
 
 
-def _advance(job: Job, program, state):
+def _advance(job: TrainingJob, program, state):
     noted = []
 
     def note():
@@ -161,7 +161,7 @@ def _advance(job: Job, program, state):
     return wait_for(job.executor.submit(step, state), note)
 
 
-def _common(job: Job) -> tuple:
+def _common(job: TrainingJob) -> tuple:
     """What all replicas are trained with: demonstrations, where there are any."""
     demonstrations = job.parts.demonstrations
     return () if demonstrations is None else (demonstrations,)
@@ -240,7 +240,7 @@ def workers() -> Iterator[Executor]:
         executor.shutdown(wait=False, cancel_futures=True)
 
 
-def on_workers(job: Job, poll: Callable[[], Any], program: Any, *arguments: Any) -> Any:
+def on_workers(job: TrainingJob, poll: Callable[[], Any], program: Any, *arguments: Any) -> Any:
     """What a program gives, on the host."""
     return wait_for(job.executor.submit(lambda: jax.device_get(program(*arguments))), poll)
 

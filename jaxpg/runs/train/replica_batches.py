@@ -25,7 +25,7 @@ Tick = Callable[[np.ndarray, int, dict[str, np.ndarray]], None]  # (rows, update
 Save = Callable[[Any, int], None]  # (state, updates)
 
 
-class Job(NamedTuple):
+class SweepJob(NamedTuple):
     """What every batch needs. A row is a replica: point x seeds + seed."""
 
     config: Config
@@ -36,7 +36,7 @@ class Job(NamedTuple):
     stop: Callable[[], int]  # the number of a signal, or 0
 
 
-class Plan(NamedTuple):
+class BatchPlan(NamedTuple):
     """The one batch size and its programs: nothing else is compiled."""
 
     size: int
@@ -44,7 +44,9 @@ class Plan(NamedTuple):
     bytes: int | None  # that training needs of one device
 
 
-def plan(job: Job, totals: list[int], poll: Callable[[], Any], size: int | None = None) -> Plan:
+def plan(
+    job: SweepJob, totals: list[int], poll: Callable[[], Any], size: int | None = None
+) -> BatchPlan:
     """A batch size that fits, by the compiled program's own account, and serves every rung.
 
     totals: the replicas of each rung. size: that with which a sweep began. Training is compiled once, and
@@ -60,7 +62,7 @@ def plan(job: Job, totals: list[int], poll: Callable[[], Any], size: int | None 
                 f"and {free / 1e9:.1f} GB are free; free some, or start anew in another folder"
             )
         wait_for(programs.init, poll)  # type: ignore[arg-type]
-        return Plan(size, programs, needed)
+        return BatchPlan(size, programs, needed)
     total = totals[0] if len(totals) == 1 else most
     if free is not None:
         # Not even to be tried: states that are, before and after, more than there is.
@@ -78,7 +80,7 @@ def plan(job: Job, totals: list[int], poll: Callable[[], Any], size: int | None 
             )
         most = max(1, min(size - 1, int(size * SHARE * free / needed)))
     wait_for(programs.init, poll)  # type: ignore[arg-type]
-    return Plan(size, programs, needed)
+    return BatchPlan(size, programs, needed)
 
 
 def _wanted(totals: list[int]) -> int:
@@ -96,7 +98,7 @@ def batches(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def begin(job: Job, programs: Programs, rows: np.ndarray, size: int, states: Any = None):
+def begin(job: SweepJob, programs: Programs, rows: np.ndarray, size: int, states: Any = None):
     """A batch's replicas and its state: new, or given on the host, [n, ...] each."""
     replicas = _replicas(job, rows, size)
     if states is None:
@@ -134,7 +136,9 @@ def advance(
     return state
 
 
-def evaluated(job: Job, programs: Programs, replicas: Replicas, state, count: int) -> np.ndarray:
+def evaluated(
+    job: SweepJob, programs: Programs, replicas: Replicas, state, count: int
+) -> np.ndarray:
     """The mean returns of a batch's final evaluation, [count]; NaN where parameters have diverged."""
     program = wait_for(programs.evaluate, lambda: None)
     arguments = state.params, replicas.evaluation_keys
@@ -156,7 +160,7 @@ def write(path: Path, rows: np.ndarray, numbers: dict[str, Any], states: Any) ->
 
 
 def read(
-    job: Job, path: Path, rows: np.ndarray, like: dict[str, Any]
+    job: SweepJob, path: Path, rows: np.ndarray, like: dict[str, Any]
 ) -> tuple[dict[str, np.ndarray], Any] | None:
     """What was written of the batch of these rows, if anything was. Raises ValueError.
 
@@ -208,7 +212,7 @@ def _equal(total: int, most: int) -> int:
     return math.ceil(total / math.ceil(total / most))
 
 
-def _start(job: Job, size: int) -> Programs:
+def _start(job: SweepJob, size: int) -> Programs:
     replicas = _replicas(job, np.zeros(1, int), size)
     chunk = chunk_length(job.config.updates)
     return compile_programs(
@@ -216,7 +220,7 @@ def _start(job: Job, size: int) -> Programs:
     )
 
 
-def _replicas(job: Job, rows: np.ndarray, size: int) -> Replicas:
+def _replicas(job: SweepJob, rows: np.ndarray, size: int) -> Replicas:
     """The replicas of these rows; the last is repeated to fill the batch."""
     seeds = job.config.seeds
     padded = np.pad(rows, (0, size - len(rows)), mode="edge").tolist()

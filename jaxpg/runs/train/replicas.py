@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxpg.batching import group_size
-from jaxpg.devices import HALVES, check_devices, compiler_options, prefer
+from jaxpg.devices import PAIR, check_devices, compiler_options, prefer
 from jaxpg.rollout import evaluate
 from jaxpg.runs.config.config import Config
 from jaxpg.runs.train.build import Parts
@@ -74,7 +74,7 @@ def replicas_of(config: Config, pairs: Sequence[tuple[Hyperparams, int]]) -> Rep
     mesh = {AXIS: used}
     # Cores to spare: policy and critic are improved on two.
     if algorithm(config.algorithm).critic_optimizer and _spare(len(devices), used):
-        mesh[HALVES] = 2
+        mesh[PAIR] = 2
     sharding, size = None, math.prod(mesh.values())
     if size > 1:
         types = (AxisType.Auto,) * len(mesh)
@@ -93,7 +93,7 @@ def lanes(replicas: Replicas) -> dict[str, int]:
     mesh = {} if sharding is None else dict(sharding.mesh.shape)
     used = mesh.get(AXIS, 1)
     together = group_size(total // used)
-    return {"replicas": total, "devices": used, "halves": mesh.get(HALVES, 1), "together": together}
+    return {"replicas": total, "devices": used, "halves": mesh.get(PAIR, 1), "together": together}
 
 
 def _spare(devices: int, used: int) -> bool:

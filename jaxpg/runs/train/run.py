@@ -36,9 +36,9 @@ from jaxpg.runs.store.lock import locked
 from jaxpg.runs.store.metrics import Sink
 from jaxpg.runs.train.build import Parts, build, instructed
 from jaxpg.runs.train.loop import (
-    Job,
     Progress,
     Recorder,
+    TrainingJob,
     chunk_length,
     on_workers,
     stopper,
@@ -58,7 +58,7 @@ from jaxpg.runs.train.report import headline, summary
 from jaxpg.stats.intervals import attained
 
 
-class Experiment(NamedTuple):
+class PreparedRun(NamedTuple):
     """A run that has been checked: nothing about it can be a user's mistake any more."""
 
     config: Config
@@ -68,7 +68,7 @@ class Experiment(NamedTuple):
     start: int | None = None  # the updates of the checkpoint to go on from; None: a new run
 
 
-def prepare(config: Config, grid: Grid, over: bool = False) -> Experiment:
+def prepare(config: Config, grid: Grid, over: bool = False) -> PreparedRun:
     """Checks everything and makes the run's folder. Raises ValueError, leaving nothing behind.
 
     over: starts over what was killed before its first checkpoint.
@@ -79,7 +79,7 @@ def prepare(config: Config, grid: Grid, over: bool = False) -> Experiment:
     config = settled(config)
     metrics.check_sinks(config)
     parts = _parts(config, grid)
-    return Experiment(config, grid, parts, files.create_folder(config, over))
+    return PreparedRun(config, grid, parts, files.create_folder(config, over))
 
 
 def _parts(config: Config, grid: Grid) -> Parts:
@@ -89,7 +89,7 @@ def _parts(config: Config, grid: Grid) -> Parts:
     return instructed(parts, config)
 
 
-def prepare_either(config: Config, grid: Grid) -> Experiment | None:
+def prepare_either(config: Config, grid: Grid) -> PreparedRun | None:
     """The run of the folder config.run: from its newest checkpoint, or else from its start.
 
     None where it has finished. Raises ValueError.
@@ -111,7 +111,7 @@ def _evaluated(config: Config, grid: Grid) -> bool:
     return found is not None and found.get("update", config.updates) >= config.updates
 
 
-def prepare_resume(config: Config, grid: Grid) -> Experiment:
+def prepare_resume(config: Config, grid: Grid) -> PreparedRun:
     """The run of the folder config.run, to go on to config.updates in all. Raises ValueError.
 
     config, grid: as the folder's config.json says, but for what a resumed run may change.
@@ -140,7 +140,7 @@ def prepare_resume(config: Config, grid: Grid) -> Experiment:
         )
     parts = _parts(config, grid)
     files.check_demonstrations(folder, config)
-    return Experiment(config, grid, parts, folder, start)
+    return PreparedRun(config, grid, parts, folder, start)
 
 
 def _check_schedule(folder: Path, config: Config, grid: Grid) -> None:
@@ -159,7 +159,7 @@ def _check_schedule(folder: Path, config: Config, grid: Grid) -> None:
         )
 
 
-def execute(experiment: Experiment, sinks: Sequence[Sink] = ()) -> None:
+def execute(experiment: PreparedRun, sinks: Sequence[Sink] = ()) -> None:
     """Trains, evaluates, reports and fills the folder; sinks: further ones of the user's.
 
     Raises Interrupted after SIGINT or SIGTERM, with what was learnt so far saved; health.Diverged; and
@@ -176,7 +176,7 @@ def execute(experiment: Experiment, sinks: Sequence[Sink] = ()) -> None:
             say(headline(config, grid))
             state, progress = _begin(experiment, replicas, say)
             show, stopped = heeding(stack.enter_context(display(config.quiet)), stopped)
-            job = Job(config, grid, parts, folder, replicas, executor, stopped, show)
+            job = TrainingJob(config, grid, parts, folder, replicas, executor, stopped, show)
             programs, seconds = _compiled(job, state is None, progress.updates, say)
         except BaseException:
             if experiment.start is None:
@@ -282,7 +282,7 @@ def _as_preset(config) -> bool:
     return all(getattr(config, name) == getattr(usual, name) for name in sizes)
 
 
-def _compiled(job: Job, fresh: bool, done: int, say):
+def _compiled(job: TrainingJob, fresh: bool, done: int, say):
     """The programs, of which evaluation's may still be compiling, and the seconds that they took."""
     config = job.config
     started = time.perf_counter()
@@ -305,7 +305,7 @@ def _compiled(job: Job, fresh: bool, done: int, say):
     return programs, seconds
 
 
-def _recorder(job: Job, sinks: Sequence[Sink], after: int) -> Recorder:
+def _recorder(job: TrainingJob, sinks: Sequence[Sink], after: int) -> Recorder:
     config, folder, labels = job.config, job.folder, job.replicas.labels
     columns = varying(job.grid)
     found = [metrics.json_lines(folder / files.METRICS, config.num_envs), *sinks]
