@@ -1,13 +1,28 @@
 """The slots against few-line NumPy loops, in float64."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpg.estimators import assess, baselines, credit, describe, facts_of, importance, surrogates
-from jaxpg.estimators.estimator import Estimator
-from jaxpg.types import Hyperparams, Trajectory
+from jaxpg import estimators
+from jaxpg.envs import Discrete
+from jaxpg.estimators import (
+    Estimator,
+    Slot,
+    assess,
+    baselines,
+    coefficients,
+    credit,
+    describe,
+    facts_of,
+    importance,
+    surrogates,
+)
+from jaxpg.policies import tabular
+from jaxpg.types import Array, Hyperparams, Trajectory
 
 HP = Hyperparams(gamma=0.9, lambda_=0.7)
 T, B = 11, 6
@@ -290,42 +305,84 @@ def test_wrappers_keep_the_facts_of_what_they_wrap():
     assert facts_of(lambda gain, mask: gain.sum()).couples, "a plain function may compare lanes"
 
 
-def test_what_a_value_says_of_coupling_is_what_it_does():
-    """Another lane's rewards and ratios change this lane's numbers if, and only if, the value says so."""
-    one = trajectory(20)
-    changed = one._replace(reward=one.reward.at[:, 1].add(1.0))
-    ratio = jnp.full((T, B), 0.1).at[:, 0].set(-0.2)
-    scores = baselines.Scores(jnp.ones((T, B)), lambda psi: psi * (1.0 + jnp.arange(B)[None]))
-    others = jnp.arange(B) != 1
-    inner = importance.self_normalised(importance.prefix)
+MODULES = {
+    "credit": credit, "baseline": baselines, "importance": importance, "surrogate": surrogates,
+    "reduce": surrogates,
+}  # fmt: skip
+REDUCTIONS = ("per_episode", "per_step")
+INNER = importance.self_normalised(importance.prefix)
+# What has to be called to give a value, around one that couples and one that does not.
+WRAPPED = {
+    "baseline": [
+        baselines.constant(1.0),
+        baselines.tabulated(np.arange(2.0 * T).reshape(T, 2)),
+        baselines.regularised(baselines.critic),
+        baselines.regularised(baselines.leave_one_out),
+    ],
+    "importance": [
+        *importance.IMPORTANCES.values(),
+        importance.from_start(importance.one_step),
+        importance.from_start(INNER),
+    ],
+    "surrogate": [surrogates.standardised(surrogates.clipped)],
+}
 
-    def credits(slot, traj, ratio):
-        return slot(jnp.exp(ratio), traj, HP)
 
-    def subtracted(slot, traj, ratio):
-        return slot(traj.reward, scores._replace(step=jnp.exp(ratio)), traj, HP)
-
-    def weights(slot, traj, ratio):
-        return jnp.stack(slot(ratio, traj, HP))
-
-    def gains(slot, traj, ratio):
-        return slot(traj.log_prob + ratio, traj.reward, traj, HP)
-
-    cases = [
-        *((credits, getattr(credit, name)) for name in ("reward_to_go", "lambda_return", "unit")),
-        (credits, credit.total_return),
-        *((subtracted, getattr(baselines, name)) for name in ("none", "critic", "batch_mean")),
-        *((subtracted, getattr(baselines, name)) for name in ("leave_one_out", "time_mean")),
-        *((subtracted, getattr(baselines, name)) for name in ("weighted_mean", "optimal_constant")),
-        (subtracted, baselines.optimal_per_time),
-        (subtracted, baselines.constant(1.0)),
-        (subtracted, baselines.regularised(baselines.leave_one_out)),
-        *((weights, slot) for slot in (*importance.IMPORTANCES.values(), importance.on_policy)),
-        *((weights, importance.from_start(slot)) for slot in (inner, importance.one_step)),
-        *((gains, getattr(surrogates, n)) for n in ("score", "ratio", "clipped", "kl_penalised")),
-        (gains, surrogates.standardised(surrogates.clipped)),
+def values_of(place):
+    """Every value of a slot, the modules' own first."""
+    own = [
+        value
+        for name, value in vars(MODULES[place]).items()
+        if isinstance(value, Slot) and (name in REDUCTIONS) == (place == "reduce")
     ]
-    for apply, slot in cases:
-        before = apply(slot, one, ratio)[..., others]
-        after = apply(slot, changed, ratio.at[:, 1].add(0.3))[..., others]
-        assert facts_of(slot).couples == (not np.allclose(before, after)), describe(slot)
+    return own + WRAPPED.get(place, [])
+
+
+def test_no_value_is_forgotten():
+    """Every function that builds a slot value has one among those that are measured below."""
+    for place, module in MODULES.items():
+        names = {describe(value).partition("(")[0] for value in values_of(place)}
+        if place == "reduce":
+            assert names == set(REDUCTIONS)
+            continue
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            own = function.__module__ == module.__name__ and not name.startswith("_")
+            if own and inspect.signature(function).return_annotation is not Array:
+                assert name in names, name
+
+
+@pytest.mark.parametrize("place", MODULES)
+def test_what_a_value_says_of_coupling_is_what_it_does(place):
+    """One lane's rewards, values, ratios and length move the coefficients of others just where it says so.
+
+    Coefficients are what all five slots come to: the weights of the scores in the gradient.
+    """
+    one = masked(trajectory(20))
+    obs = jnp.asarray(np.random.default_rng(21).integers(0, 2, (T, B)))
+    one = estimators.masked(one._replace(obs=obs))
+    # Lane 1 now lives for 4 steps instead of 3.
+    other = trajectory(22)._replace(obs=1 - obs)
+    longer = one.mask.at[3, 1].set(True)
+    lane = jnp.arange(B)[None] == 1
+    changed = jax.tree.map(
+        lambda a, b: jnp.where(lane.reshape(1, B, *(1,) * (a.ndim - 2)), b, a), one, other
+    )
+    last = one.last.at[2, 1].set(False).at[3, 1].set(True)
+    first = jnp.broadcast_to(jnp.arange(T)[:, None] == 0, (T, B))
+    one = one._replace(first=first)
+    changed = estimators.masked(changed._replace(mask=longer, last=last, first=first))
+    log_prob = one.log_prob.at[:, 0].add(-0.2)
+    policy = tabular(Discrete(2), Discrete(2))
+    params = {"logits": jnp.array([[0.3, -0.1], [0.2, 0.5]])}
+
+    def coefficients_of(estimator, trajectory):
+        under = jnp.where(lane, trajectory.log_prob + 0.1, log_prob)
+        batch = assess(estimator, trajectory, under, HP, policy, params)
+        return coefficients(estimator, under, batch, HP)[:, ~lane[0]]
+
+    assert not any(facts_of(value).couples for value in Estimator())
+    for value in values_of(place):
+        estimator = Estimator()._replace(**{place: value})
+        before, after = (coefficients_of(estimator, given) for given in (one, changed))
+        moves = not np.allclose(before, after, rtol=1e-9, atol=1e-12)
+        assert facts_of(value).couples == moves, describe(value)
