@@ -267,7 +267,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--trajectories",
-        type=whole(1, 2**53),
+        type=whole(1),
         metavar="N",
         help="per measured point; 1e6 and 2**20 are read",
     )

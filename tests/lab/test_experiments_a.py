@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import jax
 import numpy as np
@@ -10,7 +11,17 @@ from instances import instance_a, instance_c, instance_t
 
 from jaxpg.cli import main
 from jaxpg.lab import exact
-from jaxpg.lab.studies import EXPERIMENTS, ladder, learning
+from jaxpg.lab.studies import (
+    EXPERIMENTS,
+    decomposition,
+    horizons,
+    hurts,
+    ladder,
+    learning,
+    sampling,
+    streams,
+    training,
+)
 from jaxpg.lab.studies.estimators import available, batch_moments, form, gradient, lambda_form
 from jaxpg.lab.studies.sampling import measure
 from jaxpg.lab.studies.study import COLUMNS, Settings
@@ -334,9 +345,11 @@ def test_aliased_worlds_take_the_value_of_what_is_seen():
         (["ladder", "--checkpoint", "nowhere"], "no config.json"),
         (["ladder", "--bogus"], "unrecognized arguments: --bogus"),
         (
-            ["ladder", "--env", "CartPole-v1", "--estimators", "rtg", "--trajectories", "2**23"],
-            "GiB, more than 2; use --trajectories",
+            ["ladder", "--env", "CartPole-v1", "--estimators", "rtg", "--trajectories", "2**30"],
+            "GB of memory is needed for the gradients of 1,073,741,824 episodes, and there is ",
         ),
+        (["windows", "--trajectories", "2**31"], "2**31 must be at most 2147483647"),
+        (["seeds", "--repeats", "100001"], "100001 must be at most 100000"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys, tmp_path):
@@ -346,6 +359,35 @@ def test_mistakes_are_one_line(arguments, message, capsys, tmp_path):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("jaxpg: error:") and message in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name", [x for x, each in EXPERIMENTS.items() if "trajectories" not in each.ignores]
+)
+def test_sizes_are_bounded_before_anything_is_drawn(name, capsys, tmp_path, monkeypatch):
+    for place in (sampling, training):
+        monkeypatch.setattr(place, "available_bytes", lambda: 10**9)
+    for place in (sampling, horizons, decomposition):
+        monkeypatch.setattr(place, "roll", None)
+    monkeypatch.setattr(streams, "init_stream", None)
+    monkeypatch.setattr(hurts, "_bandit", None)
+    with pytest.raises(SystemExit) as stop:
+        main(
+            ["lab", name, "--quick", "--trajectories", "2147483647", "--out", str(tmp_path / "out")]
+        )
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith("jaxpg: error: about ")
+    assert "of 2,147,483,647 episodes, and there is 1.0 GB, enough for " in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_repeats_are_bounded_before_anything_is_trained(monkeypatch):
+    monkeypatch.setattr(training, "available_bytes", lambda: 10**6)
+    message = "training 500 repeats, and there is 0.0 GB, enough for [0-9]"
+    with pytest.raises(ValueError, match=message) as error:
+        run("optimizers", repeats=500)
+    fits = int(re.search("for ([0-9,]+);", str(error.value))[1].replace(",", ""))
+    assert 2 < fits < 500
 
 
 def test_the_command_writes_its_files(tmp_path, capsys):

@@ -13,8 +13,8 @@ from test_trajectories import T, arrays, set_at
 from jaxpg.cli import main
 from jaxpg.runs.config.config import load_config
 from jaxpg.runs.config.schema import expect
-from jaxpg.runs.host import health
 from jaxpg.runs.plot import records
+from jaxpg.runs.store import folder as files
 from jaxpg.runs.store.folder import METRICS, TABLE, read_arrays
 from jaxpg.runs.store.trajectories import read_trajectories
 
@@ -176,7 +176,7 @@ def test_an_archive_is_measured_before_it_is_unpacked(tmp_path, monkeypatch):
     path.write_bytes(declared(10**6, (10**6,)))
     assert len(path.read_bytes()) < 10**4
     assert read_arrays(path, ("x",))["x"].shape == (10**6,)
-    monkeypatch.setattr(health, "machine_bytes", lambda: 10**6)
+    monkeypatch.setattr(files, "machine_bytes", lambda: 10**6)
     monkeypatch.setattr(np.lib.format, "read_array", None)  # nothing may be unpacked
     refused(lambda: read_arrays(path, ("x",)), r"unpacks to 0\.0 GB")
     path.write_bytes(declared(10, (10**12,)))

@@ -6,7 +6,6 @@ whatever couples the trajectories of the batch (a mean baseline, self-normalisat
 """
 
 import math
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpg.devices import available_bytes
 from jaxpg.envs import Env, check_env
 from jaxpg.estimators import (
     Estimator,
@@ -137,16 +137,19 @@ def couples(estimator: Estimator) -> bool:
 
 
 def chunk_size(source: Source) -> int:
-    """Trajectories per chunk, so that a chunk's rollout, activations and gradients fill CHUNK_BYTES.
+    """Trajectories per chunk, so that a chunk's rollout, activations and gradients fill CHUNK_BYTES."""
+    return max(1, min(2**16, int(CHUNK_BYTES // trajectory_bytes(source, 2))))
 
-    A row of a trajectory costs its fields and the activations kept for the backward pass, taken as a few
-    times the square root of the number of parameters, which is the width of a dense layer.
+
+def trajectory_bytes(source: Source, gradients: float) -> float:
+    """Of a trajectory's rollout, its activations and so many gradients, about.
+
+    A row costs its fields and the activations kept for the backward pass, taken as a few times the square
+    root of the number of parameters, which is the width of a dense layer.
     """
     num_params = sum(x.size for x in jax.tree.leaves(source.policy_params))
-    obs_size = math.prod(source.env.observation.shape)
-    per_step = 16 + obs_size + 8 * int(num_params**0.5)
-    per_trajectory = 4 * (source.env.horizon * per_step + 2 * num_params)
-    return max(1, min(2**16, CHUNK_BYTES // per_trajectory))
+    per_step = 16 + math.prod(source.env.observation.shape) + 8 * int(num_params**0.5)
+    return 4 * (source.env.horizon * per_step + gradients * num_params)
 
 
 def check_source(source: Source, num_trajectories: int) -> None:
@@ -167,24 +170,13 @@ def check_source(source: Source, num_trajectories: int) -> None:
 
 def _check_memory(source: Source, num_trajectories: int, size: int) -> None:
     num_params = sum(x.size for x in jax.tree.leaves(source.policy_params))
-    needed, limit = 4 * num_trajectories * num_params, _memory()
-    if needed > limit:
+    needed, limit = 4 * num_trajectories * num_params, available_bytes()
+    if limit is not None and needed > limit:
         raise ValueError(
             f"{num_trajectories:,} gradients of {num_params:,} parameters are {needed / 2**30:.1f} GiB, more "
             f"than the {limit / 2**30:.1f} GiB of memory; gradient_statistics needs only chunks of {size:,}, "
             f"or ask for {limit // (4 * num_params):,} trajectories"
         )
-
-
-def _memory() -> int:
-    """Bytes of memory of the default device, or of the machine."""
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-    if limit is not None:
-        return limit
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError):  # not a POSIX system
-        return 2**63
 
 
 def gather(source: Source, start: Array | int, size: int) -> Chunk:

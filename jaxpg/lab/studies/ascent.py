@@ -121,7 +121,7 @@ def probabilities(logits):
 def _sampled(world, name, scales, settings, num_updates) -> list[Curves]:
     """The same seeds for every scale of the rewards."""
     slots = Algorithm(Estimator(), policy_optimizer=OPTIMIZERS[name])
-    run = learner(world, slots, num_envs=BATCH, num_updates=num_updates)
+    run = learner(world, slots, num_envs=BATCH, num_updates=num_updates, per_repeat=len(scales))
     keys = jnp.tile(jax.random.split(key_of(settings), settings.repeats), len(scales))
     rate = own_rate(settings, name)
     if rate is None and has_exact(world):

@@ -137,7 +137,7 @@ def train_to_target(
     trials = []
     for index, size in enumerate(grid.sizes):
         progress(f"{len(rates)} learning rates x {settings.repeats} runs with batches of {size}")
-        run = learner(world, slots, num_envs=size, num_updates=num_updates)
+        run = learner(world, slots, num_envs=size, num_updates=num_updates, per_repeat=len(rates))
         count = len(rates) * settings.repeats
         keys = jax.random.split(jax.random.fold_in(key_of(settings), index), count)
         repeated = np.repeat(rates, settings.repeats)

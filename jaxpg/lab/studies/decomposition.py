@@ -12,7 +12,7 @@ from jaxpg.lab import exact
 from jaxpg.lab.measure.samples import roll, rows_of, weigh
 from jaxpg.lab.studies.estimators import available, form, value_tables
 from jaxpg.lab.studies.pairs import grouped, intervals
-from jaxpg.lab.studies.sampling import measure, options_for, source_of
+from jaxpg.lab.studies.sampling import check_episodes, measure, options_for, source_of
 from jaxpg.lab.studies.study import (
     Experiment,
     Progress,
@@ -94,6 +94,7 @@ def decompositions(world: World, name: str) -> dict[tuple, float]:
 def split_by_start(world: World, forms, key, num_trajectories) -> list[tuple[Estimate, Estimate]]:
     """Traces of Var(E[g|s_0]) and E[Var(g|s_0)]: PER_START episodes from each initial state that is drawn."""
     num_starts = num_trajectories // PER_START
+    check_episodes(20 * (num_params(world) + 1) * len(forms) / PER_START, num_trajectories)
     size = max(1, min(num_starts, 2**22 // (PER_START * num_params(world)), 2**11))
 
     # One rollout serves all forms: a world has one critic, which those without do not read.

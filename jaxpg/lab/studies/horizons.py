@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpg.lab import exact
-from jaxpg.lab.measure.samples import log_probs, roll
+from jaxpg.lab.measure.samples import log_probs, roll, trajectory_bytes
 from jaxpg.lab.measure.statistics import MIN_EFFECTIVE
 from jaxpg.lab.studies.estimators import form
 from jaxpg.lab.studies.lags import Lag, lag_of
-from jaxpg.lab.studies.sampling import group_size, source_of
+from jaxpg.lab.studies.sampling import check_episodes, group_size, source_of
 from jaxpg.lab.studies.study import Experiment, Progress, Result, Settings, estimated, key_of, tidy
 from jaxpg.lab.worlds.world import World, tabular_world
 from jaxpg.stats.figures import caption, label, line, panels, points
@@ -35,9 +35,13 @@ def horizon_is(settings: Settings, progress: Progress) -> Result:
         longest = min(longest, lag.world.env.horizon)
     horizons = [t for t in (1, 2, 5, 10, 20, 50, 100, 200) if t <= longest]
     size = group_size(settings.trajectories, 2)
-    progress(f"{GROUPS * size:,} episodes of {longest} steps")
     world = _longer(lag, longest)
-    log_weights, steps = _world_log_weights(world, settings, size, horizons, progress)
+    source = source_of(world, form("is_total", world), key_of(settings))
+    # Of both worlds, in 64 bits and twice; and the rollouts of one group.
+    each = 32 * len(horizons) + trajectory_bytes(source, 0) / GROUPS
+    check_episodes(each, settings.trajectories, "the weights of")
+    progress(f"{GROUPS * size:,} episodes of {longest} steps")
+    log_weights, steps = _world_log_weights(source, size, horizons)
     walks = _gaussian_log_weights(settings.seed, GROUPS * size, horizons)
     found = {
         "gaussian": (walks, [GROUPS * size * t for t in horizons]),
@@ -93,9 +97,8 @@ def _gaussian_log_weights(seed, count, horizons) -> list[np.ndarray]:
     return rows
 
 
-def _world_log_weights(world, settings, size, horizons, progress):
+def _world_log_weights(source, size, horizons):
     """log W after each horizon, and the environment steps until then."""
-    source = source_of(world, form("is_total", world), key_of(settings))
 
     @jax.jit
     def group(start):
@@ -110,8 +113,6 @@ def _world_log_weights(world, settings, size, horizons, progress):
         log_weight, taken = group(index * size)
         columns.append(np.asarray(log_weight, np.float64))
         steps.append(np.asarray(taken))
-        if index == 0:
-            progress(f"{GROUPS * size:,} episodes on {world.name}")
     return list(np.concatenate(columns, axis=1)), np.sum(steps, axis=0).tolist()
 
 

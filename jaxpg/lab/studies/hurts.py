@@ -35,6 +35,7 @@ def never_hurts(settings: Settings, progress: Progress) -> Result:
         raise ValueError(
             f"trajectories={count} is too few for an interval; use {2 * GROUPS} or more"
         )
+    cases = _cases(settings, progress)  # first, because it refuses what does not fit
     progress("bandit")
     for name, baseline in kinds.items():
         for p in sorted({*grid.round(2).tolist(), *chosen}):
@@ -45,7 +46,7 @@ def never_hurts(settings: Settings, progress: Progress) -> Result:
                 value = within(jackknife(lambda m: m.squares.sum() / (m.count - 1), moments))
                 row = {**row, **estimated(value), "trajectories": count, "env_steps": count}
             rows.append(row)
-    rows += _cases(settings, progress)
+    rows += cases
     at_nine = {r["estimator"]: r["exact"] for r in rows if r.get("probability") == 0.9}
     summary = {
         "bandit_at_0.9": at_nine,

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jaxpg.devices import compiler_options
-from jaxpg.lab.measure.samples import Source, log_probs, roll, weigh
+from jaxpg.devices import available_bytes, check_fits, compiler_options, needed_bytes
+from jaxpg.lab.measure.samples import Source, log_probs, roll, trajectory_bytes, weigh
 from jaxpg.lab.measure.statistics import log_power_sums
 from jaxpg.lab.studies.estimators import Form
 from jaxpg.lab.studies.measured import Measured
@@ -22,9 +22,6 @@ from jaxpg.lab.studies.study import Progress
 from jaxpg.lab.worlds.world import World, num_params
 from jaxpg.stats.moments import GROUPS, SampleMoments, moments_of
 from jaxpg.types import Key
-
-LIMIT_BYTES = 2**31
-
 
 Measure = Callable[..., dict[str, Measured]]  # (key, params=the world's) of one compiled program
 
@@ -57,7 +54,10 @@ def measurer(
 ) -> Measure:
     """`measure`, compiled once for many keys and parameters: run(key, params)."""
     per_group = group_size(num_trajectories, max(sizes))
-    _check_memory(world, per_group, min(sizes))
+    # The means of a group's batches, with their sorted copies and the gradients' workspace.
+    means = 3 * len(forms) / min(sizes)
+    each = trajectory_bytes(source_of(world, forms[0], jax.random.key(0)), means) / GROUPS
+    check_episodes(each, num_trajectories)
     toward = jnp.zeros(num_params(world)) if reference is None else jnp.asarray(reference)
 
     def group(key, params, start):
@@ -75,6 +75,7 @@ def measurer(
     lowered = jax.jit(group).lower(jax.random.key(0, impl="threefry2x32"), world.params, 0)
     numbers = num_trajectories * world.env.horizon * num_params(world)
     program = lowered.compile(options_for(numbers // 4))
+    check_episodes((needed_bytes(program) or 0) / num_trajectories, num_trajectories)
 
     def run(key, params=world.params):
         found = []
@@ -124,17 +125,9 @@ def _collect(forms, per_group, found) -> dict[str, Measured]:
     }
 
 
-def _check_memory(world, per_group, smallest):
-    size = num_params(world)
-    # The means of a group's batches, with their sorted copies and the gradients' workspace.
-    per_batch = 3 * 4 * size
-    needed = per_batch * (per_group // smallest)
-    if needed > LIMIT_BYTES:
-        fits = LIMIT_BYTES // per_batch * smallest * GROUPS
-        raise ValueError(
-            f"a group of {per_group:,} gradients of {size:,} parameters needs {needed / 2**30:.1f} GiB, more "
-            f"than {LIMIT_BYTES / 2**30:.0f}; use --trajectories {fits} (groups of {fits // GROUPS})"
-        )
+def check_episodes(one: float, count: int, what: str = "the gradients of") -> None:
+    """Raises ValueError where so many episodes of `one` bytes each need more memory than there is."""
+    check_fits(available_bytes(), one, count, what, "episode", "give fewer --trajectories")
 
 
 def _group(world, forms, per_group, sizes, toward, key, start):

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxpg.envs import Mdp, from_mdp
 from jaxpg.estimators import credit
-from jaxpg.lab.studies.sampling import options_for
+from jaxpg.lab.studies.sampling import check_episodes, options_for
 from jaxpg.lab.worlds.world import World
 from jaxpg.policies import Agent, AgentParams, Categorical, Network
 from jaxpg.rollout import init_stream, unroll
@@ -64,6 +64,7 @@ def measure_windows(world: World, direction, key, num_envs: int, lengths) -> lis
     windows are the beginnings of the longest ones, so one simulation serves all.
     """
     agent = Agent(world.policy)
+    check_episodes(12 * len(Lanes._fields) * (len(lengths) + 2), num_envs, "the windows of")
     size = max(1, min(num_envs, WORKING_SET // (max(lengths) * 16)))
 
     def run(key):

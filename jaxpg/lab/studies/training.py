@@ -10,6 +10,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from scipy import optimize
 
+from jaxpg.devices import available_bytes, check_fits, needed_bytes
 from jaxpg.envs import Env, check_mdp
 from jaxpg.lab.measure.samples import gradient_samples
 from jaxpg.lab.studies.estimators import form
@@ -41,11 +42,13 @@ def learner(
     num_envs: int,
     num_updates: int,
     num_steps: int | None = None,
+    per_repeat: int = 1,
 ) -> Learner:
     """A program that trains R replicas from the world's parameters, and gives the score before each update.
 
     The score is J of the policy, exact where the world has tables, else the mean return of the episodes
     that the update itself learned from. reward_scale multiplies rewards, not the score.
+    per_repeat: replicas that one of --repeats trains.
     """
     critic = None
     if algorithm.critic_optimizer is not None:
@@ -77,6 +80,11 @@ def learner(
         )
         work = keys.shape[0] * num_updates * num_envs * (num_steps or world.env.horizon)
         program = jax.jit(jax.vmap(one), compiler_options=options_for(work))
+        program = program.lower(keys, *spread).compile()
+        repeats = keys.shape[0] // per_repeat
+        # Both curves are held in 64 bits too, and once more.
+        each = (needed_bytes(program) or 0) / repeats + 32 * per_repeat * num_updates
+        check_fits(available_bytes(), each, repeats, "training", "repeat", "give fewer --repeats")
         scores, steps = (np.asarray(x, np.float64) for x in program(keys, *spread))
         return Curves(scores, np.cumsum(steps, axis=1) - steps)
 

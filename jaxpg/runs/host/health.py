@@ -1,7 +1,5 @@
 """Health: runs that diverge, that do not fit in memory, or that have too few updates to learn."""
 
-import os
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxpg.devices import available_bytes, check_fits, giga, needed_bytes
 from jaxpg.envs import Env
 from jaxpg.rollout.stepping import reset_lanes, step_lanes
 from jaxpg.runs.config.config import Config
@@ -111,13 +110,7 @@ def check_sizes(config: Config, env: Env, state_bytes: int, replicas: int) -> No
         ("evaluating", "episode", 2 * lane * replicas, config.evaluation_episodes, "episodes"),
         ("the metrics of", "epoch", 4 * replicas, epochs, "epochs"),
     ):
-        if one * count > available:
-            fits = f"{int(available // one):,}" if one <= available else "none"
-            raise ValueError(
-                f"at least {_giga(one * count)} of memory is needed for {what} {count:,} {noun}"
-                f"{'s' * (count > 1)}, and there is {_giga(available)}, enough for "
-                f"{fits}; give fewer {remedy}, or --force to try"
-            )
+        check_fits(available, one, count, what, noun, f"give fewer {remedy}, or --force to try")
 
 
 def num_steps(config: Config, env: Env) -> int:
@@ -134,49 +127,9 @@ def check_memory(compiled: Any, replicas: int = 1, force: bool = False) -> None:
     fits = int(replicas * available / needed)
     more = f"about {fits:,} of {replicas:,} agents fit; " if fits else ""
     raise ValueError(
-        f"training needs about {_giga(needed)} of memory, and there is {_giga(available)}; {more}fewer "
+        f"training needs about {giga(needed)} of memory, and there is {giga(available)}; {more}fewer "
         "--seeds, --num-envs or --num-steps, or a smaller grid, need less, and --force tries"
     )
-
-
-def needed_bytes(compiled: Any) -> int | None:
-    """Of one device while the program runs, as its compiler says; None where it does not say."""
-    try:
-        found = compiled.memory_analysis()
-    except (NotImplementedError, RuntimeError, jax.errors.JaxRuntimeError):
-        return None
-    if found is None:
-        return None
-    total = (
-        found.argument_size_in_bytes
-        + found.output_size_in_bytes
-        - found.alias_size_in_bytes
-        + found.temp_size_in_bytes
-        + found.generated_code_size_in_bytes
-    )
-    # Devices of a CPU share its memory.
-    return total * (jax.local_device_count() if jax.default_backend() == "cpu" else 1)
-
-
-def available_bytes() -> int | None:
-    """Of one accelerator, or of this machine within its limits; None where unknown."""
-    if jax.default_backend() != "cpu":
-        found = jax.local_devices()[0].memory_stats() or {}
-        limit = found.get("bytes_limit")
-        return None if limit is None else limit - found.get("bytes_in_use", 0)
-    return machine_bytes()
-
-
-def machine_bytes() -> int | None:
-    """Free memory of this machine, within its limits; None where unknown."""
-    limits = [_number(Path("/sys/fs/cgroup/memory.max"))]
-    if sys.platform == "linux":
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":") for line in file)
-        limits.append(1024 * int(lines["MemAvailable"].split()[0]))
-    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min((x for x in limits if x is not None), default=None)
 
 
 def explain(environment: str, update: Callable, *arguments: Any) -> str:
@@ -201,14 +154,3 @@ def explain(environment: str, update: Callable, *arguments: Any) -> str:
                 text = f"{environment} gave it, in its reset or step: {text}"
             return text + (f" at {own[-1].filename}:{own[-1].lineno}" if own else "")
     return ""
-
-
-def _number(path):
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # no such file, or "max"
-        return None
-
-
-def _giga(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"

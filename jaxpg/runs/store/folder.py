@@ -21,9 +21,9 @@ from typing import Any, NamedTuple, TypedDict, cast
 import jax
 import numpy as np
 
+from jaxpg.devices import machine_bytes
 from jaxpg.runs.config.config import CONFIG, FREE, Config, Grid, read_config
 from jaxpg.runs.config.schema import parsed
-from jaxpg.runs.host import health
 from jaxpg.runs.host.cache import processor
 from jaxpg.runs.store.lock import LOCK, locked
 
@@ -228,7 +228,7 @@ def read_arrays(path: str | Path, names: Container[str]) -> dict[str, np.ndarray
     """These arrays of an .npz file. Raises ValueError for more than memory holds, and for a damaged file."""
     wanted = {name: each for name, each in declared_arrays(path).items() if name in names}
     needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in wanted.values())
-    free = health.machine_bytes()
+    free = machine_bytes()
     if free is not None and needed > free / 2:  # they are copied once
         raise ValueError(
             f"{path} unpacks to {needed / 1e9:,.1f} GB, and {free / 1e9:.1f} GB of memory are free"

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 import jax
 import numpy as np
 
+from jaxpg.devices import machine_bytes
 from jaxpg.runs.config.config import Config, Grid, check, completed
 from jaxpg.runs.config.flags import request
 from jaxpg.runs.config.rows import settled
@@ -136,7 +137,7 @@ def _search(config: Config, grid: Grid, options: Options) -> Search:
 
 def _check_room(points: int, seeds: int, state: int = 0) -> None:
     """Raises ValueError when what is kept of every replica between batches would not fit."""
-    free, each = health.machine_bytes(), seeds * (health.REPLICA_BYTES + state)
+    free, each = machine_bytes(), seeds * (health.REPLICA_BYTES + state)
     if free is None or points * each <= free:
         return
     what = "their states between rungs" if state else "their results"
