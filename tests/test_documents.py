@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import dataclasses
 import importlib
 import re
 import shlex
@@ -10,19 +11,24 @@ from pathlib import Path
 
 import pytest
 
+from jaxpg import estimators
 from jaxpg.cli import COMMANDS
+from jaxpg.envs import check_env
+from jaxpg.runs.config.config import Config
+from jaxpg.training.algorithm import ALGORITHMS, check_algorithm
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("ARCHITECTURE.md",)
+PAGES = ("ARCHITECTURE.md", "CONTRIBUTING.md")
+PACKAGES = ("jaxpg.", "jaxpg.estimators.", "")
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 PATH = re.compile(r"[\w.-]*/[\w./-]*|\w+\.(py|md|toml|sh|txt)")
 
 
 @cache
 def words():
-    """Everything that the source calls by a name."""
+    """Everything that the source and the other tests call by a name."""
     found = set(dir(builtins))
-    for file in ROOT.glob("jaxpg/**/*.py"):
+    for file in {*ROOT.glob("jaxpg/**/*.py"), *ROOT.glob("tests/**/*.py")} - {Path(__file__)}:
         for node in ast.walk(ast.parse(file.read_text())):
             for field in ("name", "id", "arg", "attr"):
                 found.add(getattr(node, field, None))
@@ -53,7 +59,7 @@ def missing(span):
         command, *rest = shlex.split(span)
         if command == "jaxpg":
             return [] if rest[0] in COMMANDS else [span]
-        text = (ROOT / command).read_text() if (ROOT / command).is_file() else ""
+        text = "".join(path.read_text() for path in ROOT.glob(f"{command}*") if path.is_file())
         flags = [word for word in rest if word.startswith("--") and word not in text]
         return flags if (ROOT / command).exists() else [command]
     if span.startswith("tests/") and " " not in span:
@@ -67,7 +73,7 @@ def missing(span):
         each.group()
         for each in NAME.finditer(span)
         if not (
-            imports(f"jaxpg.{each.group()}") or imports(each.group())
+            any(imports(f"{package}{each.group()}") for package in PACKAGES)
             if "." in each.group()
             else len(each.group()) == 1 or each.group() in words()
         )
@@ -91,6 +97,35 @@ def test_what_a_page_names_exists(page):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_additions_of_the_checklists_work():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    found = {}
+    exec("\n".join(blocks), found)
+    check_algorithm(found["row"], has_critic=False)
+    check_env(found["from_walks"]("walk"))
+    (study,) = found["EXPERIMENTS"].values()
+    result = study.run(study.quick, lambda line: None)
+    # A pays E r_0 at gamma 0, by hand: 0.5 and 0.3 and 0.2 of the three states.
+    assert result.table["exact"][0] == pytest.approx(
+        0.5 * 0.3617 + 0.3 * 1.3364 + 0.2 * -0.1018, abs=1e-3
+    )
+
+
+def test_every_row_and_slot_value_is_in_the_readme_and_the_help():
+    readme, (algorithm,) = (
+        (ROOT / "README.md").read_text(),
+        [f for f in dataclasses.fields(Config) if f.name == "algorithm"],
+    )
+    named = set(re.findall(r"\w+", algorithm.metadata["help"]))
+    assert set(ALGORITHMS) <= named
+    shown = {x for span in re.findall(r"`([^`\n]+)`", readme) for x in re.findall(r"\w+", span)}
+    assert set(ALGORITHMS) <= shown
+    for module in ("credit", "baselines", "importance", "surrogates"):
+        values = vars(getattr(estimators, module))
+        own = {name for name, value in values.items() if isinstance(value, estimators.Slot)}
+        assert own <= shown, module
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 sys.path.append(str(Path(__file__).parent / "lab"))
 from instances import random_instance
 
-from jaxpg.estimators import Estimator, baselines, credit, importance, surrogates
+from jaxpg.estimators import Estimator, baselines, credit, facts_of, importance, surrogates
 from jaxpg.lab import exact
 from jaxpg.lab.exact import enumeration
 from jaxpg.types import Hyperparams
@@ -33,6 +33,10 @@ UNBIASED = {
     "to go, constant": Estimator(TO_GO, baselines.constant(1.7), ON),
     "to go, table": Estimator(TO_GO, TABULATED, ON),
     "to go, critic however wrong": Estimator(TO_GO, baselines.critic, ON),
+    "to go, leave one out": Estimator(TO_GO, baselines.leave_one_out, ON),
+    "to go, time mean": Estimator(TO_GO, baselines.time_mean, ON),
+    "to go, optimal constant": Estimator(TO_GO, baselines.optimal_constant, ON),
+    "to go, optimal per time": Estimator(TO_GO, baselines.optimal_per_time, ON),
     "ratio on-policy": Estimator(TO_GO, TABULATED, ON, surrogates.ratio),
     "clipped on-policy": Estimator(TO_GO, TABULATED, ON, surrogates.clipped),
     "penalised on-policy": Estimator(TO_GO, TABULATED, ON, surrogates.kl_penalised),
@@ -46,6 +50,7 @@ UNBIASED_OFF = {
 BIASED = {
     "to go without gamma^t": Estimator(TO_GO),
     "lambda-return, wrong critic": Estimator(LAMBDA, baselines.critic, ON),
+    "to go, batch mean": Estimator(TO_GO, baselines.batch_mean, ON),
     "per step": Estimator(TO_GO, importance=ON, reduce=surrogates.per_step),
     "standardised": Estimator(
         TO_GO, importance=ON, surrogate=surrogates.standardised(surrogates.score)
@@ -56,17 +61,30 @@ BIASED_OFF = {
     "one step": Estimator(TO_GO, importance=START(importance.one_step)),
     "prefix": Estimator(TO_GO, importance=START(importance.prefix)),
     "truncated": Estimator(TO_GO, importance=START(importance.truncated(1.1))),
+    "self-normalised": Estimator(
+        TOTAL, importance=importance.self_normalised(importance.trajectory)
+    ),
     "ratio": Estimator(TO_GO, importance=ON, surrogate=surrogates.ratio),
     "clipped": Estimator(TO_GO, importance=ON, surrogate=surrogates.clipped),
 }
 
 
 def distance(estimator, off_policy, seed=3):
-    """|E g - grad J| on a random world with a terminal state and a critic that is wrong."""
+    """|E g - grad J| on a random world with a terminal state and a critic that is wrong.
+
+    Of batches of two episodes, if a slot compares them.
+    """
     mdp, logits, behaviour = random_instance(seed)
     critic = np.random.default_rng(seed).normal(size=(3, 3))
+    size = max(facts_of(value).min_lanes for value in estimator)
     found = enumeration.moments(
-        mdp, logits, estimator, HP, behaviour if off_policy else None, critic=critic
+        mdp,
+        logits,
+        estimator,
+        HP,
+        behaviour if off_policy else None,
+        critic=critic,
+        batch_size=size,
     )
     return np.linalg.norm(found.mean - exact.gradient(mdp, logits, HP.gamma))
 

@@ -6,10 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from worlds import clock
+from worlds import clock, random_mdp
 
 from jaxpg import Hyperparams, episodes, evaluate, make_trainer, train
-from jaxpg.envs import Box, Discrete, Env, MultiDiscrete, from_gymnax
+from jaxpg.envs import (
+    Box,
+    Discrete,
+    Env,
+    Lqr,
+    MultiDiscrete,
+    check_env,
+    from_gymnax,
+    from_lqr,
+    from_mdp,
+)
 from jaxpg.lab import gradient_samples
 from jaxpg.policies import Agent, actor_critic, init_params, mlp
 from jaxpg.rollout import init_stream
@@ -98,6 +108,62 @@ def test_spaces_that_are_none_are_refused(action, message):
     with pytest.raises(ValueError, match=message) as error:
         actor_critic(env, hidden=(4,))
     assert "\n" not in str(error.value)
+
+
+# One small environment of every adapter.
+ADAPTERS = {
+    "from_gymnax": lambda: from_gymnax("CartPole-v1", max_steps_in_episode=30),
+    "from_gymnax, continuous": lambda: from_gymnax("Pendulum-v1", max_steps_in_episode=30),
+    "from_mdp": lambda: from_mdp(random_mdp(0, horizon=30)),
+    "from_lqr": lambda: from_lqr(Lqr(horizon=30)),
+}
+
+
+def restarting() -> Env:
+    """The clock, reset by its own step."""
+    env = clock(30)
+
+    def step(key, state, action):
+        after, result = env.step(key, state, action)
+        ended = result.terminated | result.truncated
+        fresh = env.reset(key)[0]
+        return jax.tree.map(lambda new, old: jnp.where(ended, new, old), fresh, after), result
+
+    return env._replace(step=step)
+
+
+def check_adapter(env):
+    """Ends come by the horizon, in one way, and stay: the environment does not reset itself."""
+    check_env(env)
+    assert isinstance(env.horizon, int)
+
+    def run(key):
+        state, _ = env.reset(key)
+        if isinstance(env.action, Discrete):
+            actions = jax.random.randint(key, (env.horizon + 5,), 0, env.action.n)
+        else:
+            # Mostly outside the bounds: the environment clips.
+            actions = 9.0 * jax.random.normal(key, (env.horizon + 5, *env.action.shape))
+        keys = jax.random.split(key, env.horizon + 5)
+        return jax.lax.scan(lambda state, x: env.step(x[0], state, x[1]), state, (keys, actions))[1]
+
+    steps = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 8))
+    assert not (steps.terminated & steps.truncated).any()
+    ended = np.asarray(steps.terminated | steps.truncated)
+    assert ended[:, env.horizon - 1 :].all(), "the horizon is the longest episode"
+    assert (np.maximum.accumulate(ended, axis=1) == ended).all(), "an end is no reset"
+    assert np.isfinite(steps.reward).all() and np.isfinite(steps.obs).all()
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_every_adapter_keeps_the_contract(name):
+    check_adapter(ADAPTERS[name]())
+
+
+def test_an_environment_that_resets_itself_is_seen():
+    check_adapter(clock(30))
+    with pytest.raises(AssertionError, match=r"an end is no reset|longest episode"):
+        check_adapter(restarting())
 
 
 def replaced(**changes):
