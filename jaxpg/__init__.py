@@ -1,4 +1,7 @@
-"""jaxpg: a policy-gradient trainer and gradient-variance laboratory in JAX."""
+"""jaxpg: a policy-gradient trainer and gradient-variance laboratory in JAX.
+
+Examples in docstrings take `jax`, `jnp`, `np`, `jaxpg` and the names of their own module for imported.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

@@ -144,7 +144,11 @@ def concurrently(one: Callable, other: Callable, *arguments: Any) -> tuple[Any, 
 
 
 def on_two_devices(function: Callable) -> Callable:
-    """Run on two CPU devices if there are two; otherwise return the function unchanged."""
+    """Run on two CPU devices if there are two; otherwise return the function unchanged.
+
+    >>> on_two_devices(lambda x: x + 1)(jnp.ones(2)).tolist()
+    [2.0, 2.0]
+    """
     devices = jax.devices()
     if jax.default_backend() != "cpu" or len(devices) < 2:
         return function

@@ -18,7 +18,11 @@ Metrics = dict[str, Array]
 
 
 class TimeStep(NamedTuple):
-    """What one environment returns for one step, before any reset."""
+    """What one environment returns for one step, before any reset.
+
+    >>> TimeStep(obs=0.0, reward=1.0, terminated=False, truncated=True).reward
+    1.0
+    """
 
     obs: Array  # the true successor observation
     reward: Array  # []
@@ -27,7 +31,11 @@ class TimeStep(NamedTuple):
 
 
 class Trajectory(NamedTuple):
-    """T steps of B environments, [T, B, ...]; rows after an episode's end have mask False and zeros."""
+    """T steps of B environments, [T, B, ...]; rows after an episode's end have mask False and zeros.
+
+    >>> Trajectory._fields[-3:]
+    ('mask', 'value', 'next_value')
+    """
 
     obs: Array
     action: Array  # as sampled; the environment clips it
@@ -76,6 +84,9 @@ class Hyperparams(NamedTuple):
     """Numbers that training reads: traced and vmappable, never a shape and never a switch.
 
     The one table of them: each with its default, meaning, place and range.
+
+    >>> Hyperparams(gamma=0.9)._replace(lambda_=0.5)[2:4]
+    (0.9, 0.5)
     """
 
     learning_rate: Annotated[Any, _RATE._replace(help="step size of the policy's optimizer")] = 1e-3

@@ -1,4 +1,18 @@
-"""The environment protocol: two pure functions that never reset by themselves."""
+"""The environment protocol: two pure functions that never reset by themselves.
+
+>>> env = jaxpg.envs.from_lqr(jaxpg.envs.Lqr())
+>>> state, obs = env.reset(jax.random.key(0))
+>>> state, result = env.step(jax.random.key(1), state, jnp.zeros(1))
+>>> bool(result.terminated), isinstance(env, Env)
+(False, True)
+>>> check_action(env, jnp.zeros((2, 1)))
+>>> check_env(env._replace(horizon=0))
+Traceback (most recent call last):
+ValueError: Env.horizon=0 must ...
+>>> still = Actor(lambda lanes: (), lambda key, obs, carry, first: (0 * obs, carry))
+>>> still.step(jax.random.key(0), jnp.ones((1, 1)), (), None)[0].tolist()
+[[0.0]]
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

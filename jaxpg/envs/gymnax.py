@@ -38,6 +38,10 @@ def from_gymnax(environment, params=None, **settings) -> Env:
     not know bounds that they decide: it takes actions for unbounded, and the step clips them.
     Raises ValueError for an unknown name (with near matches), a setting that is unknown or cannot be, a
     traced one that decides a shape, or a data set that could not be fetched.
+
+    >>> env = from_gymnax("CartPole-v1", max_steps_in_episode=9)
+    >>> env.observation.shape, env.action, env.horizon
+    ((4,), Discrete(n=2), 9)
     """
     # Inside jit, too, what is not traced stays a number.
     with narrow(), jax.ensure_compile_time_eval():
@@ -187,7 +191,11 @@ def _make(name, settings):
 
 
 def gymnax_names() -> list[str]:
-    """The names of all registered gymnax environments."""
+    """The names of all registered gymnax environments.
+
+    >>> "CartPole-v1" in gymnax_names()
+    True
+    """
     return list(_gymnax().registered_envs)
 
 

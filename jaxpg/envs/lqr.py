@@ -1,4 +1,10 @@
-"""The scalar linear-quadratic regulator: continuous states and actions with exact answers."""
+"""The scalar linear-quadratic regulator: continuous states and actions with exact answers.
+
+>>> from_lqr(Lqr(horizon=8)).horizon
+8
+>>> check_lqr(Lqr()) == Lqr()
+True
+"""
 
 from typing import NamedTuple
 

@@ -1,4 +1,12 @@
-"""Tabular worlds, whose every expectation can be computed exactly."""
+"""Tabular worlds, whose every expectation can be computed exactly.
+
+>>> coin = Mdp(np.ones(1), np.ones((1, 2, 1)), np.array([[0.0, 1.0]]), np.zeros((1, 2)),
+...     np.zeros(1, bool), np.zeros(1, int), horizon=1)
+>>> from_mdp(coin).action
+Discrete(n=2)
+>>> check_mdp(coin).reward.dtype
+dtype('float64')
+"""
 
 from typing import NamedTuple
 

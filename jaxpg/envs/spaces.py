@@ -1,4 +1,8 @@
-"""Spaces of observations and actions: static descriptions, never traced."""
+"""Spaces of observations and actions: static descriptions, never traced.
+
+>>> Box(np.zeros(3), np.ones(3)).shape, Discrete(4).shape, MultiDiscrete((2, 5)).shape
+((3,), (), (2,))
+"""
 
 from typing import NamedTuple
 

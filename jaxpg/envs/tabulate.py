@@ -37,6 +37,9 @@ def mdp_from_gymnax(environment, params=None, **settings) -> Mdp:
     (FrozenLake), ball and paddle columns (Catch), the square (DeepSea), or nothing (DiscountingChain).
     The time limit is the horizon, or the longest episode where that is shorter.
     Raises ValueError for an environment without a known law, and for more than 4096 states.
+
+    >>> mdp_from_gymnax("Catch-bsuite").reward.shape
+    (220, 3)
     """
     environment, params = resolve(environment, params, settings)
     law = _LAWS.get(type(environment).__name__)

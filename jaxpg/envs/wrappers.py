@@ -1,6 +1,13 @@
 """Wrappers: an environment in, an environment out. Time limits keep terminated and truncated apart.
 
 Each also says how an actor of its environment acts in the one inside: a policy takes its wrappers with it.
+
+>>> env = jaxpg.envs.from_gymnax("CartPole-v1")
+>>> hidden = history(mask_observation(env, (0, 2)), 3)
+>>> hidden.observation.shape, repeat_action(env, 4).horizon
+((12,), 125)
+>>> unwrapped(hidden, Actor(lambda lanes: (), None))[0] is env
+True
 """
 
 from collections.abc import Sequence

@@ -2,6 +2,18 @@
 
 A slot takes (psi, scores, trajectory, hyperparams) and returns b [T, B]. `scores` describes the weighted
 scores g_t = step_t grad log pi(a_t|s_t) that b will multiply; a baseline that does not ask costs nothing.
+
+>>> psi, nothing = jnp.array([[1.0, 2.0, 6.0]]), (None, None, None)  # one step of three episodes
+>>> [b(psi, *nothing).ravel().tolist() for b in (none, batch_mean, leave_one_out, constant(2.0))]
+[[0.0, 0.0, 0.0], [3.0, 3.0, 3.0], [4.0, 3.5, 1.5], [2.0, 2.0, 2.0]]
+>>> mask, zeros = jnp.array([[True, True, False]]), jnp.zeros((1, 3), int)
+>>> trajectory = Trajectory(*[zeros] * 7, mask, value=psi, next_value=psi)
+>>> scores = Scores(jnp.array([[1.0, 1.0, 2.0]]), lambda psi: psi)
+>>> given = psi, scores, trajectory, Hyperparams(normaliser_coef=0.5)
+>>> [b(*given).ravel().tolist() for b in (time_mean, weighted_mean, critic, regularised(critic))]
+[[2.0, 1.0, 1.5], [3.75, 3.75, 3.75], [1.0, 2.0, 6.0], [0.5, 1.5, 5.5]]
+>>> [b(*given).ravel().tolist() for b in (optimal_constant, optimal_per_time, tabulated([[7.0]]))]
+[[4.0, 3.5, 1.5], [4.0, 3.5, 1.5], [7.0, 7.0, 7.0]]
 """
 
 from collections.abc import Callable

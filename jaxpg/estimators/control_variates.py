@@ -7,6 +7,13 @@ episodes on-policy, and hold [B, P] numbers.
 A control variate takes (scores_of, coefficient, trajectory, hyperparams): scores_of(weight [T, B]) gives
 sum_t weight_{t,i} grad log pi(a_{t,i}|s_{t,i}) as [B, P], and coefficient [T, B] are the weights whose
 sums are the g_i. It returns the corrected g_i, [B, P].
+
+>>> psi, mask = jnp.array([[1.0, 2.0, 6.0]]), jnp.ones((1, 3), bool)  # one step of three episodes
+>>> trajectory = Trajectory(*[mask] * 10)._replace(reward=psi)
+>>> for variate in (optimal_per_parameter, peters_schaal):
+...     print(variate(lambda weight: weight.T, psi, trajectory, Hyperparams()).ravel())
+[-3.  -1.5  4.5]
+[-3.  -1.5  4.5]
 """
 
 from collections.abc import Callable

@@ -2,6 +2,14 @@
 
 A slot takes (trace, trajectory, hyperparams) and returns psi [T, B]. trace [T, B] holds the
 coefficients c of the importance slot, all 1 on-policy.
+
+>>> one, end = jnp.ones((3, 1)), jnp.array([[0.0], [0.0], [1.0]])
+>>> zero, numbers = jnp.zeros((3, 1)), Hyperparams(gamma=0.5, lambda_=0.0)
+>>> episode = Trajectory(one, one, zero, one, 1 - end, 1 - one, end, one > 0, zero, zero)
+>>> [x(one, episode, numbers).ravel().tolist() for x in (reward_to_go, total_return)]
+[[1.75, 1.5, 1.0], [1.75, 1.75, 1.75]]
+>>> [x(one, episode, numbers).ravel().tolist() for x in (lambda_return, unit)]
+[[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
 """
 
 from collections.abc import Callable

@@ -1,4 +1,20 @@
-"""One equation: g = grad reduce_t [ surrogate(log pi(a_t|s_t), w_t (psi_t - b_t)) ], in five slots."""
+"""One equation: g = grad reduce_t [ surrogate(log pi(a_t|s_t), w_t (psi_t - b_t)) ], in five slots.
+
+>>> mdp, numbers = jaxpg.lab.exact.bandits.bandit([0.0, 1.0]), Hyperparams()
+>>> policy = jaxpg.policies.tabular(jaxpg.envs.Discrete(1), jaxpg.envs.Discrete(2))
+>>> params = policy.init(None)
+>>> trajectory = jaxpg.lab.enumeration.enumerate_trajectories(mdp, np.zeros((1, 2))).trajectory
+>>> batch = assess(Estimator(), masked(trajectory), trajectory.log_prob, numbers)
+>>> gradient = jax.grad(lambda theta: objective(Estimator(), policy, theta, (), batch, numbers)[0])
+>>> gradient(params)["logits"].tolist(), trajectory.action.tolist()
+([[-0.25, 0.25]], [[0, 1]])
+>>> weight = coefficients(Estimator(), trajectory.log_prob, batch, numbers)
+>>> lane_gradients(policy, params, trajectory, weight).mean(axis=0).tolist()
+[-0.25, 0.25]
+>>> estimator, scaled = rescaled(Estimator(surrogate=surrogates.standardised(surrogates.score)), batch)
+>>> isinstance(scaled, Batch), scaled.advantage.tolist()
+(True, [[-1.0, 1.0]])
+"""
 
 from functools import partial
 from typing import NamedTuple, cast

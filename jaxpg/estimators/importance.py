@@ -3,6 +3,27 @@
 A slot takes (log_ratio, trajectory, hyperparams) and returns Weights: `step` multiplies the advantage
 and `trace` enters the credit recursion. log_ratio [T, B] = log pi(a_t|s_t) - log beta(a_t|s_t), 0 where
 masked, is kept in log space until the last line.
+
+>>> log_ratio = jnp.log(jnp.array([[2.0], [0.5], [3.0]]))  # one episode of three steps
+>>> for weights in (on_policy, one_step, trajectory, per_decision, prefix, truncated(1.0)):
+...     step, trace = weights(log_ratio, None, None)
+...     print(describe(weights), step.ravel().round(2), trace.ravel().round(2))
+on_policy [1. 1. 1.] [1. 1. 1.]
+one_step [2.  0.5 3. ] [1. 1. 1.]
+trajectory [3. 3. 3.] [1. 1. 1.]
+per_decision [2. 1. 3.] [2.  0.5 3. ]
+prefix [2. 1. 3.] [1. 1. 1.]
+truncated(1.0) [1.  0.5 1. ] [1.  0.5 1. ]
+>>> print(from_start(one_step)(log_ratio, None, Hyperparams(gamma=0.5)).step.ravel().round(2))
+[2.   0.25 0.75]
+>>> mask = jnp.ones((3, 2), bool)
+>>> both = Trajectory(*[mask] * 10)
+>>> print(self_normalised(one_step)(log_ratio * jnp.array([[1.0, -1.0]]), both, None).step[0].round(2))
+[1.5999999  0.39999998]
+>>> print(jnp.exp(mixture(jnp.log(jnp.array([[[0.5]], [[0.1]]])), mask[:1, :1])).round(2))
+[[0.29999998]]
+>>> type(on_policy(log_ratio, None, None)) is Weights
+True
 """
 
 import math

@@ -1,4 +1,11 @@
-"""Slot values: pure functions that carry what the rest of the package must know of them."""
+"""Slot values: pure functions that carry what the rest of the package must know of them.
+
+>>> @slot(couples=True)
+... def mean(psi, scores, trajectory, hyperparams):
+...     return psi.mean(axis=1, keepdims=True)
+>>> describe(mean), isinstance(mean, Slot), facts_of(mean) == Facts(couples=True)
+('mean', True, True)
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -2,6 +2,19 @@
 
 A surrogate takes (log_prob, advantage, trajectory, hyperparams) and returns the gain [T, B] to ascend;
 log_prob is the current policy's, trajectory.log_prob the behaviour's. A reduction takes (gain, mask).
+
+>>> rho, advantage, mask = jnp.array([[1.0, 1.5]]), jnp.array([[1.0, 2.0]]), jnp.ones((1, 2), bool)
+>>> trajectory = Trajectory(*[mask] * 10)._replace(log_prob=jnp.zeros((1, 2)))
+>>> given = jnp.log(rho), advantage, trajectory, Hyperparams(clip_eps=0.2)
+>>> for x in (score, ratio, clipped, kl_penalised, standardised(ratio)):
+...     print(x.name, x(*given)[0].round(2))
+score [0.   0.81]
+ratio [1. 3.]
+clipped [1.        2.3999999]
+kl_penalised [1.        2.9099998]
+standardised [-1.   1.5]
+>>> float(per_episode(advantage, mask)), float(per_step(advantage, mask))
+(1.5, 1.5)
 """
 
 from collections.abc import Callable

@@ -2,6 +2,20 @@
 
 `adam(hyperparams)` is called inside the update: the numbers may be tracers, and the structure of the
 optimizer's state does not depend on them.
+
+>>> for optimizer in (sgd, momentum, rmsprop, adam, adamw, lion, muon):
+...     step = optimizer(Hyperparams(learning_rate=0.1, max_grad_norm=9.0))
+...     update, _ = step.update(jnp.ones(1), step.init(jnp.ones(1)), jnp.ones(1))
+...     print(optimizer.__name__, bool(update[0] < 0))
+sgd True
+momentum True
+rmsprop True
+adam True
+adamw True
+lion True
+muon True
+>>> OPTIMIZERS["adam"] is adam
+True
 """
 
 from collections.abc import Callable

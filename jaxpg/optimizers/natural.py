@@ -9,6 +9,19 @@ What a gradient does not say comes by name, as extra arguments of `update`:
     episode_log_probs(params) -> [B]   log pi(tau_i), up to what does not depend on the parameters
 
 They chain with any others: `optax.chain(precondition_by_fisher(0.1), scale_to_kl(0.01, 0.1), ...)`.
+
+>>> def kl(p):
+...     return 2.0 * (p - 1.0) @ (p - 1.0)  # the Fisher matrix is 4 I
+>>> facts = {"kl": kl, "loss": lambda p: p.sum(), "episode_log_probs": lambda p: p}
+>>> params, gradient = jnp.ones(2), jnp.array([2.0, 0.0])
+>>> for make in (precondition_by_fisher, npg, trpo, enac):
+...     step = make(0.0 if make is precondition_by_fisher else Hyperparams(max_kl=0.02))
+...     update, _ = step.update(gradient, step.init(params), params, **facts)
+...     print(make.__name__, np.round(update, 2) + 0.0)
+precondition_by_fisher [0.5 0. ]
+npg [-0.09999999  0.        ]
+trpo [-0.09999999  0.        ]
+enac [-0.08 -0.06]
 """
 
 from collections.abc import Callable

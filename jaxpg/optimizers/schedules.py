@@ -1,4 +1,12 @@
-"""Schedules: learning rates over the updates, and with the size of the batch."""
+"""Schedules: learning rates over the updates, and with the size of the batch.
+
+>>> [round(float(x(jnp.array(0.2))), 3) for x in (constant, linear, cosine)], [*SCHEDULES]
+([1.0, 0.8, 0.905], ['constant', 'linear', 'cosine'])
+>>> float(scheduled(Hyperparams(schedule_updates=4.0), linear, jnp.array(1.0)).learning_rate * 1e3)
+0.75
+>>> [float(batch_scaled(constant, rule, 64, 16)(jnp.array(0.5))) for rule in BATCH_SCALINGS]
+[1.0, 4.0, 2.0]
+"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,15 @@
-"""The agent: a policy network and, separately, a critic network."""
+"""The agent: a policy network and, separately, a critic network.
+
+>>> env = jaxpg.envs.from_lqr(jaxpg.envs.Lqr())
+>>> agent = actor_critic(env, "linear", normalise=True)
+>>> check_agent(env, agent)
+>>> params, carry = init_params(agent, jax.random.key(0)), initial_carry(agent, 2)
+>>> isinstance(agent, Agent), isinstance(params, AgentParams), isinstance(carry, AgentCarry)
+(True, True, True)
+>>> trajectory = Trajectory(*[jnp.ones((3, 2, 1))] * 7, jnp.ones((3, 2), bool), None, None)
+>>> float(observed(agent, params, trajectory).policy["statistics"].seen), [*NETWORKS]
+(6.0, ['mlp', 'linear', 'gru', 'tabular'])
+"""
 
 from typing import NamedTuple
 

@@ -15,6 +15,10 @@ def orthogonal(key: Key, gains: Any) -> Any:
     W = gain * Q, with Q Q^T = I or Q^T Q = I, whichever the shape allows (Saxe et al., 2014). Arrays of other
     dimensions are returned as they are. All matrices are drawn at once, because a draw of any size takes as
     long to compile.
+
+    >>> q = orthogonal(jax.random.key(0), jnp.full((2, 5), 3.0))
+    >>> bool(jnp.allclose(q @ q.T, 9 * jnp.eye(2), atol=1e-5))
+    True
     """
     leaves, tree = jax.tree.flatten(gains)
     places = [i for i, leaf in enumerate(leaves) if leaf.ndim == 2]

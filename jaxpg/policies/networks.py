@@ -2,6 +2,15 @@
 
 Every builder takes the observation space and what to put out: an action space gives a policy, whose
 `apply` returns a distribution; None gives a critic, whose `apply` returns values [T, B].
+
+>>> seen, taken = Box(-np.ones(3), np.ones(3)), Discrete(2)
+>>> params = jax.eval_shape(mlp(seen, taken, (8,)).init, jax.random.key(0))
+>>> sum(x.size for x in jax.tree.leaves(params))
+50
+>>> gru(seen, None, (), features=4).initial_carry(2).shape
+(2, 4)
+>>> tabular(Discrete(3), taken).init(None)["logits"].shape, isinstance(linear(seen, taken), Network)
+((3, 2), True)
 """
 
 from collections.abc import Callable, Sequence

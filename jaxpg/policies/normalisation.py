@@ -28,6 +28,11 @@ def normalised(network: Network, observation: Space) -> Network:
     Params: {"network": ..., "statistics": Statistics}. Their gradient is 0; `observe` moves them, between
     updates alone, so that log-probs at the update equal those at the rollout. Before the first update
     observations pass unscaled. Raises ValueError unless observations are a Box.
+
+    >>> space = Box(-np.ones(2), np.ones(2))
+    >>> network = normalised(jaxpg.policies.linear(space, None), space)
+    >>> jax.eval_shape(network.init, jax.random.key(0))["statistics"].mean.shape
+    (2,)
     """
     if not isinstance(observation, Box):
         raise ValueError(

@@ -20,6 +20,12 @@ from jaxpg.training.data import Data
 
 
 class Algorithm(NamedTuple):
+    """A row of the table.
+
+    >>> Algorithm(Estimator(baseline=baselines.time_mean), num_epochs=2).num_minibatches
+    1
+    """
+
     estimator: Estimator
     data: Data = data.episodes
     policy_optimizer: Optimizer = adam
@@ -119,7 +125,11 @@ ALGORITHMS = {
 
 
 def algorithm(name: str) -> Algorithm:
-    """A row of the table. Raises ValueError, with near matches, for an unknown name."""
+    """A row of the table. Raises ValueError, with near matches, for an unknown name.
+
+    >>> describe(algorithm("ppo").estimator.surrogate), algorithm("gpomdp") is ALGORITHMS["gpomdp"]
+    ('standardised(clipped)', True)
+    """
     if name not in ALGORITHMS:
         near = difflib.get_close_matches(name, ALGORITHMS, n=3, cutoff=0.4) or ALGORITHMS
         raise ValueError(f"unknown algorithm {name!r}; did you mean {', '.join(near)}?")

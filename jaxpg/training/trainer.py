@@ -1,4 +1,14 @@
-"""The one loop: gather, assess, improve. It runs every row of the algorithm table."""
+"""The one loop: gather, assess, improve. It runs every row of the algorithm table.
+
+>>> env = jaxpg.envs.from_mdp(jaxpg.lab.exact.bandits.bandit([0.0, 1.0]))
+>>> agent, row = jaxpg.policies.actor_critic(env, "tabular"), Algorithm(jaxpg.estimators.Estimator())
+>>> trainer = make_trainer(env, agent, row, num_envs=2)
+>>> state, metrics = train(trainer, trainer.init(jax.random.key(0)), Hyperparams(), num_updates=3)
+>>> int(state.num_updates), metrics["env_steps"].tolist()
+(3, [2, 2, 2])
+>>> isinstance(trainer, Trainer) and isinstance(state, TrainState)
+True
+"""
 
 from collections.abc import Callable
 from functools import partial

@@ -69,6 +69,10 @@ def load_policy(
     final evaluation. greedy: the distribution's mode instead of a sample. update: of which checkpoint, or
     "best" for the one with the highest training return; the end of the run by default. Actions are
     clipped to the action space. Raises ValueError for what is no run and for what the run has not.
+
+    >>> load_policy("runs/none")
+    Traceback (most recent call last):
+    ValueError: runs/none has ...
     """
     found = read_run(run, update)
     chosen = choose(found, replica)
