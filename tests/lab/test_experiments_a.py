@@ -471,7 +471,16 @@ def test_what_training_has_otherwise_than_the_run_is_said(tmp_path, capsys):
     assert all(f"warning: {each}" in printed for each in said.split("; "))
     settings = EXPERIMENTS["seeds"].quick._replace(checkpoint=load(str(folder)))
     assert own_rate(settings, "sgd") == pytest.approx(0.3) and own_rate(settings, "adam") is None
-    assert not any("limit" in each for each in EXPERIMENTS["seeds"].replaces(settings))
+    others = EXPERIMENTS["seeds"].replaces(
+        settings._replace(estimators=("reinforce", "ppo", "vpg"))
+    )
+    ppo, vpg = algorithm("ppo"), algorithm("vpg")
+    assert others == [
+        "a constant learning rate, not the run's linear schedule",
+        f"num_epochs {ppo.num_epochs} of ppo, not the run's 1",
+        f"num_minibatches {ppo.num_minibatches} of ppo, not the run's 1",
+        f"critic_epochs {vpg.critic_epochs} of vpg, not the run's 0",
+    ]
     row = learning._as_the_run(algorithm("a2c"), {"optimizer": "sgd"})
     assert row.policy_optimizer is row.critic_optimizer is OPTIMIZERS["sgd"]
     natural = learning._as_the_run(algorithm("npg"), {"optimizer": "sgd"})

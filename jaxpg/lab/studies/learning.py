@@ -27,11 +27,12 @@ from jaxpg.stats.reliability import (
 from jaxpg.training.algorithm import Algorithm, algorithm
 
 NO_CLIP = 1e9  # max_grad_norm
+COUNTS = ("num_epochs", "num_minibatches", "critic_epochs", "critic_minibatches")
 
 
 def seeds(settings: Settings, progress: Progress) -> Result:
     """Many seeds of several algorithms: interquartile mean, profile and probability of improvement."""
-    names = settings.estimators or (QUICK_NAMES if settings.quick else NAMES)
+    names = _names(settings)
     worlds = [world_of(settings._replace(env=env)) for env in settings.env.split(",")]
     num_updates, num_envs = (50 if settings.quick else 200), _batch(settings)
     curves, steps_taken = {}, {}
@@ -66,6 +67,25 @@ def seeds(settings: Settings, progress: Progress) -> Result:
         if r["quantity"] == "probability_of_improvement"
     }
     return Result(tidy(rows), summary, lambda figure: _draw_seeds(figure, rows, names))
+
+
+def _names(settings: Settings) -> tuple[str, ...]:
+    return settings.estimators or (QUICK_NAMES if settings.quick else NAMES)
+
+
+def _replaces(settings: Settings) -> list[str]:
+    """Batches and schedule; and each row's own epochs and minibatches, where a run has others."""
+    assert settings.checkpoint is not None
+    config, said = settings.checkpoint.origin["config"], []
+    run = algorithm(config["algorithm"])
+    for name in _names(settings):
+        row = algorithm(name)
+        for count in COUNTS:
+            own = getattr(row, count)
+            theirs = getattr(run, count) if config[count] is None else config[count]
+            if own != theirs and (row.critic_optimizer or not count.startswith("critic")):
+                said.append(f"{count} {own} of {name}, not the run's {theirs}")
+    return [*replaced(settings, _batch(settings), unlimited=False), *said]
 
 
 def _batch(settings: Settings) -> int:
@@ -166,7 +186,7 @@ EXPERIMENTS = {
         Settings(env="A,T", repeats=32),
         Settings(env="A", repeats=32, quick=True),
         ignores=("trajectories",),
-        replaces=lambda settings: replaced(settings, _batch(settings), unlimited=False),
+        replaces=_replaces,
     ),
     **ascent.EXPERIMENTS,
 }
