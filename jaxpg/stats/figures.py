@@ -10,6 +10,7 @@ COLOURS = ("#0b3c5d", "#c1440e", "#3b7a57", "#8a5a9e", "#b8860b", "#5f6a72", "#1
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 ARROW = np.array([(0, 0), (0, 2), (-0.5, 1.3), (0, 2), (0.5, 1.3), (0, 2), (0, 0)])
 BOUND = "not resolved: beyond the arrow's foot"
+ENDLESS = "arrow: no upper end"
 LINES: tuple[Any, ...] = (
     "-",
     "--",
@@ -47,7 +48,8 @@ def points(axis, x, measured, low, high, index: int, label: str | None = None) -
     x, measured, low, high = (np.asarray(each, float) for each in (x, measured, low, high))
     # A point without an interval (nan) still shows; an unbiased square may lie outside its own.
     below, above = (
-        np.nan_to_num(np.maximum(each, 0.0)) for each in (measured - low, high - measured)
+        np.where(np.isfinite(each), np.maximum(each, 0.0), 0.0)
+        for each in (measured - low, high - measured)
     )
     axis.errorbar(
         x,
@@ -65,18 +67,23 @@ def points(axis, x, measured, low, high, index: int, label: str | None = None) -
 
 
 def bounds(axis, x, estimate: Estimate, index: int, across: bool = False) -> None:
-    """An arrow up (or across) from the bound of every ratio that is not resolved, at x."""
+    """An arrow up (or across) at x, from the bound of every ratio that is not resolved, and from every
+    value whose interval has no upper end."""
     measured, low, high = (np.atleast_1d(np.asarray(each, float)) for each in estimate)
-    some = np.isnan(measured) & (high == np.inf) & np.isfinite(low)
-    if not some.any():
-        return
-    known = {each.get_label() for each in axis.get_lines()}
-    place = [np.atleast_1d(x)[some], low[some]]
-    axis.plot(
-        *(place[::-1] if across else place), linestyle="none", markersize=14, markerfacecolor="none",
-        marker=ARROW[:, ::-1] if across else ARROW, color=COLOURS[index % len(COLOURS)],
-        markeredgewidth=1.4, label="_" if BOUND in known else BOUND,
-    )  # fmt: skip
+    open_ = high == np.inf
+    for foot, some, text in (
+        (low, open_ & np.isnan(measured) & np.isfinite(low), BOUND),
+        (measured, open_ & np.isfinite(measured), ENDLESS),
+    ):
+        if not some.any():
+            continue
+        known = {each.get_label() for each in axis.get_lines()}
+        place = [np.atleast_1d(x)[some], foot[some]]
+        axis.plot(
+            *(place[::-1] if across else place), linestyle="none", markersize=14, markerfacecolor="none",
+            marker=ARROW[:, ::-1] if across else ARROW, color=COLOURS[index % len(COLOURS)],
+            markeredgewidth=1.4, label="_" if text in known else text,
+        )  # fmt: skip
 
 
 def plain_logarithms(axis) -> None:

@@ -10,11 +10,13 @@ from jaxpg.lab import gradient_samples, gradient_statistics
 from jaxpg.lab.exact import lqr
 from jaxpg.lab.studies import critical, regulated
 from jaxpg.lab.studies.estimators import form, true_gradient
-from jaxpg.lab.studies.study import Settings, tidy
+from jaxpg.lab.studies.study import Settings, estimated, tidy
 from jaxpg.lab.studies.training import best_objective, scaled, small_rate
 from jaxpg.lab.worlds.world import World, regulator_world, world
 from jaxpg.policies import mlp
 from jaxpg.runs.store import artifacts
+from jaxpg.stats import figures
+from jaxpg.stats.intervals import Estimate
 from jaxpg.types import Hyperparams
 
 GAMMA = 0.95
@@ -251,6 +253,44 @@ def test_the_best_rate_grows_linearly_and_then_no_more():
     assert exponents[0] > 0.6 > exponents[-1]
     # Many small batches and few large ones: neither time nor data is least at once.
     assert (np.diff(updates) < 0).all() and sizes[-1] * updates[-1] > 2 * sizes[0] * updates[0]
+
+
+def test_what_has_no_upper_end_is_an_arrow(tmp_path):
+    """Of updates that the runs may never reach, and of a knee of which only a bound is known."""
+    rows = [
+        {"estimator": "rtg", "batch": n, "rate": rate, "measured": s, "low": 0.8 * s, "high": high,
+         "quantity": quantity}
+        for n, rate, s, high in ((4, 0.1, 40.0, np.inf), (16, 0.3, 20.0, 25.0), (64, 0.5, 9.0, 10.0))
+        for quantity in ("updates", "updates_at_best_rate")
+    ]  # fmt: skip
+    fronts = rows[1::2]
+    fit = critical.fitted(fronts)
+    value, bound = Estimate(6.0, 5.0, 7.0), Estimate(np.nan, 24.0, np.inf)
+    law = critical.Law(fit, value, bound, bound, value, bound)
+    drawn = []
+
+    def draw(figure):
+        critical._draw(figure, rows, fronts, law, {})
+        drawn.extend(figure.axes)
+
+    assert artifacts.write_figure(tmp_path, draw)
+    arrows = [{x.get_label(): x.get_xydata() for x in axis.get_lines()} for axis in drawn]
+    assert arrows[0][figures.ENDLESS].tolist() == [[0.1, 40.0]]
+    assert arrows[1][figures.ENDLESS].tolist() == [[160.0, 40.0]]
+    assert arrows[2][figures.BOUND].tolist() == [[24.0, fit.largest_rate / 2]]
+    assert "square root" not in arrows[2]
+
+    def of_least(figure):
+        (axis,) = figures.panels(figure)
+        ratios = [(f"{x} / least", n, e) for n in (4, 16) for x, e in
+                  (("updates", Estimate(2.0, 1.5, 3.0)), ("trajectories", bound))]  # fmt: skip
+        found = [estimated(e, quantity=x, batch=n) for x, n, e in ratios]
+        regulated.draw_hyperbola(axis, found, law)
+        drawn.append(axis)
+
+    assert artifacts.write_figure(tmp_path, of_least, "least")
+    found = {x.get_label(): x.get_xydata() for x in drawn[-1].get_lines()}
+    assert found[figures.BOUND].tolist() == [[24.0, 2.0]] * 2
 
 
 def test_a_figure_is_drawn_where_no_batch_reaches_the_target(tmp_path):

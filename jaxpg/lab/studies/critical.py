@@ -372,7 +372,7 @@ def _draw(figure, rows, fronts, law: Law | None, scales):
         figures.line(axes[1], many * curve, curve, 0, f"fit, B {said(law.critical_batch)}")
         rate = found.largest_rate / (1 + found.rate_knee / many)
         figures.line(axes[2], many, rate, 0, f"fit, knee {said(law.rate_knee)}")
-        _guides(axes[2], found, sizes)
+        _guides(axes[2], law, sizes)
     curved = "curved_" if "curved_noise_scale_at_start" in scales else ""
     span = [scales.get(f"{curved}noise_scale_at_{x}") for x in ("start", "target")]
     if None not in span:
@@ -404,9 +404,12 @@ def said(estimate: Estimate) -> str:
     return told(low) if unresolved(estimate) else f"= {value:.3g} [{low:.3g}, {high:.3g}]"
 
 
-def _guides(axis, found: Fit, sizes):
-    """Growth linear before the knee, and like a square root about it."""
-    knee, height = found.rate_knee, found.largest_rate / 2
+def _guides(axis, law: Law, sizes):
+    """Growth linear before the knee, and like a square root about it; or the bound that it is beyond."""
+    knee, height = law.fit.rate_knee, law.fit.largest_rate / 2
+    if unresolved(law.rate_knee):
+        figures.bounds(axis, height, law.rate_knee, 0, across=True)
+        return
     before = np.array([sizes.min(), max(knee / 2, sizes.min() * 2)])
     figures.line(axis, before, 2 * height * before / knee, 1, "linear")
     about = knee * np.array([0.35, 3.0])
@@ -414,9 +417,9 @@ def _guides(axis, found: Fit, sizes):
 
 
 def drawable(rows):
-    """measured, low and high for a logarithmic axis: no 0, and no bar up to runs that never arrive."""
+    """measured, low and high for a logarithmic axis: no 0."""
     measured, low, high = (np.maximum(column, 0.5) for column in intervals(rows))
-    return measured, low, np.where(np.isfinite(high), high, measured)
+    return measured, low, high
 
 
 def _replaces(settings) -> list[str]:

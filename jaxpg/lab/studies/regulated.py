@@ -15,10 +15,11 @@ from jaxpg.lab.exact import lqr
 from jaxpg.lab.measure.samples import gradient_samples
 from jaxpg.lab.studies import critical
 from jaxpg.lab.studies.estimators import form
+from jaxpg.lab.studies.pairs import intervals
 from jaxpg.lab.studies.study import Progress, Settings, estimated, key_of
 from jaxpg.lab.worlds.regulators import objective
 from jaxpg.lab.worlds.world import regulator_world
-from jaxpg.stats.figures import label, line, points
+from jaxpg.stats.figures import bounds, label, line, points
 from jaxpg.stats.intervals import Estimate, mean_interval, ratio
 from jaxpg.types import Hyperparams
 
@@ -137,21 +138,28 @@ def draw_one_step(axis, rows, scale) -> None:
 
 def draw_hyperbola(axis, rows, law: critical.Law | None) -> None:
     time, data = (
-        [r for r in rows if r["quantity"] == f"{name} / least" and np.isfinite(r["measured"])]
+        [r for r in rows if r["quantity"] == f"{name} / least"]
         for name in ("updates", "trajectories")
     )
-    if law is None or not time:
+    if law is None:
         axis.set_axis_off()
         return
     excess = np.geomspace(0.02, 60, 80)
     line(axis, 1 + 1 / excess, 1 + excess, 0, "(S/S_min − 1)(E/E_min − 1) = 1")
-    columns = [[r[k] for r in time] for k in ("measured", "low", "high")]
-    columns[2] = [x if np.isfinite(x) else y for x, y in zip(columns[2], columns[0], strict=True)]
-    points(axis, [r["measured"] for r in data], *columns, index=0,
-           label=f"measured: B {critical.said(law.critical_batch)}")  # fmt: skip
-    for each, other in zip(data, time, strict=True):
-        axis.annotate(f"{each['batch']}", (each["measured"], other["measured"]), xytext=(6, 3),
-                      textcoords="offset points", fontsize=7)  # fmt: skip
+    # Of a ratio that is not resolved, the bound.
+    x, y = (
+        [r["low"] if np.isnan(r["measured"]) else r["measured"] for r in each]
+        for each in (data, time)
+    )
+    points(
+        axis, x, *intervals(time), index=0, label=f"measured: B {critical.said(law.critical_batch)}"
+    )
+    bounds(axis, y, Estimate(*intervals(data)), 0, across=True)
+    for each, *place in zip(data, x, y, strict=True):
+        if np.isfinite(place).all():
+            axis.annotate(
+                f"{each['batch']}", place, xytext=(6, 3), textcoords="offset points", fontsize=7
+            )
     axis.set_xscale("log")
     axis.set_yscale("log")
     label(axis, "Time against data, by batch size: LQR",
