@@ -71,16 +71,16 @@ def bounds(axis, x, estimate: Estimate, index: int, across: bool = False) -> Non
     value whose interval has no upper end."""
     measured, low, high = (np.atleast_1d(np.asarray(each, float)) for each in estimate)
     open_ = high == np.inf
-    for foot, some, text in (
-        (low, open_ & np.isnan(measured) & np.isfinite(low), BOUND),
-        (measured, open_ & np.isfinite(measured), ENDLESS),
+    for foot, some, text, size in (
+        (low, open_ & np.isnan(measured) & np.isfinite(low), BOUND, 14),
+        (measured, open_ & np.isfinite(measured), ENDLESS, 24),  # longer than its marker
     ):
         if not some.any():
             continue
         known = {each.get_label() for each in axis.get_lines()}
         place = [np.atleast_1d(x)[some], foot[some]]
         axis.plot(
-            *(place[::-1] if across else place), linestyle="none", markersize=14, markerfacecolor="none",
+            *(place[::-1] if across else place), linestyle="none", markersize=size, markerfacecolor="none",
             marker=ARROW[:, ::-1] if across else ARROW, color=COLOURS[index % len(COLOURS)],
             markeredgewidth=1.4, label="_" if text in known else text,
         )  # fmt: skip

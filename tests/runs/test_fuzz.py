@@ -22,7 +22,19 @@ from small_runs import FLAGS, start
 from test_trajectories import arrays
 
 from jaxpg import cli
-from jaxpg.lab.studies import ladder
+from jaxpg.lab.studies import (
+    EXPERIMENTS,
+    ascent,
+    decomposition,
+    horizons,
+    ladder,
+    lags,
+    regulated,
+    sampling,
+    streams,
+    training,
+    windows,
+)
 from jaxpg.runs.config.flags import _KINDS
 from jaxpg.runs.play import playback
 from jaxpg.runs.store import artifacts
@@ -34,6 +46,14 @@ DEMONSTRATIONS = "demonstrations.npz"
 EXAMPLES = int(os.environ.get("JAXPG_FUZZ", "1"))  # so many times as many, and others
 SIZE = 4  # of the sweep's batches
 ROOM = 2**32  # of address space
+
+
+# Where the studies begin to draw, behind the bounds of their sizes.
+DRAWING = [
+    (sampling, "_group"), (horizons, "roll"), (decomposition, "roll"), (lags, "roll"),
+    (streams, "init_stream"), (windows, "gradient_samples"), (regulated, "gradient_samples"),
+    (training, "gradient_samples"), (training, "make_trainer"), (ascent, "commit"),
+]  # fmt: skip
 
 
 class Begun(BaseException):
@@ -81,10 +101,10 @@ def halted():
     with pytest.MonkeyPatch.context() as patch:
         for place, name in (
             (run, "_compiled"), (replica_batches, "begin"), (playback, "evaluation"), (playback, "episodes"),
-            (playback, "film"), (ladder, "measure"),
+            (playback, "film"), (ladder, "measure"), *DRAWING,
         ):  # fmt: skip
             patch.setattr(place, name, begun)
-        plan = replica_batches.Plan(SIZE, None, None)
+        plan = replica_batches.BatchPlan(SIZE, None, None)
         patch.setattr(replica_batches, "plan", lambda *each: plan)
         patch.setattr(artifacts, "write_figure", lambda *each: True)
         patch.setattr(files, "revision", lambda: None)  # two processes each
@@ -352,16 +372,20 @@ FLAGS_OF = {
     ),
     "render r --out f.gif": ("--out", "--replica", "--update", "--seed", "--greedy"),
     "plot r": ("--x", "--metric", "--out"),
-    "lab ladder": (
+}  # fmt: skip
+
+STUDIES = dict.fromkeys(
+    (f"lab {name} --quick" for name in EXPERIMENTS),
+    (
         "--env", "--policy", "--checkpoint", "--replica", "--estimators", "--trajectories", "--repeats",
         "--seed", "--gamma", "--out", "--quick",
     ),
-}  # fmt: skip
+)  # fmt: skip
 
 
-def hostile(draw, made, tmp_path):
-    command = draw(st.sampled_from(sorted(FLAGS_OF)))
-    flag, text = draw(st.sampled_from(FLAGS_OF[command])), draw(TEXTS)
+def hostile(draw, made, tmp_path, flags_of):
+    command = draw(st.sampled_from(sorted(flags_of)))
+    flag, text = draw(st.sampled_from(flags_of[command])), draw(TEXTS)
     added = [f"{flag}={text}"] if draw(st.booleans()) else [flag, text]
     name = flag.strip("-").replace("-", "_")
     # After a flag that takes none, a value is taken for an environment.
@@ -369,10 +393,11 @@ def hostile(draw, made, tmp_path):
     return [*command.split(), *added], fresh(made, tmp_path, "r"), names
 
 
-def test_hostile_flags(made, tmp_path):
-    @fuzzed(150)
+@pytest.mark.parametrize(("flags_of", "examples"), [(FLAGS_OF, 150), (STUDIES, 60)])
+def test_hostile_flags(flags_of, examples, made, tmp_path):
+    @fuzzed(examples)
     @given(st.data())
     def check(data):
-        judged(*hostile(data.draw, made, tmp_path))
+        judged(*hostile(data.draw, made, tmp_path, flags_of))
 
     check()
