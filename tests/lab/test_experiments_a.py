@@ -30,6 +30,7 @@ from jaxpg.lab.worlds.instances import INSTANCES
 from jaxpg.lab.worlds.world import lifted, tabular_world, world
 from jaxpg.optimizers import OPTIMIZERS
 from jaxpg.runs.play.policy import load
+from jaxpg.runs.store import artifacts
 from jaxpg.training.algorithm import algorithm
 
 KEY = jax.random.key(3)
@@ -485,6 +486,19 @@ def test_what_training_has_otherwise_than_the_run_is_said(tmp_path, capsys):
     assert row.policy_optimizer is row.critic_optimizer is OPTIMIZERS["sgd"]
     natural = learning._as_the_run(algorithm("npg"), {"optimizer": "sgd"})
     assert natural.policy_optimizer is algorithm("npg").policy_optimizer
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_figure_of_seeds_has_any_number_of_algorithms(count, tmp_path):
+    """One has none to be compared with, and five make more pairs than there are markers."""
+    rng, names = np.random.default_rng(0), [f"row_{i}" for i in range(count)]
+    curves = {name: rng.random((4, 1, 20)) for name in names}
+    rows = learning._curve_rows(curves, names, 8, {name: np.arange(20) for name in names})
+    finals = {name: curve[..., -1] for name, curve in curves.items()}
+    rows += learning._final_rows(finals, 160)
+    assert artifacts.write_figure(tmp_path, lambda f: learning._draw_seeds(f, rows, names))
+    drawn = (tmp_path / "figure.svg").read_text()
+    assert ("none to compare it with" in drawn) == (count == 1)
 
 
 def test_a_checkpoints_tables_are_those_of_its_own_environment(tmp_path):

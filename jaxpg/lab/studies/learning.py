@@ -155,7 +155,7 @@ def _draw_seeds(figure, rows, names):
             at = [r[x] for r in found]
             figures.line(axis, at, [r["measured"] for r in found], i, name)
             axis.fill_between(at, [r["low"] for r in found], [r["high"] for r in found],
-                              color=figures.COLOURS[i], alpha=0.15, linewidth=0)  # fmt: skip
+                              color=figures.COLOURS[i % 8], alpha=0.15, linewidth=0)  # fmt: skip
     figures.label(axes[0], "Interquartile mean", "updates", "normalised J (0 start, 1 best)")
     figures.label(
         axes[1], "Performance profile", r"normalised J $\tau$", r"fraction of runs above $\tau$"
@@ -165,13 +165,17 @@ def _draw_seeds(figure, rows, names):
     for i, row in enumerate(pairs):
         x = row["measured"]
         error = np.maximum([[x - row["low"]], [row["high"] - x]], 0.0)
-        axes[2].errorbar([x], [i], xerr=error, fmt=figures.MARKERS[i], color=figures.COLOURS[i],
+        axes[2].errorbar([x], [i], xerr=error, fmt=figures.MARKERS[i % 8], color=figures.COLOURS[i % 8],
                          markerfacecolor="white", capsize=3)  # fmt: skip
+    if not pairs:
+        axes[2].annotate("one algorithm, and none to compare it with", (0.5, 0.5), ha="center",
+                         xycoords="axes fraction")  # fmt: skip
     texts = [f"{r['estimator']}\nover {r['other']}" for r in pairs]
     axes[2].set_yticks(range(len(pairs)), texts, fontsize=8)
-    axes[2].set_ylim(-0.6, len(pairs) - 0.4)
+    axes[2].set_ylim(-0.6, max(len(pairs), 1) - 0.4)
     axes[2].set_xlim(-0.02, 1.02)
-    axes[2].axvline(0.5, color="0.3", linewidth=0.8)
+    if pairs:
+        axes[2].axvline(0.5, color="0.3", linewidth=0.8)
     figures.label(axes[2], "Probability of improvement", "P(better)", "", legend=False)
 
 
