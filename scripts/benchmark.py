@@ -226,6 +226,7 @@ def _recording(parent: Path, repeats: int, updates: int) -> list[Row]:
     from jaxpg.runs.config.config import points
     from jaxpg.runs.config.flags import parse
     from jaxpg.runs.host.progress import display
+    from jaxpg.runs.store import folder as files
     from jaxpg.runs.store.checkpoint import on_host
     from jaxpg.runs.train import loop, run
     from jaxpg.runs.train.replicas import compile_programs, make_replicas
@@ -253,7 +254,9 @@ def _recording(parent: Path, repeats: int, updates: int) -> list[Row]:
         train, init = programs.train.result(), programs.init.result()  # type: ignore[union-attr]
         for i in range(repeats):
             (parent / str(i)).mkdir()
-            recorder = run._recorder(job._replace(folder=parent / str(i)), (), 0)
+            about = files.description(config, grid, replicas.labels)
+            files.write_json(parent / str(i) / files.CONFIG, about, exact=True)
+            recorder = run._recorder(job._replace(folder=parent / str(i)), (), 0, {})
             twin = [init(replicas.keys)]
             state, progress = init(replicas.keys), loop.Progress(0, [0] * 64, 0.0, {})
             bare.clear()

@@ -1,5 +1,6 @@
 """Checkpoints are read back bit by bit, or refused with one clear message."""
 
+import json
 import os
 import shutil
 import signal
@@ -59,10 +60,10 @@ def same(a, b):
 
 def test_every_leaf_comes_back(tmp_path):
     saved(tmp_path / "c", 0.0)
-    found, record = restore(tmp_path / "c", 1, shapes())
+    found, host = restore(tmp_path / "c", 1, shapes())
     assert same(found, tree(1))
     assert not same(found, tree(2))
-    assert record == {"env_steps": [2**70], "update": 1}
+    assert host["record"] == {"env_steps": [2**70], "update": 1}
 
 
 def test_the_newest_and_the_best_stay(tmp_path):
@@ -126,6 +127,26 @@ def test_values_that_rot_on_the_disk_are_seen(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"1 is damaged: .* is not what was written"):
         restore(tmp_path, 1, shapes())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("shape", [3, 10**12]), ("chunks", [3, 10**12]), ("shape", [10**12]), ("dtype", "<f8")],
+)
+def test_a_header_of_huge_arrays_is_refused_before_there_is_memory_for_them(tmp_path, field, value):
+    import tensorstore
+
+    saved(tmp_path, 0.0, 0.0)
+    state = {"driver": "ocdbt", "base": f"file://{tmp_path}/2/state/"}
+    store = tensorstore.KvStore.open(state).result()
+    header = json.loads(store.read("weights/.zarray").result().value)
+    assert header["shape"] == [3, 4]
+    store.write("weights/.zarray", json.dumps(header | {field: value}).encode()).result()
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}/2.*weights.*move {tmp_path}/2 away"
+    ) as found:
+        restore(tmp_path, 2, shapes())
+    assert "\n" not in str(found.value)
 
 
 def test_another_tree_is_named(tmp_path):
@@ -209,8 +230,8 @@ def test_a_kill_in_the_middle_of_a_save_leaves_whole_checkpoints(tmp_path):
         process.stdout.close()
         torn += any("tmp" in f.name for f in (tmp_path / "c").iterdir())
         newest = steps(tmp_path / "c")[-1]
-        found, record = restore(tmp_path / "c", newest, example)
-        assert record == {"n": newest}
+        found, host = restore(tmp_path / "c", newest, example)
+        assert host["record"] == {"n": newest}
         assert (found["x"] == newest).all()
         shutil.rmtree(tmp_path / "c")
     assert torn  # at least one save was cut, or this has tested nothing

@@ -11,7 +11,7 @@ from jaxpg.optimizers import BATCH_SCALINGS, OPTIMIZERS, SCHEDULES
 from jaxpg.policies import NETWORKS, init_params
 from jaxpg.policies.networks import ACTIVATIONS
 from jaxpg.runs.config.config import COUNTS, Config, Grid, check, completed, points, varying
-from jaxpg.runs.config.flags import parse
+from jaxpg.runs.config.flags import parse, request
 from jaxpg.runs.config.presets import PRESETS, preset
 from jaxpg.runs.config.rows import settled
 from jaxpg.runs.train.build import build, build_algorithm
@@ -131,6 +131,19 @@ def test_wrong_flags_are_one_clear_line(flags, message):
     with pytest.raises(ValueError, match=message) as error:
         prepare()
     assert "\n" not in str(error.value)
+
+
+def test_64_bits_on_a_jax_that_loses_32_is_refused(x64, monkeypatch):
+    monkeypatch.delattr(jax, "enable_x64", raising=False)
+    with pytest.raises(ValueError, match=r"^64 bits need jax 0.8 or newer, and this is \d.*update"):
+        build(preset("CartPole-v1", "ppo")[0])
+
+
+@pytest.mark.parametrize("flags", [("--config", ""), ("--resume=",), ("CartPole-v1", "--run", "")])
+def test_an_empty_name_is_a_flag_without_its_value(flags):
+    """As of a variable of a shell that is not set: not this folder."""
+    with pytest.raises(ValueError, match=f"^{flags[-2:][0].strip('=')} lacks its value"):
+        request(flags, "jaxpg train")
 
 
 def test_every_field_is_a_flag(capsys):

@@ -1,5 +1,6 @@
 """What a command says, where it says it, and what it heeds of its process's environment."""
 
+import errno
 import io
 import logging
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from small_runs import ROOT
+from small_runs import FLAGS, ROOT
 from test_plots import write_run
 
 from jaxpg import cli
@@ -78,6 +79,28 @@ def test_output_that_nobody_takes_is_no_traceback(full, monkeypatch, capsys):
         said = "jaxpg: error: cannot write to standard output: No space left on device\n"
         assert capsys.readouterr().err == (said if full else ""), arguments
         assert exit_.value.code == (1 if full else 141), arguments
+
+
+@pytest.mark.usefixtures("left")
+@pytest.mark.parametrize(("number", "status"), [(errno.EPIPE, 141), (errno.ENOSPC, 1)])
+def test_training_whose_output_nobody_takes_is_saved(number, status, monkeypatch, capsys, tmp_path):
+    """After its first chunk the reader has left, or the disk is full: no signal, and not called one."""
+
+    class Out(io.StringIO):
+        def write(self, text):
+            if "updates  " in text:
+                raise OSError(number, os.strerror(number))
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stdout", Out())
+    folder = tmp_path / "run"
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", *FLAGS.replace("--quiet", "--updates 40 --run").split(), str(folder)])
+    said = "jaxpg: error: cannot write to standard output: No space left on device\n"
+    assert capsys.readouterr().err == ("" if number == errno.EPIPE else said)
+    assert exit_.value.code == status
+    assert 0 < checkpoint.steps(folder / "checkpoints")[-1] < 40
+    assert (folder / "params.npz").exists()
 
 
 @pytest.mark.usefixtures("left")

@@ -21,7 +21,7 @@ from jaxpg.runs.config.config import load_config, points
 from jaxpg.runs.config.flags import EITHER, request
 from jaxpg.runs.config.presets import preset
 from jaxpg.runs.play.playback import record
-from jaxpg.runs.play.policy import load_policy, read_run
+from jaxpg.runs.play.policy import load, load_policy, read_run
 from jaxpg.runs.store import checkpoint
 from jaxpg.runs.store.folder import create_folder
 from jaxpg.runs.store.lock import locked
@@ -142,7 +142,7 @@ def go_on(folder, *flags):
     config, grid, _ = request(["--resume", str(folder), *flags], "jaxpg train")
     found, said = prepare_resume(config, grid), []
     replicas = make_replicas(config, points(found.grid))
-    state, progress = run._begin(found, replicas, said.append)
+    state, progress, _ = run._begin(found, replicas, said.append)
     assert progress.updates == state.num_updates[0]
     return said
 
@@ -217,27 +217,35 @@ def test_what_the_host_noted_is_checked(copy):
 def test_what_may_change_is_not_compared_and_what_changes_bits_is_said(copy):
     said = go_on(copy, "--updates", "8", "--checkpoint-seconds", "7", "--debug-nans")
     assert said == [f"resuming {copy} after 4 of 8 updates"]
-    saved = json.loads((copy / "config.json").read_text())
-    saved["versions"]["jax"], saved["xla_flags"] = "0.7.2", "--xla_else"
-    saved["lanes"]["devices"] += 7
-    (copy / "config.json").write_text(json.dumps(saved))
+    # What the checkpoint was made with counts; how the run began does not.
+    host, config = copy / "checkpoints" / "4" / "host" / "metadata", copy / "config.json"
+    began, saved = json.loads(config.read_text()), json.loads(host.read_text())
+    config.write_text(json.dumps(began | {"xla_flags": "--xla_before"}))
+    assert go_on(copy) == [f"resuming {copy} after 4 of 8 updates"]
+    computing = saved["computing"]
+    computing["versions"]["jax"], computing["xla_flags"] = "0.0.1", "--xla_else"
+    computing["lanes"]["devices"] += 7
+    host.write_text(json.dumps(saved))
     said = go_on(copy)[-1]
     now = jax.__version__, len(jax.devices())
     assert "to rounding, not bit by bit" in said
-    assert f"versions jax was 0.7.2, is {now[0]}" in said
+    assert f"versions jax was 0.0.1, is {now[0]}" in said
     assert "xla_flags was --xla_else, is" in said and "lanes devices was" in said
     noted = json.loads((copy / "config.json").read_text())["resumed"][-1]["changed"]
-    assert noted["versions jax"] == ["0.7.2", now[0]] and len(noted) == 3
+    assert noted["versions jax"] == ["0.0.1", now[0]] and len(noted) == 3
 
 
 def test_a_run_from_before_checkpoints_named_their_settings_goes_on(copy):
     host = copy / "checkpoints" / "4" / "host" / "metadata"
     saved = json.loads(host.read_text())
-    del saved["settings"], saved["updates"], saved["record"]["lines"]
+    del saved["settings"], saved["updates"], saved["record"]["lines"], saved["computing"]
     host.write_text(json.dumps(saved))
     whole = (copy / "params.npz").read_bytes()
     (copy / "params.npz").write_bytes(whole[: whole.rindex(b"PK\x05\x06") + 20] + b"\0\0")
     assert "written before they named their settings" in go_on(copy, "--updates", "8")[-1]
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"xla_flags": "--xla_before"}))
+    assert "xla_flags was --xla_before, is" in go_on(copy)[-1]
     assert read_run(copy).update is None
 
 
@@ -389,8 +397,12 @@ def test_the_numbers_in_a_config_are_exact(tmp_path):
     assert description["git"] is None or len(description["git"]["commit"]) == 40
 
 
-def test_a_run_of_64_bits_goes_on_in_32(tmp_path, capsys):
-    """The command itself in 64 bits; what it leaves is cast, and the run says so."""
+WIDE = pytest.mark.skipif(not hasattr(jax, "enable_x64"), reason="a run of 64 bits needs jax 0.8")
+
+
+@WIDE
+def test_a_run_of_64_bits_goes_on_in_32_and_again_in_64(tmp_path, capsys, monkeypatch):
+    """The command itself in 64 bits; what it leaves is cast, and every command says so."""
     folder = tmp_path / "run"
     done = subprocess.run(
         [sys.executable, "-m", "jaxpg", "train", *FLAGS.split(), "--updates", "2", "--run", folder],
@@ -400,17 +412,41 @@ def test_a_run_of_64_bits_goes_on_in_32(tmp_path, capsys):
         timeout=200,
     )
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    policy = load_policy(folder, 0)
+    said = f"the parameters of {folder} are float64, and become float32; JAX_ENABLE_X64=1 leaves"
+    with pytest.warns(UserWarning, match=said):
+        policy = load_policy(folder, 0)
     with np.load(folder / "params.npz") as file:
         for kept, given in zip(file.values(), jax.tree.leaves(policy.params), strict=True):
             assert kept.dtype == np.float64 and given.dtype == np.float32
             np.testing.assert_array_equal(kept[0].astype(np.float32), given)
-    config, grid, _ = request(["--resume", str(folder), "--updates", "4"], "jaxpg train")
-    run.execute(prepare_resume(config, grid))
-    assert "precision dtype was float64, is float32" in capsys.readouterr().out
-    assert curves(folder)["update"] == [1, 2, 3, 4] * 2
+    monkeypatch.chdir(tmp_path)
+    for command in (
+        "evaluate run --episodes 2", "evaluate run --episodes 2 --update best",
+        "record run --replica 0 --episodes 1 --out d.npz", "render run --replica 0 --out f.gif",
+    ):  # fmt: skip
+        main(command.split())
+        told = capsys.readouterr().out
+        assert told.startswith("the parameters of run are float64, and become float32; "), command
+    load("run")
+    assert capsys.readouterr().out.startswith("the parameters of run are float64")
+
+    def go_on(updates):
+        config, grid, _ = request(["--resume", str(folder), "--updates", updates], "jaxpg train")
+        run.execute(prepare_resume(config, grid))
+        return capsys.readouterr().out
+
+    assert "precision dtype was float64, is float32" in go_on("4")
+    assert "precision" not in go_on("6")
+    jax.config.update("jax_enable_x64", True)
+    try:
+        # What the run began with, but not what this checkpoint was made with.
+        assert "precision dtype was float32, is float64" in go_on("8")
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert curves(folder)["update"] == [1, 2, 3, 4, 5, 6, 7, 8] * 2
 
 
+@WIDE
 def test_a_run_of_32_bits_is_read_in_64(whole, x64):
     config, grid = load_config(whole)
     init, keys = build(config).trainer.init, make_replicas(config, points(grid)).keys

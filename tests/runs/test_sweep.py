@@ -2,8 +2,9 @@
 
 import csv
 import json
+import os
 from concurrent import futures
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -258,10 +259,24 @@ def test_a_killed_sweep_goes_on_and_trains_nothing_twice(halved, tmp_path, monke
         monkeypatch.setattr(replica_batches, "write", counted)
         sweep.execute(sweep.prepare(command.split()))
 
-    for most in (2, 1, 5, 3):  # within a batch, at its end, within another, within the last rung
+    shown = []
+    monkeypatch.setattr(sweep, "display", lambda quiet: nullcontext(shown.append))
+    before = os.environ.get("XLA_FLAGS", "")
+    # Within a batch, at its end, within another, within the last rung.
+    for most, flags, changed in (
+        (2, "", False),
+        (1, " -x", True),
+        (5, " -x", False),
+        (3, "", True),
+    ):
+        monkeypatch.setenv("XLA_FLAGS", before + flags)
+        shown.clear()
         with pytest.raises(Killed):
             attempt(most)
         assert not (folder / "sweep.json").exists()
+        # Against what saved last, not against the beginning alone.
+        said = f"xla_flags was {before}{'' if flags else ' -x'}, is {before}{flags}"
+        assert any(said in str(each) for each in shown) == changed
     for other in (command.replace("--updates 8", "--updates 16"), command.replace(".9", ".8")):
         with pytest.raises(ValueError, match=r"has a sweep with another (updates|gamma)"):
             sweep.prepare(other.split())
@@ -504,6 +519,7 @@ BAD = {
     "CartPole-v1 --gamma .9,.99 --random": "--random takes a number of points",
     "CartPole-v1 --gamma .9,.99 --halving 1": "--halving 1 must be above 1",
     "CartPole-v1 --gamma .9,.99 --halving 3": "cannot thin 2 points",
+    "CartPole-v1 --learning-rate 1:2:99999999999999": "learning_rate=1:2:99999999999999 is no range",
     "CartPole-v1 --gamma 0:1:log1000000000": "has 1,000,000,000 values; at most 100,000 are possible",
     "CartPole-v1 --gamma 0:1:lin8 --halving 1.0000001": "keeps all of 8 points; 1.14286 or more keeps fewer",
     "CartPole-v1 --gamma .9,.99 --critic-epochs 2147483647": "critic_epochs=2147483647 must be at most",

@@ -125,10 +125,10 @@ def _read(argv, prog) -> Iterator[tuple[str, Any]]:
                 raise ValueError(f"{flag} takes no value{_see(prog)}")
             yield name, not flag.startswith("--no-")
             continue
-        if not equals:
-            if not words or words[0].startswith("--"):
-                raise ValueError(f"{flag} lacks its value{_see(prog)}")
+        if not equals and words and not words[0].startswith("--"):
             value = words.pop(0)
+        if not value:
+            raise ValueError(f"{flag} lacks its value{_see(prog)}")
         yield name, _value(flag, kind, value, prog)
 
 

@@ -52,20 +52,26 @@ def signals() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
+@contextmanager
 def heeding(
     show: Callable[[Any], None], stopped: Callable[[], int]
-) -> tuple[Callable[[Any], None], Callable[[], int]]:
-    """The same two; but a line of progress that nobody hears stops the run, as a signal does.
+) -> Iterator[tuple[Callable[[Any], None], Callable[[], int]]]:
+    """Yields the same two; but a line of progress that nobody hears stops the run, as a signal does.
 
-    So what was learnt by then is saved.
+    So what was learnt by then is saved. Raises Unheard then, in place of Interrupted.
     """
-    lost: list[int] = []
+    lost: list[Unheard] = []
 
     def heard(status):
         try:
             if not lost:
                 show(status)
-        except Unheard:
-            lost.append(signal.SIGPIPE)
+        except Unheard as error:
+            lost.append(error)
 
-    return heard, lambda: stopped() or sum(lost)
+    try:
+        yield heard, lambda: stopped() or bool(lost) * signal.SIGPIPE
+    except Interrupted:
+        for error in lost:
+            raise error from error.__cause__
+        raise

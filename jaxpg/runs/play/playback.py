@@ -21,7 +21,7 @@ from jaxpg.runs.console import parser, say, whole
 from jaxpg.runs.host import health
 from jaxpg.runs.play import policy as policies
 from jaxpg.runs.play.experts import expert
-from jaxpg.runs.play.policy import Policy, Run, choose, load_policy, read_run
+from jaxpg.runs.play.policy import Policy, Run, choose, policy_of, read_run, recast
 from jaxpg.runs.store.folder import write_atomically
 from jaxpg.runs.store.trajectories import write_trajectories
 from jaxpg.runs.train.build import named, settings_of
@@ -38,7 +38,7 @@ def evaluate(argv: Sequence[str]) -> None:
     options.add_argument("--episodes", type=whole(1), metavar="N", help="for each; as the run had")
     given = options.parse_args(list(argv))
     use_cpu_cores()
-    run = read_run(given.run, given.update)
+    run = _read(given)
     count = run.config.evaluation_episodes if given.episodes is None else given.episodes
     found = evaluation(run, count, given.greedy, given.seed)
     how = "greedy" if given.greedy else "sampled"
@@ -49,6 +49,14 @@ def evaluate(argv: Sequence[str]) -> None:
         f"{run.config.environment}, {run.config.algorithm}: {count} fresh episodes, {how} actions",
         *table(run.grid, returns, run.diverged.reshape(shape), attainable),
     )
+
+
+def _read(given) -> Run:
+    """The run that is named, saying so where its parameters become others."""
+    run = read_run(given.run, given.update)
+    if said := recast(run):
+        say(said)
+    return run
 
 
 def evaluation(run: Run, count: int, greedy: bool, seed: int = 0) -> Evaluation:
@@ -117,7 +125,7 @@ class _Actor(NamedTuple):
 
 
 def _trained(given) -> _Actor:
-    run = read_run(given.run, given.update)
+    run = _read(given)
     chosen = choose(run, given.replica)
     env, agent, *_ = run.parts
     if given.greedy:
@@ -141,13 +149,13 @@ def render(argv: Sequence[str]) -> None:
     out = _writable(given.out, (".gif", ".mp4"))
     encoder = _encoder() if out.suffix == ".mp4" else ""
     check_devices()
-    policy = load_policy(given.run, given.replica, greedy=given.greedy, update=given.update)
-    run = policies.load_config(given.run)[0]
-    frames, total = film(policy, run.environment, jax.random.key(given.seed))
+    run = _read(given)
+    policy, environment = policy_of(run, given.replica, given.greedy), run.config.environment
+    frames, total = film(policy, environment, jax.random.key(given.seed))
     from jaxpg.runs.play.frames import frames_per_second
 
     save = _save_mp4 if encoder else _save_gif
-    save(out, frames, frames_per_second(run.environment), encoder)
+    save(out, frames, frames_per_second(environment), encoder)
     say(f"{len(frames)} frames of replica {policy.replica}, return {total:.1f}: {out}")
 
 

@@ -1,6 +1,7 @@
 """Policies that leave the laboratory: what a run has learnt, loaded to act."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from jaxpg.envs import Actor, Env, spaces, unwrapped
 from jaxpg.lab.worlds.world import TABULATED, Checkpoint, tabulated
 from jaxpg.policies import Agent, AgentParams, Network, init_params
 from jaxpg.runs.config.config import Config, Grid, load_config, num_points, points
+from jaxpg.runs.console import say
 from jaxpg.runs.host import health
 from jaxpg.runs.store import checkpoint as checkpoints
 from jaxpg.runs.store import folder as files
@@ -54,6 +56,7 @@ class Run(NamedTuple):
     params: AgentParams  # [N, ...] of every replica
     update: int | None  # of the checkpoint that the parameters are of; None: the last
     diverged: np.ndarray  # [N] bool: no policy
+    stored: str  # the type of floats that the parameters were stored as
 
 
 def load_policy(
@@ -68,21 +71,42 @@ def load_policy(
     replica: its number in the order of config.json; "best" (and None) is the highest mean return in the
     final evaluation. greedy: the distribution's mode instead of a sample. update: of which checkpoint, or
     "best" for the one with the highest training return; the end of the run by default. Actions are
-    clipped to the action space. Raises ValueError for what is no run and for what the run has not.
+    clipped to the action space. Raises ValueError for what is no run and for what the run has not, and warns
+    of parameters of another precision than jax has here.
 
     >>> load_policy("runs/none")
     Traceback (most recent call last):
     ValueError: runs/none has ...
     """
     found = read_run(run, update)
-    chosen = choose(found, replica)
-    params = jax.tree.map(lambda x: jnp.asarray(x[chosen]), found.params)
-    return _policy(found.parts, params, greedy, chosen, chosen % found.config.seeds)
+    if said := recast(found):
+        warnings.warn(said, stacklevel=2)
+    return policy_of(found, replica, greedy)
+
+
+def policy_of(run: Run, replica: int | str | None, greedy: bool = False) -> Policy:
+    """`load_policy` of a run that has been read."""
+    chosen = choose(run, replica)
+    params = jax.tree.map(lambda x: jnp.asarray(x[chosen]), run.params)
+    return _policy(run.parts, params, greedy, chosen, chosen % run.config.seeds)
+
+
+def recast(run: Run) -> str:
+    """What is to be said of a run whose parameters are of another precision than jax has here; else ""."""
+    here = str(jnp.result_type(float))
+    if run.stored in ("", here):
+        return ""
+    return (
+        f"the parameters of {run.folder} are {run.stored}, and become {here}; "
+        f"JAX_ENABLE_X64={int(run.stored == 'float64')} leaves them as they are"
+    )
 
 
 def load(run: str, replica: int = 0) -> Checkpoint:
     """What a run knows of one of its replicas, for the laboratory. Raises ValueError."""
     found = read_run(run)
+    if said := recast(found):
+        say(said)
     chosen = choose(found, replica)
     params = jax.tree.map(lambda x: jnp.asarray(x[chosen]), found.params)
     config, env = found.config, found.parts.env
@@ -114,27 +138,34 @@ def read_run(run: str | Path, update: int | str | None = None) -> Run:
     config, grid = load_config(folder)
     parts, count = build(config), num_points(grid) * config.seeds
     if update is None and (folder / PARAMS).is_file():
-        params = _read_params(folder, parts.agent, grid, config.seeds)
+        params, stored = _read_params(folder, parts.agent, grid, config.seeds)
         good = health.finite(params)
         evaluation = read_evaluation(folder, len(good))
         returns = evaluation["mean_return"] if evaluation else [0.0] * len(good)
         gone = ~good | np.array([each is None for each in returns])
-        return Run(folder, config, grid, parts, params, None, gone)
+        return Run(folder, config, grid, parts, params, None, gone, stored)
     keys = jax.ShapeDtypeStruct((count,), jax.random.key(0, impl="threefry2x32").dtype)
     shapes = jax.eval_shape(jax.vmap(parts.trainer.init), keys)
     place, settings = folder / CHECKPOINTS, files.settings(folder)
     while True:
         chosen = _chosen(folder, update)
         try:
-            state, record = checkpoints.restore_run(place, chosen, shapes, count, settings)
+            state, host = checkpoints.restore_run(place, chosen, shapes, count, settings)
         except ValueError:
             # Training beside us may have removed it for newer ones, of which there is another then.
             if checkpoints.removed(place / str(chosen)):
                 continue
             raise
         gone = ~health.finite(state.params)
-        gone[[int(replica) for replica in record["diverged"]]] = True
-        return Run(folder, config, grid, parts, state.params, chosen, gone)
+        gone[[int(replica) for replica in host["record"]["diverged"]]] = True
+        leaves = host["leaves"].items()
+        stored = _floats(leaf["dtype"] for name, leaf in leaves if name.startswith("params."))
+        return Run(folder, config, grid, parts, state.params, chosen, gone, stored)
+
+
+def _floats(types: Iterable[str]) -> str:
+    """The type of floats among some types."""
+    return next((each for each in types if each.startswith("float")), "")
 
 
 def _chosen(folder: Path, update: int | str | None) -> int:
@@ -257,8 +288,11 @@ def _update_of(run: Run) -> int | None:
     return about["updates"] if about else None
 
 
-def _read_params(folder: Path, agent: Agent, grid: Grid, seeds: int) -> AgentParams:
-    """Of every replica, [N, ...]. Raises ValueError, naming the array that is not as the run made it."""
+def _read_params(folder: Path, agent: Agent, grid: Grid, seeds: int) -> tuple[AgentParams, str]:
+    """Of every replica, [N, ...], and how floats were stored.
+
+    Raises ValueError, naming the array that is not as the run made it.
+    """
     path, count = folder / PARAMS, num_points(grid) * seeds
     about = files.about_params(path)
     checkpoints.check_settings(path, about and about["settings"], files.settings(folder))
@@ -288,4 +322,5 @@ def _read_params(folder: Path, agent: Agent, grid: Grid, seeds: int) -> AgentPar
             raise ValueError(
                 f"{path} is damaged: {name} is not finite in replica {good.argmin()}, which did not diverge"
             )
-    return jax.tree.unflatten(structure, [arrays[k].astype(x.dtype) for k, x in expected.items()])
+    params = jax.tree.unflatten(structure, [arrays[k].astype(x.dtype) for k, x in expected.items()])
+    return params, _floats(str(array.dtype) for array in arrays.values())

@@ -12,9 +12,10 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +43,9 @@ class Host(TypedDict):
     layout: int
     leaves: dict[str, Leaf]
     record: dict[str, Any]
-    updates: NotRequired[int]  # that of before has none, nor settings
+    updates: NotRequired[int]  # that of before has none, nor the others
     settings: NotRequired[dict[str, Any]]
+    computing: NotRequired[dict[str, Any]]
 
 
 class Scored(TypedDict):
@@ -69,10 +71,11 @@ class Checkpoints(NamedTuple):
     close: Callable[[], None]
 
 
-def open_checkpoints(folder: Path, settings: dict | None = None) -> Checkpoints:
+def open_checkpoints(folder: Path, **about: dict) -> Checkpoints:
     """Saves go on in the background: what is being written gets its name when it is whole.
 
-    settings: of the run, which every checkpoint carries beside its own number of updates.
+    about: `settings` of the run and what it is `computing` with, which every checkpoint carries beside its
+    own number of updates.
     """
     ocp = _orbax()
     from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
@@ -91,12 +94,10 @@ def open_checkpoints(folder: Path, settings: dict | None = None) -> Checkpoints:
     def save(updates, tree, record, score):
         leaves, described = _described(tree)
         host = {"layout": LAYOUT, "leaves": described, "record": record, "updates": updates}
-        if settings is not None:
-            host["settings"] = settings
         arguments = ocp.args.Composite(
             # orbax refuses arrays without elements, of which there is nothing to store.
             state=ocp.args.PyTreeSave({k: x for k, x in leaves.items() if x.size}),
-            host=ocp.args.JsonSave(host),
+            host=ocp.args.JsonSave(host | about),
         )
         metrics = {"score": score} if math.isfinite(score) else None
         # force: also a number of updates that is not above the last, after a resume from before it.
@@ -158,8 +159,8 @@ def removed(path: Path) -> bool:
     return not path.is_dir()
 
 
-def restore(folder: Path, step: int, shapes: Any, settings: dict | None = None) -> tuple[Any, dict]:
-    """The tree with the structure of shapes, on the host, and the record that was saved with it.
+def restore(folder: Path, step: int, shapes: Any, settings: dict | None = None) -> tuple[Any, Host]:
+    """The tree with the structure of shapes, and what the host knew beside it.
 
     shapes: a tree of what has shape and dtype; numbers of 32 and 64 bits become each other.
     settings: those of the run that the checkpoint has to be of.
@@ -183,6 +184,7 @@ def restore(folder: Path, step: int, shapes: Any, settings: dict | None = None) 
     check_settings(path, host.get("settings"), settings)
     expected = {name: leaf for name, (leaf, _) in _named(shapes).items()}
     _same_leaves(path, host["leaves"], expected)
+    _check_headers(path, host["leaves"])
     saved = _read(path, ocp.args.Composite(state=ocp.args.PyTreeRestore())).state
     found = []
     for name, leaf in expected.items():
@@ -190,17 +192,16 @@ def restore(folder: Path, step: int, shapes: Any, settings: dict | None = None) 
         if _checksum(array) != host["leaves"][name]["crc32"]:
             raise ValueError(f"{path} is damaged: {name} is not what was written{_other(path)}")
         found.append(_as_saved(array, leaf))
-    return jax.tree.unflatten(jax.tree.structure(shapes), found), host["record"]
+    return jax.tree.unflatten(jax.tree.structure(shapes), found), cast(Host, host)
 
 
 def restore_run(
     folder: Path, step: int, shapes: Any, count: int, settings: dict | None = None
-) -> tuple[Any, Record]:
+) -> tuple[Any, Host]:
     """`restore` of a run of so many replicas, whose record has what the run goes on with."""
-    state, record = restore(folder, step, shapes, settings)
-    where = f"cannot read the checkpoint {folder / str(step)}: record"
-    expect(record, Record, where)
-    found: Any = record
+    state, host = restore(folder, step, shapes, settings)
+    where, found = f"cannot read the checkpoint {folder / str(step)}: record", host["record"]
+    expect(found, Record, where)
     if len(found["env_steps"]) != count:
         raise ValueError(
             f"{where}.env_steps has {len(found['env_steps'])} entries for {count} replicas"
@@ -209,7 +210,7 @@ def restore_run(
         raise ValueError(
             f"{where}.diverged names {min(wrong)!r}; there are replicas 0 to {count - 1}"
         )
-    return state, found
+    return state, host
 
 
 def check_settings(path: Path, found: dict | None, expected: dict | None) -> None:
@@ -261,6 +262,20 @@ def _same_leaves(path, saved, expected):
             )
 
 
+def _check_headers(path, leaves):
+    """Raises ValueError for an array that its header has otherwise, before there is memory for it."""
+    with _reading(path):
+        headers = _orbax().PyTreeCheckpointHandler().metadata((path / "state").absolute()).tree
+    for name, header in headers.items():
+        said, chunk = [list(header.shape), str(header.dtype)], header.storage.chunk_shape or ()
+        leaf = leaves.get(name, {"shape": [], "dtype": ""})
+        if said != [leaf["shape"], leaf["dtype"]] or math.prod(chunk) > math.prod(header.shape):
+            raise ValueError(
+                f"{path} is damaged: by its header, {name} is {said[1]}{said[0]} in parts of {list(chunk)}, "
+                f"which is not what was written{_other(path)}"
+            )
+
+
 def _is_key(leaf) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
@@ -297,9 +312,17 @@ def _checksum(array) -> int:
 def _read(path, items):
     ocp = _orbax()
     options = ocp.CheckpointManagerOptions(read_only=True)
+    with (
+        _reading(path),
+        ocp.CheckpointManager(path.parent.absolute(), options=options) as manager,
+    ):
+        return manager.restore(int(path.name), args=items)
+
+
+@contextmanager
+def _reading(path) -> Iterator[None]:
     try:
-        with ocp.CheckpointManager(path.parent.absolute(), options=options) as manager:
-            return manager.restore(int(path.name), args=items)
+        yield
     # Whatever a damaged file makes orbax, tensorstore or json raise.
     except Exception as error:
         why = str(error).splitlines()[0][:200] if str(error) else repr(error)

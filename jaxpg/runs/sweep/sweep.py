@@ -170,7 +170,8 @@ def execute(sweep: Sweep) -> None:
         try:
             if not config.quiet:
                 say(*ranking.headline(config, search))
-            show, stopped = heeding(stack.enter_context(display(config.quiet)), stopped)
+            shown = stack.enter_context(display(config.quiet))
+            show, stopped = stack.enter_context(heeding(shown, stopped))
             job = replica_batches.SweepJob(
                 config, search.points, parts, executor, compilers, stopped
             )
@@ -229,7 +230,7 @@ def _climb(
     compiled = time.perf_counter()
     costs = [Costs(0, 0.0, compiled - started, plan.size, plan.bytes)]
     total, chunks = _total_updates(search, plan.size, seeds), [0]
-    saved = [compiled]
+    saved, about = [compiled], {}
 
     def numbers(rows, done):
         found = {name: x.reshape(-1)[rows] for name, x in _by_row(outcomes).items()}
@@ -237,9 +238,9 @@ def _climb(
         return found | spent | {"done": done}
 
     def save(path, rows, done, states):
-        if not (place / SWEEP).exists():
+        if not about:  # before the first batch, and anew of a sweep that goes on, perhaps elsewhere
             place.mkdir(exist_ok=True)
-            about = ranking.description(job.config, search) | {"batch": plan.size}
+            about.update(ranking.description(job.config, search), batch=plan.size)
             files.write_json(place / SWEEP, about, exact=True)
         replica_batches.write(path, rows, numbers(rows, done), states)
         saved[0] = time.perf_counter()

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
+
 from jaxpg.envs import Env, from_gymnax, history, mask_observation, repeat_action
 from jaxpg.estimators.control_variates import CONTROL_VARIATES
 from jaxpg.estimators.importance import IMPORTANCES
@@ -38,6 +40,12 @@ def build(config: Config) -> Parts:
     # Names are looked up before the environment is made, which takes seconds.
     known(NETWORKS, "network", config.network)
     known(ACTIVATIONS, "activation", config.activation)
+    # Before it, what gymnax computes in 32 bits becomes 64 where a scan is mapped.
+    if jax.config.read("jax_enable_x64") and not hasattr(jax, "enable_x64"):
+        raise ValueError(
+            f"64 bits need jax 0.8 or newer, and this is {jax.__version__}; update it, or leave out "
+            "JAX_ENABLE_X64"
+        )
     env = wrapped(from_gymnax(config.environment, **settings_of(config)), config)
     # Not every network has hidden layers or an activation.
     accepted = inspect.signature(NETWORKS[config.network]).parameters

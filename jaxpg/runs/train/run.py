@@ -174,15 +174,16 @@ def execute(experiment: PreparedRun, sinks: Sequence[Sink] = ()) -> None:
         replicas = make_replicas(config, points(grid))
         try:
             say(headline(config, grid))
-            state, progress = _begin(experiment, replicas, say)
-            show, stopped = heeding(stack.enter_context(display(config.quiet)), stopped)
+            state, progress, now = _begin(experiment, replicas, say)
+            shown = stack.enter_context(display(config.quiet))
+            show, stopped = stack.enter_context(heeding(shown, stopped))
             job = TrainingJob(config, grid, parts, folder, replicas, executor, stopped, show)
             programs, seconds = _compiled(job, state is None, progress.updates, say)
         except BaseException:
             if experiment.start is None:
                 files.discard_folder(folder)
             raise
-        recorder = _recorder(job, sinks, progress.updates)
+        recorder = _recorder(job, sinks, progress.updates, now)
         stack.callback(_close, recorder)
         if programs.init is not None:
             state = programs.init.result()(replicas.keys)
@@ -208,21 +209,22 @@ def execute(experiment: PreparedRun, sinks: Sequence[Sink] = ()) -> None:
     console.say(*summary(config, grid, status, returns, diverged, attainable), f"saved in {folder}")
 
 
-def _begin(experiment, replicas, say) -> tuple[Any, Progress]:
-    """Writes config.json. Of a resumed run, the state; of a new one, None."""
+def _begin(experiment, replicas, say) -> tuple[Any, Progress, dict[str, Any]]:
+    """Writes config.json. Of a resumed run, the state; of a new one, None. And what it computes with."""
     config, grid, parts, folder, start = experiment
     now = files.description(config, grid, replicas.labels) | {"lanes": lanes(replicas)}
+    computing = {name: now[name] for name in files.COMPUTING}
     if start is not None:
-        return _go_on(experiment, replicas, now, say)
+        return *_go_on(experiment, replicas, now, say), computing
     warning = health.starving(config.updates, config.num_envs * health.num_steps(config, parts.env))
     if warning and not _as_preset(config):
         say(warning)
     files.write_json(folder / files.CONFIG, now, exact=True)
-    return None, Progress(0, [0] * len(replicas.labels), 0.0, {})
+    return None, Progress(0, [0] * len(replicas.labels), 0.0, {}), computing
 
 
 def _go_on(experiment, replicas, now: dict, say) -> tuple[Any, Progress]:
-    """The state of the checkpoint, and what differs from when the run began said and noted.
+    """The state of the checkpoint, and what differs from when it was made said and noted.
 
     now: the description that a new run would have.
     """
@@ -230,16 +232,18 @@ def _go_on(experiment, replicas, now: dict, say) -> tuple[Any, Progress]:
     files.check_links(folder)
     shapes = jax.eval_shape(jax.vmap(parts.trainer.init), replicas.keys)
     settings = files.settings(folder)
-    state, record = checkpoint.restore_run(
+    state, host = checkpoint.restore_run(
         folder / files.CHECKPOINTS, start, shapes, len(replicas.labels), settings
     )
+    record: Any = host["record"]
     state = jax.device_put(state, replicas.sharding)
     saved: dict[str, Any] = dict(read_config(folder)[1])
     entry = {"update": start, "time": now["started"], **_recorded(experiment, saved, record, say)}
     say(f"resuming {folder} after {start} of {config.updates} updates")
     if "lines" not in record:
         say("its checkpoint was written before they named their settings, which were not compared")
-    if changed := files.otherwise(saved, now):
+    # A checkpoint of before does not say what it was made with: as the run began, then.
+    if changed := files.otherwise(host.get("computing", saved), now):
         said = "; ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items())
         say(f"its numbers will be those of one go to rounding, not bit by bit: {said}")
         entry["changed"] = changed
@@ -305,7 +309,7 @@ def _compiled(job: TrainingJob, fresh: bool, done: int, say):
     return programs, seconds
 
 
-def _recorder(job: TrainingJob, sinks: Sequence[Sink], after: int) -> Recorder:
+def _recorder(job: TrainingJob, sinks: Sequence[Sink], after: int, computing: dict) -> Recorder:
     config, folder, labels = job.config, job.folder, job.replicas.labels
     columns = varying(job.grid)
     found = [metrics.json_lines(folder / files.METRICS, config.num_envs), *sinks]
@@ -316,7 +320,9 @@ def _recorder(job: TrainingJob, sinks: Sequence[Sink], after: int) -> Recorder:
         description = {"config": asdict(config), "hyperparameters": job.grid._asdict()}
         found.append(metrics.wandb(folder, description, labels, columns, config.num_envs))
     table = metrics.parquet(folder / files.TABLE, labels, columns)
-    checkpoints = checkpoint.open_checkpoints(folder / files.CHECKPOINTS, files.settings(folder))
+    checkpoints = checkpoint.open_checkpoints(
+        folder / files.CHECKPOINTS, settings=files.settings(folder), computing=computing
+    )
     return Recorder(found, table, checkpoints)
 
 
