@@ -49,6 +49,8 @@ def prepare(argv: Sequence[str]) -> LabPlan:
     _check(given)
     if "estimators" in given:
         given["estimators"] = tuple(x for x in given["estimators"].split(",") if x)
+        if not given["estimators"]:
+            raise ValueError("--estimators names none; give at least one, or leave it out")
     if "checkpoint" in given:
         from jaxpg.runs.play.policy import load
 

@@ -342,6 +342,7 @@ def test_aliased_worlds_take_the_value_of_what_is_seen():
         (["behaviour", "--env", "CartPole-v1"], "tables of probabilities; not on CartPole-v1"),
         (["optimizers", "--trajectories", "64"], "--trajectories means nothing to optimizers"),
         (["offset", "--estimators", "rtg"], "--estimators means nothing to offset"),
+        (["seeds", "--estimators", ","], "--estimators names none"),
         (["ladder", "--gamma", "1.5"], "must lie in [0, 1]"),
         (["ladder", "--checkpoint", "nowhere"], "no config.json"),
         (["ladder", "--bogus"], "unrecognized arguments: --bogus"),

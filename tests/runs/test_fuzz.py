@@ -389,7 +389,8 @@ def hostile(draw, made, tmp_path, flags_of):
     added = [f"{flag}={text}"] if draw(st.booleans()) else [flag, text]
     name = flag.strip("-").replace("-", "_")
     # After a flag that takes none, a value is taken for an environment.
-    names = (flag, name, re.split("[\n,]", text)[0][:40], "environment", "--resume")
+    shown = re.split("[\n,]", text)[0][:40]
+    names = (flag, name, shown, ascii(shown), "environment", "--resume")
     return [*command.split(), *added], fresh(made, tmp_path, "r"), names
 
 
