@@ -1,9 +1,20 @@
-"""The exact mean and covariance of every row of the table of instances A and T, at two discounts."""
+"""The exact mean and covariance of every estimator on instances A and T, at two discounts."""
 
 import numpy as np
 import pytest
-from exact_traces import BIASES, TRACES
 from instances import instance_a, instance_c, instance_t, random_instance
+from listing import (
+    ahead,
+    along,
+    given_action,
+    given_state,
+    in_state,
+    least,
+    least_by_parameter,
+    listing,
+    moments,
+    weighted,
+)
 
 from jaxpg.estimators import Estimator, baselines, credit, importance, surrogates
 from jaxpg.lab import exact
@@ -17,7 +28,6 @@ ON = importance.from_start(importance.on_policy)
 def rows(instance, gamma):
     """Every estimator of the table, by name: its exact moments."""
     mdp, logits, behaviour = instance
-    lived_through, saturated = without_ends(mdp, logits)
     value, action_value = exact.values(mdp, logits, gamma)
     value = value[:-1]
     average = exact.objective(mdp, logits, gamma)
@@ -61,14 +71,8 @@ def rows(instance, gamma):
     for lambda_ in (0.0, 0.5, 0.9, 0.95, 1.0):
         gae = credit.lambda_return, baselines.critic, ON
         found[f"GAE({lambda_}) exact V"] = slots(*gae, lambda_=lambda_)
-        poor = exact.moments(
-            lived_through,
-            saturated,
-            Estimator(*gae),
-            Hyperparams(gamma=gamma, lambda_=lambda_),
-            critic=0.5 * value + 0.3,
-        )
-        found[f"GAE({lambda_}) Vhat=0.5V+0.3"] = poor
+        poor = 0.5 * value + 0.3
+        found[f"GAE({lambda_}) Vhat=0.5V+0.3"] = slots(*gae, lambda_=lambda_, critic=poor)
     if behaviour is not None:
         beta = {"behaviour_logits": behaviour}
         critic = exact.values(mdp, behaviour, gamma)[0][:-1]
@@ -91,32 +95,101 @@ def rows(instance, gamma):
     return found
 
 
-def without_ends(mdp, logits):
-    """The world with its terminal states lived through: no reward, and a policy too sure to have a score.
+def written_out(instance, gamma):
+    """The same estimates [N, P] of every trajectory, as their formulas say, by name, and the trajectories."""
+    mdp, logits, behaviour = instance
+    each = listing(mdp, logits, gamma)
+    returns, c, size = each.to_go[0], each.start, (each.u**2).sum(axis=-1)
+    everyone = np.ones_like(each.to_go)
+    value, action_value = given_state(each, each.to_go), given_action(each, each.to_go)
+    q, v = along(each, action_value), along(each, value)
+    total, to_go = weighted(each, everyone * returns), weighted(each, c * each.to_go)
+    score, scores = weighted(each, everyone)[None], each.u * c[..., None]
+    mean = (each.p * each.to_go).sum(axis=1, keepdims=True)
+    local = given_state(each, size * each.to_go) / given_state(each, size).clip(1e-300)
+    before = each.u.cumsum(axis=0)  # Z_t
+    paid = c * each.reward
+    peters = np.stack(
+        [
+            least_by_parameter(each, z * r[:, None], z[None])[0]
+            for z, r in zip(before, paid, strict=True)
+        ]
+    )
+    every_action = np.einsum("sa,sap,tsa->tsp", each.pi, each.scores, action_value)
 
-    The poor critic of the table says 0.3 of them too, while the value after a termination is 0 here
-    (its discount is), so a state that is absorbing without being terminal is what the numbers are of.
-    """
-    sure = np.where(np.arange(logits.shape[1]) == 0, 60.0, -60.0)
-    ends = np.unique(mdp.observation[mdp.terminal])
-    logits = np.where(np.isin(np.arange(len(logits)), ends)[:, None], sure, logits)
-    return mdp._replace(terminal=np.zeros_like(mdp.terminal)), logits
+    def minimal(g, functions):
+        return g - np.tensordot(least(each, g, functions), functions, axes=1)
+
+    def minimal_by_parameter(g, functions):
+        return g - (least_by_parameter(each, g, functions)[:, None] * functions).sum(axis=0)
+
+    found = {
+        "total b=0": total,
+        "total b=J": weighted(each, everyone * (returns - each.p @ returns)),
+        "total b=b* scalar": minimal(total, score),
+        "total b=b* per-parameter": minimal_by_parameter(total, score),
+        "rtg b=0": to_go,
+        "rtg b=J (constant)": weighted(each, c * (each.to_go - each.p @ returns)),
+        "rtg b=b* scalar": minimal(to_go, scores.sum(axis=0)[None]),
+        "rtg b_t=E[R_t]": weighted(each, c * (each.to_go - mean)),
+        "rtg b_t=b*_t": minimal(to_go, scores),
+        "rtg Peters-Schaal b_t^h": (before * (paid[..., None] - np.stack(peters)[:, None])).sum(
+            axis=0
+        ),
+        "rtg b*_t per-parameter": minimal_by_parameter(to_go, scores),
+        "rtg b_t(s)=V_t(s)": weighted(each, c * (each.to_go - v)),
+        "rtg b_t(s) local |u|^2-wtd": weighted(each, c * (each.to_go - along(each, local))),
+        "rtg b_t(s)=b*_t(s)": minimal(to_go, in_state(each, scores)),
+        "rtg V, no gamma^t weight": weighted(each, each.to_go - v),
+        "rtg b=0.7Q(s,a) (invalid)": weighted(each, c * (each.to_go - 0.7 * q)),
+        "exact Q - V": weighted(each, c * (q - v)),
+        "all-action": sum(
+            c[t] * every_action[t, each.s[t]] * each.alive[t][:, None] for t in range(mdp.horizon)
+        ),
+    }
+    for name, critic in (("exact V", v), ("Vhat=0.5V+0.3", along(each, 0.5 * value + 0.3))):
+        following = np.concatenate([critic[1:], 0 * critic[:1]])
+        error = np.where(each.alive, each.reward + gamma * following - critic, 0.0)
+        for lambda_ in (0.0, 0.5, 0.9, 0.95, 1.0):
+            found[f"GAE({lambda_}) {name}"] = weighted(each, c * ahead(error, gamma * lambda_))
+    if behaviour is None:
+        return [(each, found)]
+    other = listing(mdp, logits, gamma, behaviour)
+    acted = listing(mdp, behaviour, gamma)
+    rho, prefix = other.rho, other.rho.cumprod(axis=0)
+    value, action_value = given_state(acted, acted.to_go), given_action(acted, acted.to_go)
+    v, advantage = along(other, value), along(other, action_value) - along(other, value)
+    occupied, visited = (
+        np.stack([((x.s == s) * x.p).sum(axis=1) for s in range(len(mdp.initial))], axis=1)
+        for x in (each, other)
+    )
+    cut = ((advantage > 0) & (rho > 1.2)) | ((advantage < 0) & (rho < 0.8))
+    causal = ahead(other.reward, gamma * rho)  # weighed by the ratios after t
+    return [(each, found), (other, {
+        "IS total": weighted(other, everyone * prefix[-1] * other.to_go[0]),
+        "IS pdis": weighted(other, c * prefix * causal),
+        "IS first_order": weighted(other, c * prefix * other.to_go),
+        "IS step_ratio": weighted(other, c * rho * other.to_go),
+        "IS step_ratio b=V^beta": weighted(other, c * rho * (other.to_go - v)),
+        "IS note_literal": weighted(other, c * prefix * rho * causal),
+        "IS marginal": weighted(other, c * along(other, occupied / visited) * rho * other.to_go),
+        "surrogate exact A unclipped": weighted(other, c * rho * advantage),
+        "PPO-clip 0.2 exact A": weighted(other, c * np.where(cut, 0.0, rho) * advantage),
+    })]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "gamma"), CASES)
 def test_every_row_of_the_table(name, gamma):
+    """The recursions have the mean and the covariance of the estimates of all trajectories."""
     instance = {"A": instance_a, "T": instance_t}[name]()
-    found = rows(instance, gamma)
-    # Capping the weight of a whole trajectory is no recursion: tests/lab/test_enumeration.py.
-    known = {k: v for k, v in TRACES[name, gamma].items() if "capped" not in k}
-    biases = BIASES[name, gamma]
-    true = exact.gradient(instance.mdp, instance.logits, gamma)
-    for row, trace in known.items():
-        np.testing.assert_allclose(found[row].trace, trace, rtol=1e-11, err_msg=row)
-        bias = np.linalg.norm(found[row].mean - true)
-        np.testing.assert_allclose(bias, biases.get(row, 0.0), rtol=1e-8, atol=1e-12, err_msg=row)
-        np.testing.assert_allclose(found[row].covariance, found[row].covariance.T, atol=1e-12)
-    assert set(found) == set(known)
+    found, seen = rows(instance, gamma), set()
+    for each, estimates in written_out(instance, gamma):
+        for row, estimate in estimates.items():
+            mean, covariance = moments(each, estimate)
+            np.testing.assert_allclose(found[row].mean, mean, atol=1e-11, err_msg=row)
+            np.testing.assert_allclose(found[row].covariance, covariance, atol=1e-9, err_msg=row)
+        seen |= set(estimates)
+    assert seen == set(found)
 
 
 def test_the_marginal_form_has_the_mean_of_the_first_order_form():
