@@ -31,7 +31,7 @@ class Scores(NamedTuple):
     """The weighted scores g_t of every trajectory, without ever holding them."""
 
     step: Array  # [T, B] their weights
-    inner: Callable[[Array], Array]  # psi [T, B] -> <g_t, sum_k psi_k g_k> [T, B]
+    inner: Callable[[Array], Array]  # psi [T, B] -> g_t . sum_k psi_k g_k [T, B]
 
 
 Baseline = Callable[[Array, Scores, Trajectory, Hyperparams], Array]
@@ -152,7 +152,7 @@ def _regularised(baseline, psi, scores, trajectory, hyperparams):
 def optimal_constant(
     psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
-    """b_i estimates b* = E<sum_t g_t psi_t, sum_t g_t> / E|sum_t g_t|^2 from the other trajectories.
+    """b_i estimates b* = E[sum_t g_t psi_t . sum_t g_t] / E|sum_t g_t|^2 from the other trajectories.
 
     For the total return this is E[|U|^2 R] / E[|U|^2] (Weaver and Tao, 2001; Greensmith et al., 2004).
     Leave-one-out, so unbiased; the minimum of the trace over constants as N grows.
@@ -169,10 +169,10 @@ def optimal_constant(
 def optimal_per_time(
     psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
-    """b_{t,i} estimates b*_t = E<G, g_t> / E|g_t|^2 from the other trajectories, G = sum_k g_k psi_k.
+    """b_{t,i} estimates b*_t = E[G . g_t] / E|g_t|^2 from the other trajectories, G = sum_k g_k psi_k.
 
     The scores of different steps are orthogonal in expectation, so the optimum decouples over t, and
-    E|g_t|^2 = E<g_t, sum_k g_k> needs no norm of a single step. Leave-one-out, so unbiased; noisy for
+    E|g_t|^2 = E[g_t . sum_k g_k] needs no norm of a single step. Leave-one-out, so unbiased; noisy for
     few trajectories. Raises ValueError when N < 2.
     """
     del trajectory, hyperparams

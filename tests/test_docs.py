@@ -1,0 +1,44 @@
+"""The API reference builds, and nothing of a docstring is lost between angle brackets."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# What Markdown and pdoc put out.
+TAGS = re.compile(
+    r"a|br|code|div|em|h[1-6]|input|label|li|main|ol|p|pre|section|span|strong|t(able|body|d|h|head|r)|ul|wbr"
+)
+
+
+def text(page):
+    """The body of a page, without code."""
+    body = page.read_text().partition("<main")[2].partition("</main>")[0]
+    return re.sub(r"<pre.*?</pre>", "", body, flags=re.DOTALL)
+
+
+def lost(body):
+    """Names in angle brackets, which a browser does not show."""
+    return {name for name in re.findall(r"<(\w+)", body) if not TAGS.fullmatch(name)}
+
+
+def test_the_reference_builds_and_shows_all(tmp_path):
+    pytest.importorskip("pdoc", reason="pdoc builds the reference; install the test extra")
+    command = [sys.executable, "-W", "error", str(ROOT / "scripts/docs.py"), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    pages = {page.stem: text(page) for page in tmp_path.rglob("*.html") if page.stem != "index"}
+    assert {"jaxpg", "envs", "estimators", "lab", "exact", "training", "types"} <= set(pages)
+    assert {name: lost(body) for name, body in pages.items() if lost(body)} == {}
+    assert "nabla" in pages["jaxpg"] and "How to choose" in pages["jaxpg"]
+    assert "0 where terminated, else 1" in pages["types"], "the comment beside a field"
+    assert "discount per step" in pages["types"], "what a hyperparameter is"
+
+
+def test_what_a_browser_would_hide_is_seen():
+    assert lost("<p>b = E<sum_t g_t, G></p>") == {"sum_t"}
