@@ -21,6 +21,7 @@ from jaxpg.rollout import evaluate
 from jaxpg.runs.config.presets import preset
 from jaxpg.runs.host import health
 from jaxpg.runs.host.interrupt import Interrupted
+from jaxpg.runs.store import artifacts
 from jaxpg.runs.sweep import figures, ranking, sweep
 from jaxpg.runs.sweep.search import (
     Options,
@@ -403,7 +404,7 @@ def swept(returns, areas, diverged):
     return config, search, found
 
 
-def test_a_sweep_with_ties_and_divergence(tmp_path):
+def test_a_sweep_with_ties_and_divergence(tmp_path, monkeypatch):
     nan, costs = np.nan, ranking.Costs(0, 0.0, 0.0, 1, None)
     config, search, found = swept([500, 500, nan, 9], [300, 400, nan, 500], [0, 0, 7, 0])
     assert ranking.order(found).tolist() == [1, 0, 3, 2]
@@ -416,6 +417,15 @@ def test_a_sweep_with_ties_and_divergence(tmp_path):
     assert table["area"][:3] == [400, 300, 500] and table["diverged"] == [0, 0, 0, 1]
     best, *_, last = json.loads((tmp_path / "sweep.json").read_text())["points"]
     assert (best["area"], best["tied"], best["rank"], last["rank"]) == (400, 1, 1, None)
+    # The picture marks the same one, and says that others tie with it.
+    drawn = []
+    monkeypatch.setattr(artifacts, "write_figure", lambda folder, draw, name: drawn.append(draw))
+    ranking.draw(tmp_path, config, search, found)
+    figure = Figure()
+    drawn[0](figure)
+    (ring,) = [x for x in figure.axes[0].lines if x.get_markerfacecolor() == "none"]
+    assert (ring.get_xdata()[0], ring.get_ydata()[0]) == (pytest.approx(0.2), 500)
+    assert "ring: best of 2 that tie, by area" in " ".join(x.get_text() for x in figure.texts)
     # Even where nothing else trained so long, or earned anything, what diverged is not best.
     config, search, found = swept([nan, nan], [nan, nan], [1, 2])
     assert not any("best" in line for line in ranking.report(config, search, found, costs))
@@ -473,11 +483,8 @@ def test_a_grid_of_two_is_a_heat_map():
     estimates = np.stack([values, values - 1, values + 1])
     whole = np.array([True] * 5 + [False])
     figure = Figure()
-    figures.draw(
-        figure,
-        figures.Points({"learning_rate": rates, "gamma": gammas}, estimates, whole, True),
-        "",
-    )
+    numbers = {"learning_rate": rates, "gamma": gammas}
+    figures.draw(figure, figures.Points(numbers, estimates, whole, True, best=3), "")
     axis = figure.axes[0]
     cells = {text.get_position(): text for text in axis.texts}
     assert {at: text.get_text() for at, text in cells.items()} == {

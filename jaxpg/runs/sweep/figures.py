@@ -17,6 +17,7 @@ class Points(NamedTuple):
     whole: np.ndarray  # [P] bool: trained to the end, not dropped before
     gridded: bool
     diverged: np.ndarray | bool = False  # [P] bool: every seed did
+    best: int | None = None  # the one that is ranked first, also of several that tie
 
 
 def draw(figure, points: Points, title: str) -> None:
@@ -41,7 +42,15 @@ def draw(figure, points: Points, title: str) -> None:
         said += "; open: not trained to the end"
     if np.any(points.diverged):
         said += "; cross: diverged"
-    caption(figure, said)
+    caption(figure, said + _best(points, "ring"))
+
+
+def _best(points, mark) -> str:
+    """What the caption says of the best."""
+    if points.best is None:
+        return ""
+    tied = int((points.whole & (points.estimates[0] == points.estimates[0, points.best])).sum())
+    return f"; {mark}: best" + f" of {tied} that tie, by area" * (tied > 1)
 
 
 def words(name: str) -> str:
@@ -62,6 +71,9 @@ def _panel(axis, points, name):
     if len(points.numbers) == 1 and points.gridded:
         order = np.argsort(at)
         axis.plot(at[order], value[order], color=COLOURS[0], linewidth=1.0, zorder=1)
+    if points.best is not None:
+        best = at[points.best], value[points.best]
+        axis.plot(*best, "o", color=COLOURS[1], markersize=11, markerfacecolor="none")
     lost = at[np.broadcast_to(points.diverged, at.shape)]
     axis.plot(lost, np.zeros(len(lost)), "x", color=COLOURS[1], transform=axis.get_xaxis_transform(),
               clip_on=False)  # fmt: skip
@@ -82,7 +94,8 @@ def _heat_map(figure, points, title):
     axis.grid(False)
     image = axis.imshow(values, cmap="Greys_r", aspect="auto", origin="lower")
     if values.size <= MOST_CELLS:
-        _write_cells(axis, values, whole, lost, image.norm)
+        best = None if points.best is None else (at[0][points.best], at[1][points.best])
+        _write_cells(axis, values, whole, lost, best, image.norm)
     axis.set_xticks(range(len(xs)), [f"{v:.3g}" for v in xs])
     axis.set_yticks(range(len(ys)), [f"{v:.4g}" for v in ys])
     if np.isfinite(values).any():
@@ -91,19 +104,16 @@ def _heat_map(figure, points, title):
     said = "interquartile mean over seeds"
     if not points.whole.all():
         said += "; in brackets: not trained to the end"
-    caption(figure, said)
+    caption(figure, said + _best(points, "bold") * (values.size <= MOST_CELLS))
 
 
-def _write_cells(axis, values, whole, lost, norm):
+def _write_cells(axis, values, whole, lost, best, norm):
     for row, column in np.argwhere(lost):
         axis.text(column, row, "diverged", ha="center", va="center", fontsize=7, color=COLOURS[1])
     if not np.isfinite(values).any():
         return
     low, high = np.nanmin(values), np.nanmax(values)
     digits = 0 if high - low > 20 else 1 if high - low > 2 else 2
-    finished = whole & np.isfinite(values)
-    ranked = np.where(finished.any() & ~finished, np.nan, values)
-    best = ranked == np.nanmax(ranked)  # all that tie
     for (row, column), value in np.ndenumerate(values):
         if np.isnan(value):
             continue
@@ -112,7 +122,7 @@ def _write_cells(axis, values, whole, lost, norm):
         axis.text(
             column, row, text, ha="center", va="center", fontsize=8,
             color="black" if norm(value) > 0.5 else "white",
-            fontweight="bold" if best[row, column] else "normal",
+            fontweight="bold" if (row, column) == best else "normal",
         )  # fmt: skip
 
 

@@ -220,12 +220,14 @@ def write(
 
 def draw(folder: Path, config: Config, search: Search, outcomes: Outcomes) -> None:
     """figures/response; where it cannot be drawn, a line says why."""
+    estimates, first = _estimates(outcomes), order(outcomes)[:1]
     numbers = figures.Points(
         {n: [getattr(p, n) for p in search.points] for n in search.swept},
-        _estimates(outcomes),
+        estimates,
         outcomes.updates == config.updates,
         search.options.random is None,
         np.all(outcomes.diverged, axis=1),
+        *(int(i) for i in first if np.isfinite(estimates[0, i])),
     )
     title = f"{config.environment}, {config.algorithm}"
     artifacts.write_figure(
