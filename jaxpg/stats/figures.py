@@ -73,7 +73,7 @@ def bounds(axis, x, estimate: Estimate, index: int, across: bool = False) -> Non
     open_ = high == np.inf
     for foot, some, text, size in (
         (low, open_ & np.isnan(measured) & np.isfinite(low), BOUND, 14),
-        (measured, open_ & np.isfinite(measured), ENDLESS, 24),  # longer than its marker
+        (measured, open_ & np.isfinite(measured), ENDLESS, 18),  # longer than its marker
     ):
         if not some.any():
             continue
