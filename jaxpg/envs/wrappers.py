@@ -1,13 +1,6 @@
 """Wrappers: an environment in, an environment out. Time limits keep terminated and truncated apart.
 
 Each also says how an actor of its environment acts in the one inside: a policy takes its wrappers with it.
-
->>> env = jaxpg.envs.from_gymnax("CartPole-v1")
->>> hidden = history(mask_observation(env, (0, 2)), 3)
->>> hidden.observation.shape, repeat_action(env, 4).horizon
-((12,), 125)
->>> unwrapped(hidden, Actor(lambda lanes: (), None))[0] is env
-True
 """
 
 from collections.abc import Sequence
@@ -22,7 +15,12 @@ from jaxpg.envs.spaces import Box, check_space, clip, encode, encoded_size
 
 
 def unwrapped(env: Env, actor: Actor) -> tuple[Env, Actor]:
-    """The environment inside all wrappers, and an actor that does there what this one does outside."""
+    """The environment inside all wrappers, and an actor that does there what this one does outside.
+
+    >>> env = jaxpg.envs.from_gymnax("CartPole-v1")
+    >>> unwrapped(history(env, 2), Actor(lambda num_lanes: (), None))[0] is env
+    True
+    """
     while env.wraps:
         env, inside = env.wraps
         actor = inside(actor)
@@ -33,6 +31,9 @@ def mask_observation(env: Env, keep: Sequence[int]) -> Env:
     """Only these entries of the observation, in this order; hiding velocities makes CartPole non-Markov.
 
     Raises ValueError for observations that are no vector, and for entries that are not there.
+
+    >>> mask_observation(jaxpg.envs.from_gymnax("CartPole-v1"), (0, 2)).observation.shape
+    (2,)
     """
     space = env.observation
     check_space("Env.observation", space)
@@ -70,6 +71,9 @@ def history(env: Env, k: int) -> Env:
     Zeros before the episode. Observations are flattened; what is discrete is one-hot; Box actions are as the
     environment takes them, clipped. If k steps determine the state, this is Markov. A recurrent network
     needs history(env, 1) to see its last action. Raises ValueError when k < 1.
+
+    >>> history(jaxpg.envs.from_gymnax("CartPole-v1"), 3).observation.shape
+    (18,)
     """
     _at_least_one("history", k)
     taken, seen = env.action, env.observation
@@ -123,6 +127,9 @@ def repeat_action(env: Env, k: int) -> Env:
 
     Random actions then add up instead of cancelling, which reaches goals that single random steps
     do not. gamma discounts decisions, not single steps. Raises ValueError when k < 1.
+
+    >>> repeat_action(jaxpg.envs.from_gymnax("CartPole-v1"), 4).horizon
+    125
     """
     _at_least_one("repeat", k)
 

@@ -129,6 +129,9 @@ def replay(data: Data, num_batches: int) -> Data:
     """The last `num_batches` batches of `data`, weighed by the importance slot; one is `data` itself.
 
     Raises ValueError for data that no policy gathers, and for less than one batch.
+
+    >>> replay(stream, 4).name, replay(stream, 4).num_batches
+    ('replay(stream, 4)', 4)
     """
     data = data.inner or data
     if num_batches < 1:
