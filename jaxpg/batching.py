@@ -13,9 +13,14 @@ import jax
 SIDE_BY_SIDE = 4
 
 
-def divisor(total: int, wanted: int) -> int:
-    """The largest divisor up to the wanted size; the whole where there is none of a fair size."""
-    size = next(n for n in range(min(wanted, total), 0, -1) if total % n == 0)
+def divisor(total: int, most: int) -> int:
+    """The largest divisor of total that is at most `most`."""
+    return next(n for n in range(min(most, total), 0, -1) if total % n == 0)
+
+
+def fair_divisor(total: int, wanted: int) -> int:
+    """The largest divisor up to the wanted size; the whole where all are under a quarter of it."""
+    size = divisor(total, wanted)
     return size if 4 * size >= min(wanted, total) else total
 
 
@@ -89,8 +94,7 @@ def in_groups(function: Callable, most: int | None = None) -> Callable:
 
 def group_size(total: int, most: int | None = None) -> int:
     """How many of the replicas of one device `in_groups` improves together."""
-    limit = most or _side_by_side(total)
-    return max(n for n in range(1, limit + 1) if total % n == 0)
+    return divisor(total, most or _side_by_side(total))
 
 
 def _side_by_side(total: int) -> int:

@@ -100,7 +100,7 @@ def laboratory(repeats: int, quick: bool) -> list[Row]:
     from jaxpg import Hyperparams
     from jaxpg.envs import from_gymnax, from_mdp
     from jaxpg.estimators import Estimator, credit, importance
-    from jaxpg.lab import gradient_samples, gradient_statistics
+    from jaxpg.lab import Source, gradient_samples, gradient_statistics
     from jaxpg.lab.worlds.world import world
     from jaxpg.policies import mlp
 
@@ -117,7 +117,7 @@ def laboratory(repeats: int, quick: bool) -> list[Row]:
     for name, (estimator, behaviour) in estimators.items():
         run = jax.jit(
             lambda key, estimator=estimator, behaviour=behaviour: gradient_samples(
-                env, a.policy, estimator, a.params, key, num, hyperparams, behaviour
+                Source(env, a.policy, estimator, a.params, key, hyperparams, behaviour), num
             )
         )
         row = _timed(run, repeats)
@@ -127,7 +127,7 @@ def laboratory(repeats: int, quick: bool) -> list[Row]:
     params = policy.init(jax.random.key(0))
     started = time.perf_counter()
     found = gradient_statistics(
-        env, policy, Estimator(), params, jax.random.key(1), num, hyperparams
+        Source(env, policy, Estimator(), params, jax.random.key(1), hyperparams), num
     )
     assert np.isfinite(found.trace.value)
     rows.append(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxpg import Hyperparams, episodes
-from jaxpg.batching import divisor
+from jaxpg.batching import fair_divisor
 from jaxpg.envs import from_gymnax
 from jaxpg.estimators import Estimator, assess, baselines, credit, surrogates
 from jaxpg.estimators.estimator import Batch
@@ -98,7 +98,7 @@ def test_reductions_that_are_no_sums_stay_whole(x64):
     [(500 * 64, 512, 500), (720, 60, 60), (7919, 512, 7919), (5, 10, 5)],
 )
 def test_blocks_aredivisors_of_a_fair_size(total, wanted, size):
-    assert divisor(total, wanted) == size
+    assert fair_divisor(total, wanted) == size
 
 
 @pytest.mark.parametrize(("layout", "parts"), [("steps", 16), ("lanes", 5)])

@@ -1,6 +1,6 @@
 """What is masked reaches no number: worlds whose physics breaks down where an episode ends."""
 
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import pytest
 from jaxpg import Hyperparams, make_trainer, train
 from jaxpg.envs import Box, Discrete, Env
 from jaxpg.estimators import Estimator, baselines, credit, masked, surrogates
-from jaxpg.lab import gradient_samples
+from jaxpg.lab import Source, gradient_samples
 from jaxpg.optimizers import adam
 from jaxpg.policies import actor_critic, init_params
 from jaxpg.rollout import episodes
@@ -97,8 +97,8 @@ def test_gradients_of_trajectories():
         env = breaking(after_death)
         policy = actor_critic(env, hidden=(4,)).policy
         params = policy.init(jax.random.key(0))
-        sampled = partial(gradient_samples, env, policy, estimator)
-        rows.append(jax.jit(lambda p, f=sampled: f(p, jax.random.key(1), 8, Hyperparams()))(params))
+        source = Source(env, policy, estimator, params, jax.random.key(1), Hyperparams())
+        rows.append(jax.jit(lambda source=source: gradient_samples(source, 8))())
     assert np.isfinite(rows[0]).all() and np.array_equal(*rows)
 
 

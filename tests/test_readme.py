@@ -8,7 +8,7 @@ SMALLER = {
     "num_updates=50": "num_updates=1",
     "jax.random.key(0), 64)": "jax.random.key(0), 2)",
     "jnp.linspace(0.2, 2.0, 64)": "jnp.linspace(0.2, 2.0, 2)",
-    "jax.random.key(1), 1000": "jax.random.key(1), 64",
+    "(source, 1000)": "(source, 64)",
 }
 
 

@@ -8,7 +8,7 @@ from jaxpg import Hyperparams, make_trainer, train
 from jaxpg.devices import compiler_options
 from jaxpg.envs import Box, Discrete, Env, from_gymnax, from_mdp, repeat_action
 from jaxpg.estimators import Estimator
-from jaxpg.lab import gradient_samples
+from jaxpg.lab import Source, gradient_samples
 from jaxpg.policies import Agent, Categorical, Network, actor_critic, gru, init_params, mlp
 from jaxpg.rollout import episodes, episodic, evaluate, init_stream, unroll
 from jaxpg.rollout.episodic import BLOCK
@@ -323,7 +323,7 @@ def test_both_kinds_of_key_give_the_same_numbers(monkeypatch):
             "evaluate": evaluate(env, agent, params, key, 3),
             "train": train(trainer, trainer.init(key), Hyperparams(), num_updates=2),
             "imitate": imitate(env, agent.policy, shown, key, 1),
-            "samples": gradient_samples(env, *policy, 3, Hyperparams()),
+            "samples": gradient_samples(Source(env, *policy, Hyperparams()), 3),
         }
         state, metrics = found["train"]
         found["train"] = state._replace(key=jax.random.key_data(state.key)), metrics

@@ -18,6 +18,7 @@ sums are the g_i. It returns the corrected g_i, [B, P].
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -37,6 +38,7 @@ def optimal_per_parameter(
     For the total return b_k = E[U_k^2 R] / E[U_k^2] (Williams, 1992; Greensmith et al., 2004).
     Leave-one-out, so unbiased; 0 where a parameter has no score. Raises ValueError for B < 2.
     """
+    chex.assert_equal_shape([coefficient, trajectory.mask])
     del hyperparams
     _check_others(coefficient)
     gradient = scores_of(coefficient)
@@ -56,6 +58,7 @@ def peters_schaal(
     Schaal, 2008), leave-one-out. Replaces the credit: the plain gradient is reward-to-go from the start.
     Costs T backward passes. Raises ValueError for B < 2.
     """
+    chex.assert_equal_shape([coefficient, trajectory.mask, trajectory.reward])
     _check_others(coefficient)
     reward = jnp.where(trajectory.mask, trajectory.reward, 0.0)
     time = jnp.arange(reward.shape[0], dtype=reward.dtype)

@@ -14,7 +14,6 @@ coefficients c of the importance slot, all 1 on-policy.
 
 from collections.abc import Callable
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -63,7 +62,6 @@ def unit(trace: Array, trajectory: Trajectory, hyperparams: Hyperparams) -> Arra
 
 
 def _return(trace: Array, trajectory: Trajectory, gamma, lambda_) -> Array:
-    chex.assert_equal_shape([trace, trajectory.reward, trajectory.value])
     # Nothing follows a terminated step: what a critic says of its successor may be NaN.
     following = jnp.where(trajectory.discount > 0.0, trajectory.next_value, 0.0)
     delta = trajectory.reward + gamma * trajectory.discount * following

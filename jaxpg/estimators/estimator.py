@@ -19,6 +19,7 @@
 from functools import partial
 from typing import NamedTuple, cast
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
@@ -66,6 +67,7 @@ def assess(
     log_prob: [T, B] under the policy to improve (trajectory.log_prob itself when on-policy).
     policy, params: only read by the baselines that weigh by scores; lanes must be whole episodes then.
     """
+    check_lanes(trajectory, log_prob)
     log_ratio = jnp.where(trajectory.mask, log_prob - trajectory.log_prob, 0.0)
     weights = estimator.importance(log_ratio, trajectory, hyperparams)
     psi = estimator.credit(weights.trace, trajectory, hyperparams)
@@ -84,12 +86,19 @@ def masked(trajectory: Trajectory) -> Trajectory:
 
     A NaN that is masked after a product poisons the gradient all the same, because 0 x NaN is NaN.
     """
+    check_lanes(trajectory)
 
     def kept(x):
         mask = trajectory.mask.reshape(trajectory.mask.shape + (1,) * (x.ndim - 2))
         return jnp.where(mask, x, jnp.zeros_like(x))
 
     return jax.tree.map(kept, trajectory)
+
+
+def check_lanes(trajectory: Trajectory, *others: Array) -> None:
+    """Raises AssertionError unless every field begins with the mask's [T, B], and the others are [T, B]."""
+    chex.assert_tree_shape_prefix(trajectory, trajectory.mask.shape)
+    chex.assert_equal_shape([trajectory.mask, *others])
 
 
 def rescaled(estimator: Estimator, batch: Batch) -> tuple[Estimator, Batch]:
@@ -133,6 +142,7 @@ def coefficients(
     estimator: Estimator, log_prob: Array, batch: Batch, hyperparams: Hyperparams
 ) -> Array:
     """w = B d reduce / d log pi(a|s) [T, B]: the objective's gradient is mean_i sum_t w_{t,i} u_{t,i}."""
+    check_lanes(batch.trajectory, log_prob, batch.advantage)
     estimator, batch = rescaled(estimator, batch)
     mask = batch.trajectory.mask
 
@@ -145,6 +155,7 @@ def coefficients(
 
 def lane_gradients(policy: Network, params: Params, trajectory: Trajectory, weight: Array) -> Array:
     """sum_t weight_{t,i} grad log pi(a_{t,i}|s_{t,i}) for each episode i, flattened: [B, P]."""
+    check_lanes(trajectory, weight)
 
     def of_one(lane, weight):
         _, pull = jax.vjp(lambda theta: _lane_log_probs(policy, theta, lane), params)

@@ -175,7 +175,7 @@ def mixture(log_probs: Array, mask: Array, counts: Sequence[int] | None = None) 
     that never does what another did costs nothing, where 1/beta_k would be infinite (Veach and Guibas,
     1995; Levine and Koltun, 2013). Unbiased when behaviour k gathered a share c_k of the episodes.
     """
-    chex.assert_equal_shape_suffix([log_probs, mask[None]], 2)
+    chex.assert_equal_shape([*log_probs, mask])
     so_far = jnp.cumsum(jnp.where(mask[None], log_probs, 0.0), axis=1)
     counts = counts or [1] * log_probs.shape[0]
     shares = jnp.array([count / sum(counts) for count in counts], log_probs.dtype)

@@ -10,7 +10,9 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxpg.types import Array
+import chex
+
+from jaxpg.types import Array, Trajectory
 
 # (advantage, resolution, mask), each [T, B] -> advantage in units of the batch
 Rescale = Callable[[Array, Array, Array], Array]
@@ -34,7 +36,7 @@ UNKNOWN = Facts(couples=True)
 
 
 class Slot(NamedTuple):
-    """A slot value: call it like the function that it wraps."""
+    """A slot value: call it like the function that it wraps. Its arrays are all [T, B]."""
 
     function: Callable
     name: str
@@ -42,6 +44,8 @@ class Slot(NamedTuple):
     facts: Facts = Facts()
 
     def __call__(self, *inputs: Any) -> Any:
+        lanes = [x.mask if isinstance(x, Trajectory) else x for x in inputs]
+        chex.assert_equal_shape([x for x in lanes if hasattr(x, "shape")])
         return self.function(*self.arguments, *inputs)
 
     @property

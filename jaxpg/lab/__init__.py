@@ -16,7 +16,7 @@ True
 
 from jaxpg.lab import exact
 from jaxpg.lab.exact import enumeration
-from jaxpg.lab.measure.samples import gradient_samples
+from jaxpg.lab.measure.samples import Source, gradient_samples
 from jaxpg.lab.measure.statistics import GradientStatistics, gradient_statistics
 from jaxpg.lab.measure.traces import gradient_trace
 from jaxpg.stats.moments import Estimate
@@ -24,6 +24,7 @@ from jaxpg.stats.moments import Estimate
 __all__ = [
     "Estimate",
     "GradientStatistics",
+    "Source",
     "enumeration",
     "exact",
     "gradient_samples",

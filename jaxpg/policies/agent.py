@@ -13,6 +13,7 @@
 
 from typing import NamedTuple
 
+import chex
 import jax
 
 from jaxpg.envs import Box, Discrete, Env
@@ -55,6 +56,7 @@ def initial_carry(agent: Agent, num_lanes: int) -> AgentCarry:
 
 def observed(agent: Agent, params: AgentParams, trajectory: Trajectory) -> AgentParams:
     """After an update: networks that keep statistics of observations take in the trajectory's."""
+    chex.assert_tree_shape_prefix(trajectory, trajectory.mask.shape)
 
     def after(network, params):
         if network is None or network.observe is None:

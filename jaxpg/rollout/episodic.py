@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpg.batching import any_replica, divisor
+from jaxpg.batching import any_replica, fair_divisor
 from jaxpg.envs import Env
 from jaxpg.policies import Agent, AgentParams, initial_carry
 from jaxpg.rollout.stepping import (
@@ -97,14 +97,14 @@ def episodes_again(
 
 def lanes_at_once(num_episodes: int) -> int:
     """How many episodes run as one program: whole groups, and a divisor of them all."""
-    size = divisor(num_episodes, GROUP)
+    size = fair_divisor(num_episodes, GROUP)
     groups = GROUPS_AT_ONCE.get(jax.default_backend(), OTHER_GROUPS_AT_ONCE)
-    return size * divisor(num_episodes // size, groups)
+    return size * fair_divisor(num_episodes // size, groups)
 
 
 def _part(env, agent, params, key, index, num_episodes, num_steps):
     run = partial(_episodes, env, agent, params, num_steps=num_steps)
-    size, lanes = divisor(num_episodes, GROUP), lanes_at_once(num_episodes)
+    size, lanes = fair_divisor(num_episodes, GROUP), lanes_at_once(num_episodes)
     if size == num_episodes:
         return run(key, size)
     first = index * (lanes // size)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpg.batching import any_replica
+from jaxpg.batching import any_replica, divisor
 from jaxpg.envs import Env, check_env
 from jaxpg.policies import Agent, AgentCarry, AgentParams, Network, initial_carry
 from jaxpg.rollout.stepping import (
@@ -138,7 +138,7 @@ def _values(critic: Network, params: Params, trajectory: Trajectory) -> Array:
     """The values [T, B] of a critic without memory, a few rows at a time."""
     num_steps, num_envs = trajectory.mask.shape
     wanted = max(ROWS_AT_ONCE.get(jax.default_backend(), num_steps * num_envs) // num_envs, 1)
-    rows = next(n for n in range(min(wanted, num_steps), 0, -1) if num_steps % n == 0)
+    rows = divisor(num_steps, wanted)
 
     def judge(block):
         return critic.apply(params, (), *block)[1]

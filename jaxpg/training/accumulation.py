@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpg.batching import any_replica, divisor
-from jaxpg.estimators import Estimator, facts_of, objective, rescaled
+from jaxpg.batching import any_replica, fair_divisor
+from jaxpg.estimators import Estimator, check_lanes, facts_of, objective, rescaled
 from jaxpg.estimators.estimator import Batch
 from jaxpg.policies import Network
 from jaxpg.rollout import lanes_at_once
@@ -37,6 +37,7 @@ def gradient_of(
     block of about `block` steps (by default by backend), up to the last in which an episode still runs.
     recall: index -> the index-th `lanes_at_once` lanes of the trajectory, where they were not kept.
     """
+    check_lanes(batch.trajectory, batch.advantage)
     # Over the whole batch, before it is cut.
     estimator, batch = rescaled(estimator, batch)
     mask = batch.trajectory.mask
@@ -74,6 +75,7 @@ def critic_gradient(
     As far as value_clip_eps allows, the larger of the errors of the value and of the value held near the
     old one counts (the code of Schulman et al., 2017). In parts like gradient_of.
     """
+    check_lanes(batch.trajectory, batch.target)
     mask = batch.trajectory.mask
     count = jnp.maximum(mask.sum(), 1)
 
@@ -98,7 +100,7 @@ def _recalled(recall, index, cut):
 
 def _block_size(total: int, block: int | None) -> int:
     """Steps in a block, by default by backend."""
-    return divisor(total, block or BLOCK.get(jax.default_backend(), OTHER_BLOCK))
+    return fair_divisor(total, block or BLOCK.get(jax.default_backend(), OTHER_BLOCK))
 
 
 def _cuts(mask: Array, carry: Carry, block: int | None, recall: Any) -> bool:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxpg import rollout
 from jaxpg.envs import Env
-from jaxpg.estimators import Estimator, importance, masked
+from jaxpg.estimators import Estimator, check_lanes, importance, masked
 from jaxpg.estimators.estimator import Batch
 from jaxpg.estimators.importance import Importance
 from jaxpg.policies import Agent, AgentCarry, AgentParams, Network, initial_carry
@@ -299,6 +299,8 @@ def joined(
     2013). behaviour: parameters of the policy network that stand for beta on the policy's own episodes;
     on the demonstrations beta is their log_prob, or the same network where that is NaN.
     """
+    check_lanes(own)
+    check_lanes(demonstrations)
     num_steps = own.mask.shape[0]
     if demonstrations.mask.shape[0] > num_steps:
         raise ValueError(
@@ -347,6 +349,7 @@ def share_of_demonstrations(gathered: Gathered, num_own: int) -> Metrics:
 
 def log_prob_of(policy: Network, params: Params, carry: Carry, trajectory: Trajectory) -> Array:
     """log pi(a_t|s_t) [T, B] of a policy; the trajectory's own where masked."""
+    check_lanes(trajectory)
     _, distribution = policy.apply(params, carry, trajectory.obs, trajectory.first)
     log_prob = distribution.log_prob(trajectory.action)
     return jnp.where(trajectory.mask, log_prob, trajectory.log_prob)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 
 from jaxpg.envs import Env
+from jaxpg.estimators import check_lanes
 from jaxpg.policies import Agent, Network
 from jaxpg.training.algorithm import Algorithm, algorithm
 from jaxpg.training.data import mixture
@@ -19,6 +20,7 @@ def imitate(
     env: Env, policy: Network, demonstrations: Trajectory, key: Key, num_updates: int
 ) -> Params:
     """Parameters of a fresh policy after num_updates Adam steps up the demonstrations' likelihood."""
+    check_lanes(demonstrations)
     row = algorithm("behaviour_cloning")
     trainer = make_trainer(env, Agent(policy), row, num_envs=1)
     state, _ = train(trainer, trainer.init(key), NUMBERS, demonstrations, num_updates=num_updates)

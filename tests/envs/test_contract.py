@@ -20,7 +20,7 @@ from jaxpg.envs import (
     from_lqr,
     from_mdp,
 )
-from jaxpg.lab import gradient_samples
+from jaxpg.lab import Source, gradient_samples
 from jaxpg.policies import Agent, actor_critic, init_params, mlp
 from jaxpg.rollout import init_stream
 from jaxpg.training.algorithm import algorithm
@@ -222,13 +222,15 @@ def test_a_wrong_field_is_one_line_wherever_an_environment_enters(name):
         lambda: evaluate(env, agent, params, key, 2),
         lambda: init_stream(env, agent, key, 2),
         lambda: gradient_samples(
-            env,
-            agent.policy,
-            algorithm("reinforce").estimator,
-            params.policy,
-            key,
+            Source(
+                env,
+                agent.policy,
+                algorithm("reinforce").estimator,
+                params.policy,
+                key,
+                Hyperparams(),
+            ),
             2,
-            Hyperparams(),
         ),
     ):
         with pytest.raises(ValueError, match=message) as error:

@@ -6,7 +6,7 @@ import pytest
 
 from jaxpg.envs import Lqr, from_gymnax
 from jaxpg.estimators import Estimator, baselines, credit, importance
-from jaxpg.lab import gradient_samples, gradient_statistics
+from jaxpg.lab import Source, gradient_samples, gradient_statistics
 from jaxpg.lab.exact import lqr
 from jaxpg.lab.studies import critical, regulated
 from jaxpg.lab.studies.estimators import form, true_gradient
@@ -39,9 +39,12 @@ def test_gradient_and_hessian_are_derivatives():
     slope = [(j(THREE + e) - j(THREE - e)) / (2 * h) for e in rows]
     np.testing.assert_allclose(lqr.gradient(Lqr(), THREE, GAMMA), slope, rtol=1e-6)
     bend = [
-        [(j(THREE + e + f) - j(THREE + e - f) - j(THREE - e + f) + j(THREE - e - f)) / (4 * h**2)
-         for f in rows] for e in rows
-    ]  # fmt: skip
+        [
+            (j(THREE + e + f) - j(THREE + e - f) - j(THREE - e + f) + j(THREE - e - f)) / (4 * h**2)
+            for f in rows
+        ]
+        for e in rows
+    ]
     np.testing.assert_allclose(lqr.hessian(Lqr(), THREE, GAMMA), bend, rtol=1e-4, atol=1e-5)
 
 
@@ -77,9 +80,18 @@ def test_sampled_gradients_agree_with_the_exact_moments(name):
     known = each.exact()
     assert known.trace == pytest.approx(KNOWN[name], rel=1e-7)  # the parameters are in float32
     found = gradient_statistics(
-        PUBLIC.env, PUBLIC.policy, each.estimator, PUBLIC.params, jax.random.key(5), 2**19,
-        each.hyperparams, critic=each.critic, critic_params=each.critic_params,
-    )  # fmt: skip
+        Source(
+            PUBLIC.env,
+            PUBLIC.policy,
+            each.estimator,
+            PUBLIC.params,
+            jax.random.key(5),
+            each.hyperparams,
+            critic=each.critic,
+            critic_params=each.critic_params,
+        ),
+        2**19,
+    )
     np.testing.assert_allclose(known.mean, (-2.50209729, -0.91037696), rtol=1e-6)
     error = np.sqrt(np.diag(known.covariance) / 2**19)
     assert (np.abs(found.mean - known.mean) < 5 * error).all()
@@ -92,10 +104,18 @@ def test_sampled_gradients_agree_with_the_exact_moments(name):
 def test_dropping_the_discount_of_states_is_seen():
     # The negative control: c_t = 1 is another mean, by more than 5 standard errors.
     rows = gradient_samples(
-        PUBLIC.env, PUBLIC.policy, Estimator(credit.reward_to_go, baselines.critic), PUBLIC.params,
-        jax.random.key(0), 2**17, Hyperparams(gamma=0.5), critic=PUBLIC.critic,
-        critic_params=PUBLIC.critic_params,
-    )  # fmt: skip
+        Source(
+            PUBLIC.env,
+            PUBLIC.policy,
+            Estimator(credit.reward_to_go, baselines.critic),
+            PUBLIC.params,
+            jax.random.key(0),
+            Hyperparams(gamma=0.5),
+            critic=PUBLIC.critic,
+            critic_params=PUBLIC.critic_params,
+        ),
+        2**17,
+    )
     rows = np.asarray(rows, float)
     error = rows.std(axis=0) / len(rows) ** 0.5
     true = lqr.gradient(Lqr(), (-0.6, np.log(0.5)), 0.5)
@@ -198,9 +218,16 @@ def test_rates_of_measured_worlds_are_in_units_of_a_trajectory(short_cartpole):
     large = short_cartpole._replace(env=scaled(short_cartpole.env, 10.0))
     assert small_rate(large, jax.random.key(0)) == pytest.approx(rate / 10, rel=1e-4)
     rows = gradient_samples(
-        short_cartpole.env, short_cartpole.policy, Estimator(), short_cartpole.params,
-        jax.random.key(9), 256, Hyperparams(gamma=short_cartpole.gamma),
-    )  # fmt: skip
+        Source(
+            short_cartpole.env,
+            short_cartpole.policy,
+            Estimator(),
+            short_cartpole.params,
+            jax.random.key(9),
+            Hyperparams(gamma=short_cartpole.gamma),
+        ),
+        256,
+    )
     lengths = rate * np.sqrt((np.asarray(rows) ** 2).sum(axis=1))
     assert np.sqrt((lengths**2).mean()) == pytest.approx(1 / 32, rel=0.3)
     grid = critical.Grid((4, 16), rate * 2.0 ** np.arange(0, 6, 2), 20, 0.8)

@@ -1,7 +1,5 @@
 """Measured gradients against the exact ones, at an N where the bugs they guard against would show."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +21,7 @@ from jaxpg.estimators import (
     surrogates,
 )
 from jaxpg.lab import exact
-from jaxpg.lab.measure.samples import couples, gradient_samples
+from jaxpg.lab.measure.samples import Source, couples, gradient_samples
 from jaxpg.policies import Agent, AgentParams, gru, mlp, tabular
 from jaxpg.rollout import episodes
 
@@ -38,9 +36,9 @@ def rows(instance, estimator, num=N, key=0, behaviour=None, hyperparams=HP, **se
     env = from_mdp(instance.mdp)
     params = {"logits": jnp.asarray(instance.logits, jnp.float32)}
     acting = None if behaviour is None else {"logits": jnp.asarray(behaviour, jnp.float32)}
-    sample = partial(gradient_samples, env, tabular(env.observation, env.action), estimator, params)
-    run = jax.jit(lambda key: sample(key, num, hyperparams, acting, **settings))
-    return np.asarray(run(jax.random.key(key)), np.float64)
+    policy = tabular(env.observation, env.action)
+    source = Source(env, policy, estimator, params, jax.random.key(key), hyperparams, acting)
+    return np.asarray(jax.jit(lambda: gradient_samples(source, num, **settings))(), np.float64)
 
 
 def z_of_trace(samples, trace):
@@ -88,7 +86,7 @@ def test_a_mixture_of_behaviours_is_unbiased_even_without_common_support():
     estimator = Estimator(importance=START(importance.per_decision))
     policy = tabular(env.observation, env.action)
     run = jax.jit(
-        lambda key: gradient_samples(env, policy, estimator, params, key, N, HP, behaviours)
+        lambda key: gradient_samples(Source(env, policy, estimator, params, key, HP, behaviours), N)
     )
     samples = np.asarray(run(jax.random.key(5)), np.float64)
     gradient = exact.gradient(A.mdp, A.logits, GAMMA)
@@ -122,7 +120,7 @@ def rows_in_batches(baseline, size=8, num=40_000):
     estimator = Estimator(baseline=baseline, importance=ON)
 
     def batch(key):
-        return gradient_samples(env, policy, estimator, params, key, size, HP).mean(0)
+        return gradient_samples(Source(env, policy, estimator, params, key, HP), size).mean(0)
 
     keys = jax.random.split(jax.random.key(2), num)
     return np.asarray(jax.jit(jax.vmap(batch))(keys), np.float64)
@@ -170,7 +168,9 @@ def test_the_mean_over_rows_is_the_batch_gradient(build, estimator):
         carry = policy.initial_carry(6)
         return jax.grad(lambda p: objective(estimator, policy, p, carry, batch, HP)[0])(params)
 
-    samples = jax.jit(lambda p: gradient_samples(env, policy, estimator, p, key, 6, HP))(params)
+    samples = jax.jit(lambda p: gradient_samples(Source(env, policy, estimator, p, key, HP), 6))(
+        params
+    )
     flat = ravel_pytree(jax.jit(batch_gradient)(params))[0]
     assert np.allclose(samples.mean(0), flat, atol=1e-4 * np.abs(flat).max())
 
@@ -180,7 +180,7 @@ def test_rows_do_not_depend_on_how_many_are_asked_for():
     policy = tabular(env.observation, env.action)
     params = {"logits": jnp.asarray(A.logits, jnp.float32)}
     few, many = (
-        gradient_samples(env, policy, Estimator(), params, jax.random.key(3), n, HP)
+        gradient_samples(Source(env, policy, Estimator(), params, jax.random.key(3), HP), n)
         for n in (5, 1000)
     )
     assert np.allclose(few, many[:5], atol=1e-6)
@@ -191,11 +191,10 @@ def test_importance_with_the_own_behaviour_is_on_policy(weight):
     env = from_mdp(A.mdp)
     policy = tabular(env.observation, env.action)
     params = {"logits": jnp.asarray(A.logits, jnp.float32)}
-    arguments = (params, jax.random.key(4), 64, HP)
-    weighted = gradient_samples(
-        env, policy, Estimator(credit.reward_to_go, importance=weight), *arguments, params
-    )
-    plain = gradient_samples(env, policy, Estimator(), *arguments)
+    source = Source(env, policy, Estimator(), params, jax.random.key(4), HP)
+    plain = gradient_samples(source, 64)
+    weighing = Estimator(credit.reward_to_go, importance=weight)
+    weighted = gradient_samples(source._replace(estimator=weighing, behaviour_params=params), 64)
     assert np.allclose(weighted, plain, atol=1e-5)
 
 
@@ -249,7 +248,8 @@ def test_requests_that_make_no_sense(estimator, num, message):
     policy = mlp(env.observation, env.action, (4,))
     with pytest.raises(ValueError, match=message):
         gradient_samples(
-            env, policy, estimator, policy.init(jax.random.key(0)), jax.random.key(1), num, HP
+            Source(env, policy, estimator, policy.init(jax.random.key(0)), jax.random.key(1), HP),
+            num,
         )
 
 
@@ -260,4 +260,4 @@ def test_rows_that_would_not_fit_are_refused_before_anything_runs():
     with pytest.raises(
         ValueError, match=r"GiB of memory; gradient_statistics needs only chunks of \d+"
     ):
-        gradient_samples(env, policy, Estimator(), params, jax.random.key(1), 10**9, HP)
+        gradient_samples(Source(env, policy, Estimator(), params, jax.random.key(1), HP), 10**9)

@@ -10,6 +10,7 @@ from jaxpg.envs import from_gymnax, from_mdp
 from jaxpg.estimators import Estimator, baselines, credit, importance
 from jaxpg.lab import exact
 from jaxpg.lab.measure import samples
+from jaxpg.lab.measure.samples import Source
 from jaxpg.lab.measure.statistics import gradient_statistics
 from jaxpg.lab.measure.traces import ROUTES, gradient_trace
 from jaxpg.policies import mlp, tabular
@@ -27,7 +28,9 @@ def measure(estimator=TO_GO, num=64_000, behaviour=None, instance=A, hyperparams
     acting = None if behaviour is None else {"logits": jnp.asarray(behaviour, jnp.float32)}
     policy = tabular(env.observation, env.action)
     return gradient_statistics(
-        env, policy, estimator, params, jax.random.key(0), num, hyperparams, acting, **settings
+        Source(env, policy, estimator, params, jax.random.key(0), hyperparams, acting),
+        num,
+        **settings,
     )
 
 
@@ -61,13 +64,8 @@ def test_five_routes_to_one_trace(route):
     env = from_mdp(A.mdp)
     params = {"logits": jnp.asarray(A.logits, jnp.float32)}
     found = gradient_trace(
-        env,
-        tabular(env.observation, env.action),
-        TO_GO,
-        params,
-        jax.random.key(1),
+        Source(env, tabular(env.observation, env.action), TO_GO, params, jax.random.key(1), HP),
         64_000,
-        HP,
         route=route,
     )
     assert within(found, 6.32241314)
@@ -94,7 +92,7 @@ def test_both_kinds_of_key_measure_the_same():
     env = from_mdp(A.mdp)
     policy, params = tabular(env.observation, env.action), {"logits": jnp.asarray(A.logits)}
     typed, raw = (
-        gradient_statistics(env, policy, TO_GO, params, key, 64, HP, (params, params))
+        gradient_statistics(Source(env, policy, TO_GO, params, key, HP, (params, params)), 64)
         for key in (jax.random.key(3), jax.random.PRNGKey(3))
     )
     jax.tree.map(np.testing.assert_array_equal, typed, raw)
@@ -138,11 +136,10 @@ def test_the_offset_bandit_in_float32():
     world = from_mdp(bandit((1e6 + 1, 1e6 - 1)))
     policy = tabular(world.observation, world.action)
     params = {"logits": jnp.zeros((1, 2))}
-    arguments = (params, jax.random.key(0), 6400, Hyperparams(gamma=1.0))
-    plain = gradient_statistics(world, policy, Estimator(), *arguments)
-    centred = gradient_statistics(
-        world, policy, Estimator(baseline=baselines.constant(1e6)), *arguments
-    )
+    source = Source(world, policy, Estimator(), params, jax.random.key(0), Hyperparams(gamma=1.0))
+    plain = gradient_statistics(source, 6400)
+    known = Estimator(baseline=baselines.constant(1e6))
+    centred = gradient_statistics(source._replace(estimator=known), 6400)
     # Two equal and opposite logits: twice the variance of one.
     assert plain.trace.value == pytest.approx(2 * 2.5e11, rel=0.05)
     assert centred.trace.value == pytest.approx(0.0, abs=1e-9)
@@ -172,8 +169,12 @@ def test_works_for_any_network_without_holding_all_rows():
     env = from_gymnax("CartPole-v1", max_steps_in_episode=20)
     policy = mlp(env.observation, env.action, (8,))
     params = policy.init(jax.random.key(0))
-    result = gradient_statistics(env, policy, Estimator(), params, jax.random.key(1), 200, HP)
-    rows = samples.gradient_samples(env, policy, Estimator(), params, jax.random.key(1), 200, HP)
+    result = gradient_statistics(
+        Source(env, policy, Estimator(), params, jax.random.key(1), HP), 200
+    )
+    rows = samples.gradient_samples(
+        Source(env, policy, Estimator(), params, jax.random.key(1), HP), 200
+    )
     assert np.allclose(result.mean, rows.mean(0), atol=1e-3 * np.abs(rows.mean(0)).max())
     assert result.trace.value == pytest.approx(float(rows.var(0, ddof=1).sum()), rel=1e-3)
     layers = [f"body/params/layers_0/{x}" for x in ("bias", "kernel")]
@@ -208,12 +209,12 @@ def test_unreliable_requests_are_refused(estimator, settings, message):
 
 def test_unknown_routes_and_coupled_traces_are_refused():
     env = from_mdp(A.mdp)
-    arguments = (env, tabular(env.observation, env.action), TO_GO, {}, jax.random.key(0), 640, HP)
+    source = Source(env, tabular(env.observation, env.action), TO_GO, {}, jax.random.key(0), HP)
     with pytest.raises(ValueError, match="unknown route 'hutchinson'"):
-        gradient_trace(*arguments, route="hutchinson")
+        gradient_trace(source, 640, route="hutchinson")
     coupled = Estimator(baseline=baselines.leave_one_out)
     with pytest.raises(ValueError, match="couples the trajectories"):
-        gradient_trace(*arguments[:2], coupled, *arguments[3:])
+        gradient_trace(source._replace(estimator=coupled), 640)
 
 
 @pytest.mark.parametrize(("lag", "heavy"), [(0.5, False), (2.0, True)])

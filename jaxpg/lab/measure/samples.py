@@ -35,7 +35,12 @@ CHUNK_BYTES = 2**25
 
 
 class Source(NamedTuple):
-    """Where gradients come from: whose episodes, and the estimator that turns them into gradients."""
+    """Where gradients come from: the episodes of a policy, and the estimator that turns them into gradients.
+
+    behaviour_params: the policy that acts, when it is another one; then the importance slot should say so.
+    A tuple of K of them is a mixture: trajectory i follows the (i mod K)-th and is weighted by the
+    density of all.
+    """
 
     env: Env
     policy: Network
@@ -57,41 +62,17 @@ class Chunk(NamedTuple):
 
 
 def gradient_samples(
-    env: Env,
-    policy: Network,
-    estimator: Estimator,
-    policy_params: Params,
-    key: Key,
-    num_trajectories: int,
-    hyperparams: Hyperparams,
-    behaviour_params: Params = None,
-    *,
-    critic: Network | None = None,
-    critic_params: Params = (),
-    control_variate: ControlVariate | None = None,
+    source: Source, num_trajectories: int, control_variate: ControlVariate | None = None
 ) -> Array:
     """Row i is trajectory i's contribution; the mean over rows is the batch estimate. [N, P]
 
-    Parameters are flattened as by `ravel_pytree`. Trajectory i's key is fold_in(key, i), and the work goes
-    in chunks of bounded memory, so rows do not depend on N, unless the estimator couples the batch.
-    behaviour_params: the policy that acts, when it is another one; then the importance slot should say so.
-    A tuple of K of them is a mixture: trajectory i follows the (i mod K)-th and is weighted by the
-    density of all.
+    Parameters are flattened as by `ravel_pytree`. Trajectory i's key is fold_in(source.key, i), and the work
+    goes in chunks of bounded memory, so rows do not depend on N, unless the estimator couples the batch.
     control_variate: a per-parameter baseline of `estimators.control_variates`; it couples the rows.
     Pure: wrap it in `jax.jit` with num_trajectories bound to compile it once.
     Raises ValueError for N < 1, for a baseline that compares trajectories with N < 2, and for rows that
     would not fit in memory.
     """
-    source = Source(
-        env, policy, estimator, policy_params, key, hyperparams, behaviour_params, critic, critic_params
-    )  # fmt: skip
-    return samples_of(source, num_trajectories, control_variate)
-
-
-def samples_of(
-    source: Source, num_trajectories: int, control_variate: ControlVariate | None = None
-) -> Array:
-    """gradient_samples of a Source."""
     check_source(source, num_trajectories)
     size = min(chunk_size(source), num_trajectories)
     _check_memory(source, num_trajectories, size)

@@ -13,8 +13,8 @@ from jaxpg.lab.measure.samples import (
     chunk_size,
     couples,
     gather,
+    gradient_samples,
     rows_of,
-    samples_of,
 )
 from jaxpg.stats.intervals import Estimate, within
 from jaxpg.stats.moments import (
@@ -26,7 +26,7 @@ from jaxpg.stats.moments import (
     merge_groups,
     moments_of,
 )
-from jaxpg.types import Array, Hyperparams, Key, Params
+from jaxpg.types import Array, Params
 
 MIN_EFFECTIVE = 50  # effective sample size under which an interval would be a fiction
 
@@ -54,17 +54,9 @@ class GradientStatistics(NamedTuple):
 
 
 def gradient_statistics(
-    env,
-    policy,
-    estimator,
-    policy_params: Params,
-    key: Key,
+    source: Source,
     num_trajectories: int,
-    hyperparams: Hyperparams,
-    behaviour_params: Params = None,
     *,
-    critic=None,
-    critic_params: Params = (),
     reference: np.ndarray | None = None,
     batch_size: int | None = None,
     confidence: float = 0.95,
@@ -76,13 +68,10 @@ def gradient_statistics(
     Raises ValueError for too few samples for an interval, importance weights whose effective sample size
     is below 50, and a behaviour without support.
     """
-    source = Source(
-        env, policy, estimator, policy_params, key, hyperparams, behaviour_params, critic, critic_params
-    )  # fmt: skip
     size, num_samples = plan(source, num_trajectories, batch_size)
-    moments, weights = jax.jit(
-        lambda source_key: _measure(source._replace(key=source_key), size, num_samples)
-    )(key)
+    moments, weights = jax.jit(lambda key: _measure(source._replace(key=key), size, num_samples))(
+        source.key
+    )
     ess, warnings = _check_weights(source, weights)
     moments = jax.tree.map(lambda x: np.asarray(x, np.float64), moments)
 
@@ -90,7 +79,7 @@ def gradient_statistics(
         return jackknife(function, moments, confidence)
 
     whole = merge_groups(moments)
-    spans = _layer_spans(policy_params)
+    spans = _layer_spans(source.policy_params)
     return GradientStatistics(
         mean=whole.mean,
         variance=whole.squares / (whole.count - 1),
@@ -190,7 +179,7 @@ def _measure(source: Source, size: int, num_samples: int) -> tuple[SampleMoments
 
 def _one_batch(source: Source, index, size: int):
     one = source._replace(key=jax.random.fold_in(source.key, index))
-    rows = samples_of(one, size)
+    rows = gradient_samples(one, size)
     weights = _weights_of(one, gather(one, 0, size))
     return rows.mean(axis=0), jax.tree.map(lambda x: x.sum(axis=0), weights)
 

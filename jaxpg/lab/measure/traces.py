@@ -8,22 +8,13 @@ from jax.flatten_util import ravel_pytree
 from jaxpg.lab.measure.samples import Source, chunk_size, couples, gather, log_probs, rows_of
 from jaxpg.lab.measure.statistics import plan
 from jaxpg.stats.moments import GROUPS, Estimate, moments_of, quantile
-from jaxpg.types import Hyperparams, Key, Params
 
 
 def gradient_trace(
-    env,
-    policy,
-    estimator,
-    policy_params: Params,
-    key: Key,
+    source: Source,
     num_trajectories: int,
-    hyperparams: Hyperparams,
-    behaviour_params: Params = None,
     *,
     route: str = "trajectories",
-    critic=None,
-    critic_params: Params = (),
     confidence: float = 0.95,
 ) -> Estimate:
     """tr Cov g of one trajectory's gradient by one of five routes, with an interval over 32 groups.
@@ -36,10 +27,7 @@ def gradient_trace(
     """
     if route not in ROUTES:
         raise ValueError(f"unknown route {route!r}; use one of {', '.join(ROUTES)}")
-    source = Source(
-        env, policy, estimator, policy_params, key, hyperparams, behaviour_params, critic, critic_params
-    )  # fmt: skip
-    if couples(estimator):
+    if couples(source.estimator):
         raise ValueError(
             "this estimator couples the trajectories of a batch; use gradient_statistics"
         )

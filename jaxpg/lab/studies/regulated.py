@@ -16,6 +16,7 @@ from jaxpg.lab.measure.samples import gradient_samples
 from jaxpg.lab.studies import critical
 from jaxpg.lab.studies.estimators import form
 from jaxpg.lab.studies.pairs import intervals
+from jaxpg.lab.studies.sampling import source_of
 from jaxpg.lab.studies.study import Progress, Settings, estimated, key_of
 from jaxpg.lab.worlds.regulators import objective
 from jaxpg.lab.worlds.world import regulator_world
@@ -56,10 +57,7 @@ def one_step(settings: Settings, progress: Progress) -> tuple[list[dict[str, Any
     count = 2**17 if settings.quick else 2**19
     progress(f"{count:,} gradients of a regulator")
     gradients = jax.jit(
-        lambda key: gradient_samples(
-            world.env, world.policy, estimator, world.params, key, count, found.hyperparams,
-            critic=found.critic, critic_params=found.critic_params,
-        )
+        lambda key: gradient_samples(source_of(world, found, key), count)
     )(key_of(settings))  # fmt: skip
 
     @jax.jit

@@ -14,7 +14,7 @@ from jaxpg.devices import available_bytes, check_fits, needed_bytes
 from jaxpg.envs import Env, check_mdp
 from jaxpg.lab.measure.samples import gradient_samples
 from jaxpg.lab.studies.estimators import form
-from jaxpg.lab.studies.sampling import options_for
+from jaxpg.lab.studies.sampling import options_for, source_of
 from jaxpg.lab.studies.study import Settings
 from jaxpg.lab.worlds import regulators
 from jaxpg.lab.worlds.world import World, has_exact
@@ -153,11 +153,7 @@ def scaled(env: Env, factor) -> Env:
 
 def small_rate(world: World, key: Key) -> float:
     """A learning rate with which one trajectory moves the parameters by 1/32, whatever the rewards' size."""
-    estimator = form("rtg", world).estimator
-    assert estimator is not None
-    rows = gradient_samples(
-        world.env, world.policy, estimator, world.params, key, 64, world.hyperparams
-    )
+    rows = gradient_samples(source_of(world, form("rtg", world), key), 64)
     return 1 / 32 / float(np.sqrt((np.asarray(rows) ** 2).sum(axis=1).mean()))
 
 

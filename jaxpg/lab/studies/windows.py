@@ -11,6 +11,7 @@ from jaxpg.estimators import baselines
 from jaxpg.lab.measure.samples import gradient_samples
 from jaxpg.lab.studies.estimators import form, gradient
 from jaxpg.lab.studies.pairs import grouped, intervals
+from jaxpg.lab.studies.sampling import source_of
 from jaxpg.lab.studies.streams import (
     LONG_SHORT,
     Lanes,
@@ -83,14 +84,10 @@ def _true_direction(world: World, key, num_trajectories):
         vector = lifted(world, gradient(world))
         size = float(np.linalg.norm(vector))
         return unravel(jnp.asarray(vector / size, flat.dtype)), row | {"exact": size}
-    estimator = form("rtg", world).estimator
-    assert estimator is not None
-    sample = jax.jit(
-        lambda key: gradient_samples(
-            world.env, world.policy, estimator._replace(baseline=baselines.leave_one_out),
-            world.params, key, number, world.hyperparams,
-        )
-    )  # fmt: skip
+    source = source_of(world, form("rtg", world), key)
+    compared = source.estimator._replace(baseline=baselines.leave_one_out)
+    source = source._replace(estimator=compared)
+    sample = jax.jit(lambda key: gradient_samples(source._replace(key=key), number))
     vector, rows = (np.asarray(sample(k), np.float64) for k in jax.random.split(key))
     unit = vector.mean(axis=0) / np.linalg.norm(vector.mean(axis=0))
     estimate = jackknife(lambda m: m.mean[0], grouped((rows @ unit)[:, None]))

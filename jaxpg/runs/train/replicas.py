@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxpg.batching import group_size
+from jaxpg.batching import divisor, group_size
 from jaxpg.devices import PAIR, check_devices, compiler_options, prefer
 from jaxpg.rollout import evaluate
 from jaxpg.runs.config.config import Config
@@ -70,7 +70,7 @@ def replicas_of(config: Config, pairs: Sequence[tuple[Hyperparams, int]]) -> Rep
     hyperparams = Hyperparams(*(np.asarray(column, dtype) for column in columns))
     total = len(pairs)
     devices = jax.devices()
-    used = max(n for n in range(1, len(devices) + 1) if total % n == 0)
+    used = divisor(total, len(devices))
     mesh = {AXIS: used}
     # Cores to spare: policy and critic are improved on two.
     if algorithm(config.algorithm).critic_optimizer and _spare(len(devices), used):
