@@ -1,1 +1,1 @@
-"""Configuration: what a run is asked to be, from flags, presets and stored files."""
+"""The configuration of a run, read from flags, presets and stored files."""

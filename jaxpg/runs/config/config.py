@@ -1,4 +1,4 @@
-"""What a run is: its structure, and lists of numbers that make a grid. Imports nothing heavy."""
+"""A run's structure, and the lists of numbers that form its grid. Imports nothing heavy."""
 
 import math
 import struct
@@ -13,11 +13,11 @@ from jaxpg.types import HYPERPARAMS, Hyperparams
 
 CONFIG = "config.json"
 
-Grid = Hyperparams  # whose every field is a tuple of values
-# Counts that come from the row of the algorithm table where a run leaves them out.
+Grid = Hyperparams  # each field is a tuple of values
+# Counts that default to those of the row of the algorithm table.
 COUNTS = ("num_epochs", "num_minibatches", "critic_epochs", "critic_minibatches")
 
-# What a resumed run may have otherwise than it began.
+# Settings that may change on resume.
 FREE = (
     "updates",
     "schedule",
@@ -32,21 +32,21 @@ FREE = (
 )
 
 
-MOST = 2**31 - 1  # of what is a size: devices count in 32 bits
-MOST_EPOCHS = 10**6  # whose keys and metrics an update keeps
-MOST_STEPS = 10**4  # that one observation shows, or one action takes
-MOST_ENTRIES = 1000  # of a list of sizes
-LEAST_SINGLE = 2.0**-126  # below it are only numbers that processors take for 0
+MOST = 2**31 - 1  # largest size: devices count in 32 bits
+MOST_EPOCHS = 10**6  # an update stores a key and metrics for each epoch
+MOST_STEPS = 10**4  # shown in one observation, or taken by one action
+MOST_ENTRIES = 1000  # in a list of sizes
+LEAST_SINGLE = 2.0**-126  # processors may flush smaller float32 numbers to 0
 
 
 class Resumed(TypedDict):
-    """What config.json has to say of every time that the run went on."""
+    """The required content of config.json for each time that the run was resumed."""
 
-    recorded_from: NotRequired[int]  # the first update whose metrics there are
+    recorded_from: NotRequired[int]  # the first update with stored metrics
 
 
 class Stored(TypedDict):
-    """What config.json has to have; it says more, for people."""
+    """The required content of config.json; the rest is for human readers."""
 
     config: dict[str, Any]
     hyperparameters: dict[str, tuple[float, ...]]
@@ -56,7 +56,7 @@ class Stored(TypedDict):
 
 
 def _flag(default: Any, help: str, least: int = 1, most: int = MOST) -> Any:
-    """least, most: of a whole number, or of each in a list."""
+    """A field with its help; least and most bound a whole number, or each one in a list."""
     return field(default=default, metadata={"help": help, "least": least, "most": most})
 
 
@@ -72,65 +72,67 @@ class Config:
     )
     seeds: int = _flag(8, "agents trained side by side, for every point of the grid")
     updates: int = _flag(200, "updates per agent")
-    num_envs: int = _flag(32, "parallel environments per agent; episodes per update of reinforce*")
+    num_envs: int = _flag(
+        32, "parallel environments per agent; for reinforce*, episodes per update"
+    )
     num_steps: int | None = _flag(
         None, "steps per environment and update; for reinforce*, the longest episode"
     )
-    settings: str | None = _flag(None, "of the environment, as in size=16,unscaled_move_cost=0")
-    keep: tuple[int, ...] = _flag((), "entries of the observation to see, as in 0,2; none: all", 0)
-    repeat: int = _flag(
-        1, "times that every action is taken; the rewards are summed", 1, MOST_STEPS
-    )
+    settings: str | None = _flag(None, "environment settings, such as size=16,unscaled_move_cost=0")
+    keep: tuple[int, ...] = _flag((), "indices of the observation to show, as in 0,2; none: all", 0)
+    repeat: int = _flag(1, "times to repeat each action; rewards are summed", 1, MOST_STEPS)
     history: int | None = _flag(
-        None, "see the last so many observations and actions", 1, MOST_STEPS
+        None, "show the agent its last N observations and actions", 1, MOST_STEPS
     )
     normalise: bool = _flag(False, "scale observations by their running mean and deviation")
     network: str = _flag("mlp", "mlp, linear, gru or tabular; policy and critic are built alike")
     hidden: tuple[int, ...] = _flag((64, 64), "widths of the hidden layers")
     activation: str = _flag("tanh", "tanh, relu, silu or gelu")
-    initial_std: float = _flag(0.5, "of real-valued actions at the start, in half action ranges")
+    initial_std: float = _flag(
+        0.5, "initial standard deviation of real-valued actions, in half action ranges"
+    )
     optimizer: str = _flag(
         "adam", "sgd, momentum, rmsprop, adam, adamw, lion or muon, for policy and critic"
     )
-    schedule: str = _flag("constant", "of both learning rates: constant, linear or cosine")
+    schedule: str = _flag("constant", "schedule of both learning rates: constant, linear or cosine")
     batch_scaling: str = _flag(
-        "none", "both learning rates times (batch / reference-batch)^p: none, linear or sqrt"
+        "none", "scale both learning rates by (batch / reference-batch)^p: none, linear or sqrt"
     )
     reference_batch: int | None = _flag(
-        None, "the batch that the learning rates fit, in steps; for reinforce*, in episodes"
+        None, "batch size the learning rates are tuned for, in steps; for reinforce*, in episodes"
     )
     num_epochs: int | None = _flag(
         None,
-        "passes over each batch that move the policy; None: the algorithm's",
+        "passes over each batch that update the policy; None: the algorithm's",
         1,
         MOST_EPOCHS,
     )
     num_minibatches: int | None = _flag(
-        None, "parts of a batch, one step of the optimizer each; None: the algorithm's"
+        None, "minibatches per pass, one optimizer step each; None: the algorithm's"
     )
     critic_epochs: int | None = _flag(
-        None, "further passes that move only the critic; None: the algorithm's", 0, MOST_EPOCHS
+        None, "further passes that update only the critic; None: the algorithm's", 0, MOST_EPOCHS
     )
-    critic_minibatches: int | None = _flag(None, "parts of a batch in those; None: the algorithm's")
+    critic_minibatches: int | None = _flag(None, "minibatches per such pass; None: the algorithm's")
     fisher_samples: int | None = _flag(
-        None, "steps (or lanes) of the batch that the Fisher matrix is of; by default all"
+        None, "steps (or lanes) of the batch to estimate the Fisher matrix from; by default all"
     )
     adaptation: str | None = _flag(
-        None, "steered to --target-kl by each update's KL: fixed, kl_penalty or learning_rate"
+        None, "adapted to keep each update's KL at --target-kl: fixed, kl_penalty or learning_rate"
     )
-    num_batches: int | None = _flag(None, "learn from the last so many batches, weighed", 1, 1000)
+    num_batches: int | None = _flag(None, "learn from the last N batches, weighted", 1, 1000)
     importance: str | None = _flag(
         None,
-        "the weights of old data: per_decision, trajectory, prefix, one_step, truncated, or "
+        "weights of old data: per_decision, trajectory, prefix, one_step, truncated, or "
         "normalised_ before trajectory, prefix or one_step",
     )
-    demonstrations: str | None = _flag(None, "file of jaxpg record, for guided and imitation")
+    demonstrations: str | None = _flag(None, "file from jaxpg record, for guided and imitation")
     imitate: int = _flag(
-        0, "updates of behaviour cloning before training; guided weighs by what they fit", 0
+        0, "updates of behaviour cloning before training; guided uses its policy in the weights", 0
     )
     warm_start: bool = _flag(False, "start from the policy that --imitate fitted")
     control_variate: str | None = _flag(
-        None, "a baseline per parameter, of reinforce*: optimal_per_parameter or peters_schaal"
+        None, "baseline per parameter, for reinforce*: optimal_per_parameter or peters_schaal"
     )
     measure_noise: bool = _flag(
         False, "log the gradient's noise scale and signal-to-noise, for one more backward pass"
@@ -138,15 +140,15 @@ class Config:
     evaluation_episodes: int = _flag(128, "fresh episodes per agent for the final evaluation")
     seed: int = _flag(0, "master seed, from which every agent's is derived", 0, 2**32 - 1)
     run: str | None = _flag(None, "folder to write, new or empty; by default a new one under runs/")
-    quiet: bool = _flag(False, "print only the end")
+    quiet: bool = _flag(False, "print only the result")
     checkpoint_seconds: float = _flag(
-        30.0, "least time between two checkpoints; one is always written at the end"
+        30.0, "minimum seconds between checkpoints; one is always written at the end"
     )
     tensorboard: bool = _flag(False, "also write TensorBoard event files")
     wandb: bool = _flag(False, "also log to Weights & Biases, offline unless WANDB_MODE is set")
-    debug_nans: bool = _flag(False, "slower; name the operation that first gave a NaN")
+    debug_nans: bool = _flag(False, "name the operation that first gave a NaN; slower")
     compilation_cache: bool = _flag(True, "keep compiled programs for later runs")
-    force: bool = _flag(False, "try what is estimated to need more memory than is free")
+    force: bool = _flag(False, "try even if the estimated memory is more than is free")
 
 
 def points(grid: Grid) -> list[Hyperparams]:
@@ -155,7 +157,7 @@ def points(grid: Grid) -> list[Hyperparams]:
 
 
 def num_points(grid: Grid) -> int:
-    """How many points the full grid has."""
+    """The number of points in the full grid."""
     return math.prod(map(len, grid))
 
 
@@ -171,7 +173,7 @@ def completed(config: Config, grid: Grid) -> Grid:
 
 
 def check(config: Config, grid: Grid) -> None:
-    """Raises ValueError for a setting that no run can have, saying the value and the way out."""
+    """Raises ValueError, with the value and a remedy, for a setting that no run can have."""
     for each in fields(Config):
         value = getattr(config, each.name)
         expect(value, each.type, each.name)
@@ -182,7 +184,7 @@ def check(config: Config, grid: Grid) -> None:
         raise ValueError(f"initial_std={config.initial_std} must be finite and above 0; try 0.5")
     if config.checkpoint_seconds < 0:
         raise ValueError(
-            f"checkpoint_seconds={config.checkpoint_seconds:g} must not be negative; 0 is every chunk"
+            f"checkpoint_seconds={config.checkpoint_seconds:g} must not be negative; 0 saves every chunk"
         )
     for name, values in grid._asdict().items():
         if not values:
@@ -192,7 +194,7 @@ def check(config: Config, grid: Grid) -> None:
 
 
 def _check_sizes(name, value, limits) -> None:
-    """Of a whole number, or of several."""
+    """Raises ValueError for a whole number, or a list of them, outside the limits."""
     if isinstance(value, tuple) and len(value) > MOST_ENTRIES:
         raise ValueError(
             f"{name} has {len(value):,} entries; at most {MOST_ENTRIES:,} are possible"
@@ -202,7 +204,7 @@ def _check_sizes(name, value, limits) -> None:
             continue
         if name == "hidden" and size < 1:
             raise ValueError(
-                f"hidden={_listed(value)}: every width must be at least 1; for none, "
+                f"hidden={_listed(value)}: every width must be at least 1; for no hidden layer, "
                 "use network=linear"
             )
         if size < limits["least"]:
@@ -212,7 +214,7 @@ def _check_sizes(name, value, limits) -> None:
 
 
 def _held(name, value) -> float:
-    """The value as arrays have it. Raises ValueError for what they cannot hold."""
+    """The value as arrays store it. Raises ValueError for one that they cannot hold."""
     if not math.isfinite(value):
         raise ValueError(f"{name}={value} must be a finite number")
     try:
@@ -221,7 +223,7 @@ def _held(name, value) -> float:
         single = math.inf
     if value == 0 or LEAST_SINGLE <= abs(single) < math.inf:
         return single
-    # Only beyond float32 does it matter what arrays are, so only there jax is waited for.
+    # The dtype of arrays matters only beyond float32, so jax is imported only here.
     from jax.numpy import result_type
 
     if result_type(float) == "float64" and abs(value) >= sys.float_info.min:
@@ -233,7 +235,7 @@ def _held(name, value) -> float:
 
 
 def load_config(run: str | Path) -> tuple[Config, Grid]:
-    """What a run's config.json says; run: its folder, or the file. Raises ValueError."""
+    """Reads a run's config.json; run: its folder, or the file. Raises ValueError."""
     path, saved = read_config(run)
     structure: dict[str, Any] = {k: _tuple(value) for k, value in saved["config"].items()}
     numbers: dict[str, Any] = {k: _tuple(v) for k, v in saved["hyperparameters"].items()}
@@ -245,7 +247,7 @@ def load_config(run: str | Path) -> tuple[Config, Grid]:
         )
     if "environment" not in structure:
         raise ValueError(f"cannot read {path}: config.environment is missing")
-    # A setting that came later than the run has its default, which is what the run had.
+    # A setting newer than the run takes its default, which is how the run behaved.
     defaults = {name: (value,) for name, value in Hyperparams()._asdict().items()}
     config, grid = Config(**structure), Grid(**(defaults | numbers))
     try:
@@ -256,7 +258,7 @@ def load_config(run: str | Path) -> tuple[Config, Grid]:
 
 
 def read_config(run: str | Path) -> tuple[Path, Stored]:
-    """A run's config.json as it is stored. Raises ValueError."""
+    """The path and the stored content of a run's config.json. Raises ValueError."""
     path = Path(run)
     try:
         path = path / CONFIG if path.is_dir() else path
@@ -269,7 +271,7 @@ def read_config(run: str | Path) -> tuple[Path, Stored]:
 
 
 def _tuple(value):
-    return tuple(value) if isinstance(value, list) else value  # JSON has lists only
+    return tuple(value) if isinstance(value, list) else value  # JSON has only lists
 
 
 def _listed(values):

@@ -1,4 +1,4 @@
-"""Command-line flags, read by the types of Config and Hyperparams. Imports nothing heavy."""
+"""Command-line flags, parsed by the types of Config and Hyperparams. Imports nothing heavy."""
 
 import difflib
 import os.path
@@ -14,7 +14,7 @@ from jaxpg.runs.console import shortened
 from jaxpg.types import Hyperparams
 
 EITHER = "--resume-or-start"
-# Of tyro, with so many words: a shell, and a file.
+# tyro's completion flags, each with its number of words: the flag, a shell and perhaps a file.
 COMPLETIONS = (("--tyro-print-completion", 2), ("--tyro-write-completion", 3))
 SHELLS = ("bash", "zsh", "fish")
 _STRUCTURE = {f.name: f.type for f in fields(Config)}
@@ -33,28 +33,28 @@ _KINDS: dict[str, tuple[str, Any]] = {
     **{flag: (flag, str) for flag in ("--config", "--resume")},
     EITHER: (EITHER, bool),
 }
-del _KINDS["--environment"]  # which has no flag
+del _KINDS["--environment"]  # positional, so not a flag
 
 
 class TrainRequest(NamedTuple):
-    """A run to start, or to go on with: then config.run is its folder."""
+    """A run to start, or to resume from the folder config.run."""
 
     config: Config
     grid: Grid
-    resume: bool | None  # None: where there is something to go on with, and else a start
+    resume: bool | None  # None: resume if there is something to resume, otherwise start
 
 
 def request(argv: Sequence[str], prog: str) -> TrainRequest:
-    """What the arguments of train ask for. Raises ValueError for what cannot be read or changed so.
+    """The run that the arguments of train ask for.
 
-    Exits with status 0 after help.
+    Raises ValueError for unreadable arguments and forbidden changes. Exits with status 0 after help.
     """
     given = _given(argv, prog)
     config, resume = given.get("--config"), given.get("--resume")
     if config is not None and resume is not None:
-        raise ValueError("--config starts a new run and --resume goes on with one; use one of them")
+        raise ValueError("--config starts a new run and --resume continues one; use one of them")
     if resume is not None and EITHER in given:
-        raise ValueError("--resume goes on and never starts; name the folder with --run")
+        raise ValueError("--resume-or-start does not go with --resume; name the folder with --run")
     if resume is None:
         config, grid = parse(argv, prog)
         return _either(config, grid) if EITHER in given else TrainRequest(config, grid, False)
@@ -68,7 +68,7 @@ def request(argv: Sequence[str], prog: str) -> TrainRequest:
 
 
 def parse(argv: Sequence[str], prog: str) -> tuple[Config, Grid]:
-    """The new run that the arguments ask for; what they leave out comes from --config, or the presets.
+    """The new run that the arguments ask for; other settings come from --config or the presets.
 
     Raises ValueError for arguments that cannot be read. Exits with status 0 after help.
     """
@@ -133,7 +133,7 @@ def _read(argv, prog) -> Iterator[tuple[str, Any]]:
 
 
 def _known_flag(flag, prog) -> tuple[str, Any]:
-    """The name of what a flag sets, and of which kind that is."""
+    """The setting that a flag changes, and its kind."""
     if flag in _KINDS:
         return _KINDS[flag]
     near = difflib.get_close_matches(flag, _KINDS, n=1)
@@ -142,7 +142,7 @@ def _known_flag(flag, prog) -> tuple[str, Any]:
 
 
 def _value(flag, kind, text, prog) -> Any:
-    """A value of the kind, from its text."""
+    """Parses a value of the kind."""
     if type(None) in get_args(kind):
         if text == "None":
             return None
@@ -164,7 +164,7 @@ def _see(prog) -> str:
 
 
 def _help(argv, prog) -> None:
-    """Shows the flags with the defaults of what is asked, as far as that can be read, and exits."""
+    """Shows the flags, with the defaults of the run asked for as far as it can be read, and exits."""
     found: dict[str, Any] = {}
     with suppress(ValueError):
         rest = (word for word in argv if word not in ("-h", "--help"))
@@ -176,14 +176,14 @@ def _help(argv, prog) -> None:
     named = found.get("--config", found.get("--resume"))
     if named is not None:
         base, where = load_config(named), "the run that was named"
-    # Imported here, because nothing else of training needs it.
+    # Imported here, because only help needs it.
     from jaxpg.runs.config.usage import show
 
     show(argv, prog, base, where, named is None)
 
 
 def _either(config, grid) -> TrainRequest:
-    """The run of the folder --run, which has to have these settings, or a new one there."""
+    """The run in the folder --run, which must have these settings, or a new one there."""
     if config.run is None:
         raise ValueError("--resume-or-start needs the same folder each time; name it with --run")
     if os.path.isfile(Path(config.run) / CONFIG):

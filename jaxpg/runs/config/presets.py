@@ -1,4 +1,4 @@
-"""Where defaults differ from those of the algorithm table and of Hyperparams, and from Config's own."""
+"""Presets: defaults that differ from those of the algorithm table, Hyperparams and Config."""
 
 from dataclasses import fields, replace
 from typing import Any
@@ -29,8 +29,8 @@ _TRUST_REGION = {
 }
 _CAR = {"normalise": True, "critic_learning_rate": 1e-2, "max_grad_norm": 10.0}
 
-# (environment, algorithm) -> what differs from Config's and Hyperparams' own defaults. Later in this
-# order wins: (any, algorithm), (environment, any), (environment, algorithm).
+# (environment, algorithm) -> settings that differ from the defaults of Config and Hyperparams. Later
+# entries in this order win: (any, algorithm), (environment, any), (environment, algorithm).
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("*", "*"): {"hidden": (32, 32), "schedule": "linear", "schedule_updates": 0},
     ("*", "reinforce"): {"num_envs": 64, "learning_rate": 1e-2},
@@ -54,12 +54,12 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     # Large batches, because a step of fixed KL is only as good as its direction.
     ("*", "trpo"): _TRUST_REGION,
     ("*", "npg"): _TRUST_REGION,
-    # Small ones, many steps; the critic must keep up with the policy: at 1e-2, two seeds in ten fall back.
+    # Small batches, many steps: the critic must keep up. At 1e-2, two seeds in ten lose what they learnt.
     ("*", "a2c"): _A2C,
     ("*", "impala"): _A2C,
     # A pole falls within some ten steps of a mistake, so credit need not reach far.
     ("CartPole-v1", "ppo"): {"updates": 100, "gamma": 0.98, "lambda_": 0.8},
-    # At 1e-2, one seed in twenty falls back just before the schedule ends, and stays there.
+    # At 1e-2, one seed in twenty collapses just before the schedule ends and does not recover.
     ("CartPole-v1", "vpg"): {
         "updates": 480,
         "learning_rate": 5e-3,
@@ -77,7 +77,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("Pendulum-v1", "trpo"): {"updates": 100, "gamma": 0.95, "initial_std": 1.0},
     # Velocities are in hundredths: without normalisation no seed ever reaches the goal.
     ("MountainCar-v0", "ppo"): _CAR | {"updates": 100, "gamma": 0.98, "entropy_coef": 0.01},
-    # Normal noise cancels step by step: with single actions, one seed in ten learns to stand still.
+    # Normal noise cancels from step to step: without repeats, one seed in ten learns to stand still.
     ("MountainCarContinuous-v0", "ppo"): _CAR
     | {"updates": 60, "num_steps": 128, "repeat": 8, "gamma": 0.995, "initial_std": 1.0},
     # The entropy bonus keeps every seed swinging until it has reached the line once.
@@ -88,14 +88,14 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
 
 
 def preset(environment: str, algorithm: str) -> tuple[Config, Grid]:
-    """The defaults of one combination; of an unknown one, those of its known part."""
+    """The defaults of one combination; for an unknown one, those of its known part."""
     row: dict[str, Any] = {}
     for key in (("*", "*"), ("*", algorithm), (environment, "*"), (environment, algorithm)):
         row |= PRESETS.get(key, {})
     structure = {f.name for f in fields(Config)}
     config = Config(environment, algorithm)
     config = replace(config, **{k: v for k, v in row.items() if k in structure})
-    # Streams give their num_steps, whole episodes do not.
+    # Streams set num_steps; whole episodes do not.
     config = replace(config, reference_batch=config.num_envs * (config.num_steps or 1))
     numbers = {k: v for k, v in row.items() if k not in structure}
     return config, Grid(*((float(value),) for value in Hyperparams()._replace(**numbers)))

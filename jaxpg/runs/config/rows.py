@@ -1,4 +1,4 @@
-"""Rows: what a configuration leaves to its row of the algorithm table."""
+"""Settings that a configuration leaves to its row of the algorithm table."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from jaxpg.training.algorithm import algorithm
 
 
 def settled(config: Config) -> Config:
-    """The configuration with the row's counts where it leaves them out. Raises ValueError."""
+    """The configuration with missing counts taken from its row. Raises ValueError."""
     return replace(config, **counts_of(config))
 
 

@@ -1,4 +1,4 @@
-"""Schema: what stored files and given settings have to be, by their Python types."""
+"""Checks that stored files and given settings fit their Python types."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-LONGEST_TEXT = 4096  # characters, as of a path
+LONGEST_TEXT = 4096  # characters, like a path
 _WORDS = {
     bool: "true or false",
     int: "a whole number of 64 bits",
@@ -17,10 +17,10 @@ _WORDS = {
 
 
 def expect(value: Any, kind: Any, where: str) -> None:
-    """Raises ValueError, with the place, for a value that is not of a kind.
+    """Raises ValueError, naming the place, for a value of another kind.
 
-    kind: bool, int, float, str, None, Any, a TypedDict, or a list, tuple, dict or union of kinds. A tuple
-    may be a list, which is all that JSON has; a float is finite, and may be written as a whole number.
+    kind: bool, int, float, str, None, Any, a TypedDict, or a list, tuple, dict or union of kinds. A list
+    passes for a tuple, as JSON has only lists; a float must be finite, and may be written as a whole number.
     """
     wrong = _misfit(value, kind, where)
     if wrong:
@@ -28,7 +28,7 @@ def expect(value: Any, kind: Any, where: str) -> None:
 
 
 def read_json(path: Path, kind: Any = Any) -> Any:
-    """A file of JSON. Raises ValueError, with the file, for what is none or not of the kind."""
+    """Reads a JSON file. Raises ValueError, naming it, for invalid JSON or another kind."""
     try:
         text = path.read_bytes()
     except OSError as error:
@@ -37,10 +37,10 @@ def read_json(path: Path, kind: Any = Any) -> Any:
 
 
 def parsed(text: str | bytes, kind: Any, where: str) -> Any:
-    """A value of JSON. Raises ValueError, with the place, for what is none or not of the kind."""
+    """Parses JSON. Raises ValueError, naming the place, for invalid JSON or another kind."""
     try:
         found = json.loads(text)
-    except (ValueError, RecursionError) as error:  # also of bytes that are no text
+    except (ValueError, RecursionError) as error:  # also for bytes that are not text
         raise ValueError(f"cannot read {where}, which is not JSON: {error}") from error
     if wrong := _misfit(found, kind, ""):
         raise ValueError(f"cannot read {where}: {wrong}")
@@ -48,7 +48,7 @@ def parsed(text: str | bytes, kind: Any, where: str) -> Any:
 
 
 def _misfit(value, kind, where) -> str:
-    """What is wrong with the value, or nothing."""
+    """Describes what is wrong with the value, or returns ""."""
     origin, parts = get_origin(kind), get_args(kind)
     if kind is Any:
         return ""
@@ -100,19 +100,19 @@ def _is(value, kind) -> bool:
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number beyond floats
+    except OverflowError:  # an integer too large for a float
         return False
 
 
 def _is_plain(text) -> bool:
     try:
         text.encode()
-    except UnicodeEncodeError:  # half a pair
+    except UnicodeEncodeError:  # half a surrogate pair
         return False
     return "\0" not in text
 
 
 def _shown(value, most=60) -> str:
-    # repr would count the digits of a very long number.
+    # repr of a very long integer is slow, or refused.
     text = "a very long number" if isinstance(value, int) and abs(value) >= 10**60 else repr(value)
     return text if len(text) <= most else f"{text[:most]}..."

@@ -1,4 +1,4 @@
-"""Usage: the flags of training as the command shows them, generated from Config and Hyperparams."""
+"""The help of training, generated from Config and Hyperparams."""
 
 import os
 from collections.abc import Sequence
@@ -16,25 +16,25 @@ from jaxpg.types import HYPERPARAMS, Hyperparams
 def show(
     argv: Sequence[str], prog: str, base: tuple[Config, Grid], where: str, fresh: bool
 ) -> None:
-    """Prints help, or what else the arguments ask of tyro, and exits.
+    """Prints help or a shell's completion, and exits.
 
-    base, where: the defaults, and what they are of. fresh: an environment has to be named.
+    base, where: the defaults, and where they come from. fresh: the environment is required.
     """
     config, grid = base
-    # Positional, hence without a default: the usage line must call it required.
+    # Positional and without a default, so that the usage line shows it as required.
     required = {"environment": tyro.MISSING} if fresh else {}
     default = _Flags(
         _Start(None, None, False),
         _Config(**({f.name: getattr(config, f.name) for f in fields(Config)} | required)),
         _Hyperparams(**grid._asdict()),
     )
-    if os.environ.get("NO_COLOR"):  # which tyro's help does not look at
+    if os.environ.get("NO_COLOR"):  # tyro's help ignores it
         vars(tyro).get("_experimental_options", {})["ansi_codes"] = False
     with heard():
         tyro.cli(
             _Flags,
             prog=prog,
-            # A short line each, because tyro does not wrap them.
+            # Short lines, because tyro does not wrap them.
             description=f"Train policies on an environment.\n\nDefaults are those of {where}.\n\n"
             "A hyperparameter takes one value, or several as in 1e-3,3e-4 for a grid.",
             args=["--help"] if {"-h", "--help"} & {*argv} else list(argv),
@@ -86,16 +86,14 @@ _Start = make_dataclass(
     [
         (name, Annotated[str | None, tyro.conf.arg(metavar="RUN", help=text)], field())
         for name, text in (
-            ("config", "start anew with the settings of this run; flags after it override them"),
-            ("resume", "go on with this run; --updates N is then N in all"),
+            ("config", "start a new run with this run's settings; other flags override them"),
+            ("resume", "resume this run; --updates N is then its new total"),
         )
     ]
     + [
         (
             EITHER.strip("-").replace("-", "_"),
-            Annotated[
-                bool, tyro.conf.arg(help="go on with the run of the folder --run, or start it")
-            ],
+            Annotated[bool, tyro.conf.arg(help="resume the run in the folder --run, or start it")],
             field(),
         )
     ],
