@@ -109,28 +109,6 @@ def test_properties_of_every_row(name):
         assert_trees_equal(replica.params, alone.params, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_row_learns_a_two_armed_bandit(name):
-    env = from_mdp(bandit((0.0, 1.0)))
-    row = algorithm(name)
-    agent = actor_critic(env, "tabular")
-    trainer = make_trainer(
-        env, agent, row, num_envs=32, num_steps=None if row.data.whole_episodes else 4
-    )
-    demos = None
-    if row.data.demonstrations:
-        demos = episodes(
-            env, Agent(agent.policy), init_params(agent, jax.random.key(0)), jax.random.key(1), 64
-        )[0]
-        demos = demos._replace(action=jnp.ones_like(demos.action))
-    states = jax.vmap(trainer.init)(jax.random.split(jax.random.key(0), 4))
-    hyperparams = Hyperparams(learning_rate=0.1, critic_learning_rate=0.1)
-    learn = jax.jit(jax.vmap(lambda s: train(trainer, s, hyperparams, demos, num_updates=60)))
-    states, _ = learn(states)
-    probability = jax.nn.softmax(states.params.policy["logits"][:, 0])[:, 1]
-    assert (probability > 0.9).all()
-
-
 def test_behaviour_cloning_is_maximum_likelihood_bit_for_bit():
     env = cartpole()
     demos = demonstrations(env)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from quick import QUICK
 
 from jaxpg import Hyperparams, make_trainer
 from jaxpg.envs import from_mdp
@@ -94,9 +95,7 @@ def updated(name, network, trajectory):
 
 @cache
 def compiled(name, network="tabular"):
-    # Compiled in a hurry: it runs a dozen times.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(partial(updated, name, network), compiler_options=options)
+    return jax.jit(partial(updated, name, network), compiler_options=QUICK)
 
 
 def assert_close(one, other):
