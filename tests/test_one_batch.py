@@ -7,16 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick import QUICK
 from worlds import random_mdp
 
-from jaxpg import Hyperparams, episodes, make_trainer, train
+from jaxpg import Hyperparams, batching, episodes, make_trainer, train
 from jaxpg.envs import from_mdp
 from jaxpg.estimators import Estimator, baselines
 from jaxpg.optimizers import sgd
 from jaxpg.optimizers.natural import precondition_by_fisher
 from jaxpg.policies import Agent, AgentParams, actor_critic, tabular
-from jaxpg.rollout import episodic
+from jaxpg.rollout import episodic, stream
+from jaxpg.training import accumulation
 from jaxpg.training.algorithm import Algorithm, algorithm
+from jaxpg.training.data import episodes as own_episodes
 
 NUMBERS = Hyperparams(learning_rate=1.0, max_grad_norm=1e9, gamma=0.9)
 
@@ -152,3 +155,53 @@ def test_chunks_of_updates_are_invisible_in_groups_too(groups_of_four):
     whole, _ = four(states, numbers)
     assert np.array_equal(end.params.policy["logits"], whole.params.policy["logits"])
     assert np.abs(end.params.policy["logits"]).max() > 0.05
+
+
+def as_on(monkeypatch, device):
+    """A processor of few cores and a small cache, that takes pieces of everything; or one that takes none."""
+    small = device == "processor"
+    for module, name, size in (
+        (accumulation, "BLOCK", 4),
+        (episodic, "GROUPS_AT_ONCE", 1),
+        (stream, "ROWS_AT_ONCE", 4),
+    ):
+        monkeypatch.setattr(module, name, {"cpu": size} if small else {})
+    monkeypatch.setattr(batching, "SIDE_BY_SIDE", 1)
+    monkeypatch.setattr("os.cpu_count", lambda: 1 if small else 10**6)
+
+
+# One of each kind of data and of step.
+KINDS = ("reinforce_baseline", "enac", "off_policy", "guided", "impala", "ppo", "trpo")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_no_row_depends_on_the_device_that_it_runs_on(name, x64, groups_of_four, monkeypatch):
+    """Blocks, groups of episodes and of replicas, lanes rolled out again: an update's numbers stay."""
+    env, row = from_mdp(random_mdp(0, horizon=4)), algorithm(name)
+    agent = actor_critic(env, "tabular")
+    given = None
+    if row.data.demonstrations:
+        uniform = AgentParams(agent.policy.init(jax.random.key(0)), ())
+        given, _ = episodes(env, Agent(agent.policy), uniform, jax.random.key(1), 8)
+    numbers = Hyperparams(learning_rate=0.1, critic_learning_rate=0.1, gamma=0.9)
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    def run(device, **settings):
+        as_on(monkeypatch, device)
+        num_steps = None if row.data.whole_episodes else 6
+        trainer = make_trainer(env, agent, row, num_envs=8, num_steps=num_steps, **settings)
+
+        def of(key):
+            return train(trainer, trainer.init(key), numbers, given, num_updates=2)
+
+        state, metrics = jax.jit(jax.vmap(of), compiler_options=QUICK)(keys)
+        return state.params, metrics
+
+    expected = run("accelerator")
+    found = run("processor", recompute=True if row.data is own_episodes else None)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(a, b, 1e-8, 1e-11, err_msg=jax.tree_util.keystr(path))
+    logits = expected[0].policy["logits"]
+    assert np.abs(logits).max(axis=(1, 2)).min() > 1e-2 and not np.allclose(logits[0], logits[1])
