@@ -1,6 +1,6 @@
 """jaxpg: a policy-gradient trainer and gradient-variance laboratory in JAX.
 
-Examples in docstrings take `jax`, `jnp`, `np`, `jaxpg` and the names of their own module for imported.
+Examples in docstrings assume that `jax`, `jnp`, `np`, `jaxpg` and their own module's names are imported.
 """
 
 from importlib import import_module

@@ -1,15 +1,15 @@
-"""Batching: what many replicas of one function do together under vmap."""
+"""Batching of many replicas of one function under vmap."""
 
 import os
 from collections.abc import Callable
 
 import jax
 
-# Replicas whose improvement is computed side by side, where every core is a device. Of 32 agents together
-# every array is beyond the caches: in groups of 4 the default ppo ran 1.6 times as fast, of 2 about the same,
-# of 8 as little as 1.1 times (scripts/speed.md). A rollout's arrays are small, and its steps cost the fewer
-# the wider they are. One device of several cores spreads wide products over them: there, groups took 1.3
-# times as long.
+# Replicas improved side by side where every core is a device. The arrays of 32 agents together exceed the
+# caches: in groups of 4 the default ppo ran 1.6 times as fast, in groups of 2 about the same, in groups of 8
+# as little as 1.1 times (scripts/speed.md). Rollouts stay whole: their arrays are small, and wider steps cost
+# less per lane. One device with several cores spreads wide products over them; there, groups took 1.3 times
+# as long.
 SIDE_BY_SIDE = 4
 
 
@@ -19,18 +19,18 @@ def divisor(total: int, most: int) -> int:
 
 
 def fair_divisor(total: int, wanted: int) -> int:
-    """The largest divisor up to the wanted size; the whole where all are under a quarter of it."""
+    """The largest divisor of total up to `wanted`; total itself if that is below a quarter of `wanted`."""
     size = divisor(total, wanted)
     return size if 4 * size >= min(wanted, total) else total
 
 
 @jax.custom_batching.custom_vmap
 def any_replica(flags):
-    """Whether any flag is set: under vmap, in any replica.
+    """Whether any flag is set; under vmap, whether any is set in any replica.
 
-    A predicate that differs between replicas turns `cond` into computing both branches, and `while_loop`
-    into a select over all it carries, the stored trajectory too, in every iteration. Work done for a
-    replica that did not ask for it is masked, so one common predicate changes no result.
+    A predicate that differs between replicas makes `cond` compute both branches, and `while_loop` select
+    over its whole carry, including the stored trajectory, in every iteration. Work done for a replica that
+    did not ask for it is masked, so one common predicate changes no result.
     """
     return flags.any()
 
@@ -42,13 +42,13 @@ def _any_of_replicas(axis_size, in_batched, flags):
 
 
 def in_groups(function: Callable, most: int | None = None) -> Callable:
-    """The function; under vmap, for groups of replicas one after another, with the same results.
+    """Run the function on groups of replicas, one after another, under vmap; the results are the same.
 
-    most: replicas in a group (by default by backend), of which the largest number that divides them all is
-    taken. A function of arrays that gives arrays.
+    most: upper limit of replicas in a group (by default by backend); groups are as large as divides them all.
+    The function takes and returns arrays.
     """
 
-    function = jax.jit(function)  # which is traced once, here and for the groups
+    function = jax.jit(function)  # so that it is traced once, here and for the groups
 
     @jax.custom_batching.custom_vmap
     def run(*arguments):
@@ -85,7 +85,7 @@ def in_groups(function: Callable, most: int | None = None) -> Callable:
         return out, jax.tree.map(lambda x: True, out)
 
     def grouped(*arguments):
-        # Operation by operation, as in a search for NaNs, what custom_vmap wraps would not be watched.
+        # Without jit, as in a search for NaNs, operations inside custom_vmap would not be checked.
         plainly = jax.config.jax_disable_jit  # type: ignore[attr-defined]
         return (function if plainly else run)(*arguments)
 
@@ -93,7 +93,7 @@ def in_groups(function: Callable, most: int | None = None) -> Callable:
 
 
 def group_size(total: int, most: int | None = None) -> int:
-    """How many of the replicas of one device `in_groups` improves together."""
+    """How many of one device's replicas `in_groups` runs together."""
     return divisor(total, most or _side_by_side(total))
 
 

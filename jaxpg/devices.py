@@ -1,4 +1,4 @@
-"""Devices: what is asked of their compilers, what fits in their memory, and how one program uses several."""
+"""Devices: compiler options, memory limits, and one program on several devices."""
 
 import os
 import sys
@@ -11,37 +11,37 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
-# The mesh axis of the two devices on which `concurrently` runs its two functions.
+# Mesh axis over the two devices on which `concurrently` runs its two functions.
 PAIR = "pair"
 
 
 def prefer(option: str, value: Any, default: Any) -> None:
-    """Sets an option of jax, unless its user has: in the environment, or to other than jax's default.
+    """Set an option of jax unless the user has, in the environment or by changing it from jax's default.
 
-    Raises RuntimeError for an option that is too late, because jax is in use already.
+    Raises RuntimeError when jax is already in use and the option can no longer change.
     """
     if option.upper() not in os.environ and getattr(jax.config, option) == default:
         jax.config.update(option, value)
 
 
 def check_devices() -> None:
-    """Raises ValueError where there is no device of the kind that JAX_PLATFORMS names."""
+    """Raises ValueError when there is no device of the kind that JAX_PLATFORMS names."""
     try:
         jax.devices()
-    # A platform that jax does not know is the first, one that it has no plugin for the second.
+    # RuntimeError: a platform unknown to jax; AssertionError: one without an installed plugin.
     except (RuntimeError, AssertionError) as error:
         asked = jax.config.jax_platforms  # type: ignore[attr-defined]
         reason = str(error).partition("(set JAX_PLATFORMS")[0] or "it has no such device"
         raise ValueError(
             f"JAX_PLATFORMS={asked or ''}: jax cannot start: {reason.strip().rstrip('.')}; leave it unset "
-            "for the best device there is, or set it to cpu"
+            "for the best available device, or set it to cpu"
         ) from error
 
 
 def check_fits(
     available: float | None, one: float, count: int, what: str, noun: str, remedy: str
 ) -> None:
-    """Raises ValueError where so many things of `one` bytes each need more memory than is available."""
+    """Raises ValueError when `count` items of `one` bytes each need more memory than is available."""
     if available is None or one * count <= available:
         return
     fits = f"{int(available // one):,}" if one <= available else "none"
@@ -52,7 +52,7 @@ def check_fits(
 
 
 def needed_bytes(compiled: Any) -> int | None:
-    """Of one device while the program runs, as its compiler says; None where it does not say."""
+    """Bytes that the program needs while it runs, as its compiler reports them; None if it does not."""
     try:
         found = compiled.memory_analysis()
     except (NotImplementedError, RuntimeError, jax.errors.JaxRuntimeError):
@@ -66,12 +66,12 @@ def needed_bytes(compiled: Any) -> int | None:
         + found.temp_size_in_bytes
         + found.generated_code_size_in_bytes
     )
-    # Devices of a CPU share its memory.
+    # All devices of a CPU share its memory.
     return total * (jax.local_device_count() if jax.default_backend() == "cpu" else 1)
 
 
 def available_bytes() -> int | None:
-    """Of one accelerator, or of this machine within its limits; None where unknown."""
+    """Free memory of one accelerator, or of this machine within its limits; None where unknown."""
     if jax.default_backend() != "cpu":
         found = jax.local_devices()[0].memory_stats() or {}
         limit = found.get("bytes_limit")
@@ -99,14 +99,14 @@ def _number(path):
 
 
 def giga(count: float) -> str:
-    """Of bytes, as messages say them."""
+    """A number of bytes in gigabytes, for messages."""
     return f"{count / 1e9:.1f} GB"
 
 
 def compiler_options(effort: int | None) -> dict[str, Any] | None:
-    """Options of `jax.jit` for an optimisation effort of 0 (compiles fastest) to 3; None is the usual.
+    """Options of `jax.jit` for an optimisation effort of 0 (compiles fastest) to 3; None is the default.
 
-    Only the CPU's compiler takes one: other devices always do their best.
+    Only the CPU's compiler takes one; other devices always compile with full effort.
     """
     if effort is None or jax.default_backend() != "cpu":
         return None
@@ -132,8 +132,8 @@ def concurrently(one: Callable, other: Callable, *arguments: Any) -> tuple[Any, 
         lambda: (nothing[0], other(*arguments)),
     )
     leaves, tree = jax.tree.flatten(found)
-    # A sum brings what the other device left at zero; one for each type, because each message costs.
-    for dtype in dict.fromkeys(x.dtype for x in leaves):  # in an order that every process finds
+    # Each device holds zeros for the other's results, so a sum shares them; one per dtype saves messages.
+    for dtype in dict.fromkeys(x.dtype for x in leaves):  # the same order in every process
         places = [i for i, x in enumerate(leaves) if x.dtype == dtype]
         flat = jnp.concatenate([leaves[i].ravel() for i in places])
         flat = jax.lax.psum(flat, PAIR).astype(dtype)

@@ -27,7 +27,7 @@ class TimeStep(NamedTuple):
     obs: Array  # the true successor observation
     reward: Array  # []
     terminated: Array  # [] bool: the MDP ended, nothing follows
-    truncated: Array  # [] bool: the clock ended it, the value goes on
+    truncated: Array  # [] bool: a time limit cut the episode, whose value continues
 
 
 class Trajectory(NamedTuple):
@@ -52,7 +52,7 @@ class Trajectory(NamedTuple):
 
 
 class Number(NamedTuple):
-    """What a hyperparameter is, in words, where it counts, and which values it takes."""
+    """A hyperparameter's meaning in words, where it applies, and its range."""
 
     help: str
     where: str = ""  # "": everywhere
@@ -83,7 +83,7 @@ _NATURAL = "npg, trpo, enac"
 class Hyperparams(NamedTuple):
     """Numbers that training reads: traced and vmappable, never a shape and never a switch.
 
-    The one table of them: each with its default, meaning, place and range.
+    The only table of them: each has its default, meaning, place and range.
 
     >>> Hyperparams(gamma=0.9)._replace(lambda_=0.5)[2:4]
     (0.9, 0.5)
@@ -126,8 +126,8 @@ class Hyperparams(NamedTuple):
     stop_kl: Annotated[
         Any,
         _POSITIVE._replace(
-            help="a minibatch whose KL exceeds it ends the policy's steps of its update",
-            where="rows of several steps per batch",
+            help="a minibatch with a larger KL ends the policy's steps for that update",
+            where="rows with several steps per batch",
             hint="a large one, such as 1e9, never stops",
         ),
     ] = 1e9
@@ -144,14 +144,14 @@ class Hyperparams(NamedTuple):
     value_clip_eps: Annotated[
         Any,
         _CLIPS._replace(
-            help="the critic's loss lets a value move this far per update; a large one is no limit",
+            help="how far the critic's loss lets a value move per update; a large number is no limit",
             where="rows with a critic",
         ),
     ] = 1e9
     ess_floor: Annotated[
         Any,
         _SHARE._replace(
-            help="old data is dropped where its effective share of the sample is below it",
+            help="a batch of old data is dropped when its effective sample share is below this",
             where="off_policy, impala",
             hint="try 0.1",
         ),
@@ -174,7 +174,7 @@ class Hyperparams(NamedTuple):
     schedule_updates: Annotated[
         Any,
         _POSITIVE._replace(
-            help="updates over which the learning-rate schedule runs; for the command, 0 is all",
+            help="updates over which the learning-rate schedule runs; on the command line, 0 means all",
             hint="leave it out to mean all updates",
         ),
     ] = 1e9

@@ -28,7 +28,7 @@ EnvState = Any
 
 
 class Actor(NamedTuple):
-    """What acts in an environment: pure, for B of them at once."""
+    """Pure functions that act in B environments at once."""
 
     initial_carry: Callable[[int], Carry]  # of B lanes
     # (key, obs [B, ...], carry [B, ...], first [B]) -> (action [B, ...], carry)
@@ -42,15 +42,15 @@ class Env(NamedTuple):
     step: Callable[[Key, EnvState, Array], tuple[EnvState, TimeStep]]
     observation: Space
     action: Space
-    horizon: int  # whole episodes and evaluations end after this many steps, one way or the other
-    # Of a wrapper: what it wraps, and how an actor of the wrapped environment acts in that.
+    horizon: int  # whole episodes and evaluations end after at most this many steps
+    # Set by a wrapper: the environment inside, and the map from its own actors to actors there.
     wraps: tuple["Env", Callable[[Actor], Actor]] | None = None
 
 
 def check_env(env: Env) -> None:
-    """Raises ValueError, naming the field, where reset and step do not give what the spaces promise.
+    """Raises ValueError, naming the field, when reset or step does not return what the spaces promise.
 
-    Both are traced for shapes alone, once for all calls, and nothing is left of it in a program.
+    Both are only traced for their shapes; compiled programs contain none of it.
     """
     check_space("Env.observation", env.observation)
     check_space("Env.action", env.action)
@@ -73,7 +73,7 @@ def check_env(env: Env) -> None:
     after, result = _results(found, "step", "(state, TimeStep)")
     if not all(hasattr(result, name) for name in TimeStep._fields):
         raise ValueError(
-            f"Env.step gives a {type(result).__name__} beside the state; it must be a jaxpg.TimeStep(obs, "
+            f"Env.step returns a {type(result).__name__} with the state; it must be a jaxpg.TimeStep(obs, "
             "reward, terminated, truncated)"
         )
     _check_obs("step", result.obs, env.observation)
@@ -84,18 +84,18 @@ def check_env(env: Env) -> None:
 
 
 def check_action(env: Env, action: Array) -> None:
-    """Raises ValueError where a policy's actions [B, ...] are none of the environment's."""
+    """Raises ValueError when a policy's actions [B, ...] do not fit the environment's action space."""
     space = env.action
     kinds = _REAL[:1] if isinstance(space, Box) else _REAL[1:2]
     if action.shape[1:] != space.shape or not _is(action, kinds):
         raise ValueError(
-            f"the policy's action is {action.dtype} {list(action.shape[1:])}, and Env.action is a "
+            f"the policy's action is {action.dtype} {list(action.shape[1:])}, but Env.action is a "
             f"{type(space).__name__} of shape {list(space.shape)}; build the policy for env.action"
         )
 
 
 def _results(found, function, promised):
-    # A TimeStep alone is a tuple, too.
+    # A TimeStep alone is a tuple too.
     if isinstance(found, tuple) and len(found) == 2:
         return found
     what = "one array" if hasattr(found, "dtype") else f"a {type(found).__name__} of {len(found)}"
@@ -113,7 +113,7 @@ def _check_obs(function, obs, space: Space) -> None:
         said = f"a Box of shape {list(space.shape)}" if real else str(space)
         raise ValueError(
             f"Env.{function}: obs is {_said(obs)}; by Env.observation, {said}, it must be "
-            f"{'float32' if real else 'int32'} {list(space.shape)}: change the one or the other"
+            f"{'float32' if real else 'int32'} {list(space.shape)}: change one or the other"
         )
 
 
@@ -133,7 +133,7 @@ def _check_same(name, before, after) -> None:
     one, other = (jax.tree_util.tree_flatten_with_path(x) for x in (before, after))
     if one[1] != other[1]:
         raise ValueError(
-            f"{name} has another structure after Env.step than after Env.reset: {other[1]}, not {one[1]}"
+            f"{name} has a different structure after Env.step than after Env.reset: {other[1]}, not {one[1]}"
         )
     for (place, old), (_, new) in zip(one[0], other[0], strict=True):
         if (old.shape, old.dtype) != (new.shape, new.dtype):

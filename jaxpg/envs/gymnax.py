@@ -21,10 +21,10 @@ from jaxpg.envs.env import Env
 from jaxpg.envs.spaces import Box, Discrete, Space, check_space, limits
 from jaxpg.types import TimeStep
 
-# Importing these takes gymnax nearly two seconds.
+# gymnax imports these, which takes nearly two seconds.
 _DRAWING = ("matplotlib", "matplotlib.pyplot", "matplotlib.colors", "seaborn")
 _NARROW = {f"{kind}64": f"{kind}32" for kind in ("int", "uint", "float")}
-MOST_SIZE = 2**12  # of an argument of a constructor, which fills tables of it
+MOST_SIZE = 2**12  # of a constructor's argument, which is the size of tables
 
 
 def from_gymnax(environment, params=None, **settings) -> Env:
@@ -33,17 +33,17 @@ def from_gymnax(environment, params=None, **settings) -> Env:
     settings: fields of the environment's parameters (`max_steps_in_episode=200`) or arguments of its
     constructor (`size=20` for DeepSea). Real-valued actions are clipped to the action space before the
     step, because several environments penalise them unclipped; the policy's log-probability stays that
-    of the action as sampled. Where gymnax flags an end as both, termination wins.
-    Parameters may be traced, so that each replica of a `vmap` has an environment of its own. A policy does
-    not know bounds that they decide: it takes actions for unbounded, and the step clips them.
-    Raises ValueError for an unknown name (with near matches), a setting that is unknown or cannot be, a
+    of the action as sampled. Where gymnax reports an end as terminated and truncated, termination wins.
+    Parameters may be traced, so that each replica of a `vmap` has an environment of its own. A policy cannot
+    see action bounds that depend on them: it treats actions as unbounded, and the step clips them.
+    Raises ValueError for an unknown name (with near matches), a setting that is unknown or invalid, a
     traced one that decides a shape, or a data set that could not be fetched.
 
     >>> env = from_gymnax("CartPole-v1", max_steps_in_episode=9)
     >>> env.observation.shape, env.action, env.horizon
     ((4,), Discrete(n=2), 9)
     """
-    # Inside jit, too, what is not traced stays a number.
+    # Values that are not traced stay concrete, even inside jit.
     with narrow(), jax.ensure_compile_time_eval():
         environment, params = resolve(environment, params, settings)
         with _refused(environment.name, settings):
@@ -86,7 +86,7 @@ def from_gymnax(environment, params=None, **settings) -> Env:
 
 @contextmanager
 def narrow() -> Iterator[None]:
-    """In 32 bits, which is all that gymnax's own functions can do, whatever the default precision."""
+    """Run in 32 bits, which is all that gymnax's functions support, whatever the default precision."""
     if not jax.config.read("jax_enable_x64"):
         yield
     elif hasattr(jax, "enable_x64"):
@@ -106,7 +106,7 @@ def _one_step(env):
 
 @contextmanager
 def _refused(name, settings):
-    """Whatever an environment raises, as the line that its settings do not work."""
+    """Turn whatever an environment raises into one line that says its settings do not work."""
     try:
         yield
     except Exception as error:
@@ -118,7 +118,7 @@ def _refused(name, settings):
 
 
 def resolve(environment, params, settings):
-    """The environment and its parameters, the settings among them. Raises ValueError."""
+    """The environment and its parameters, with the settings applied. Raises ValueError."""
     if isinstance(environment, str):
         environment, params, settings = _make(environment, settings)
     elif params is None:
@@ -163,7 +163,7 @@ def _checked(environment, settings, defaults):
 
 
 def _make(name, settings):
-    gymnax = _gymnax()  # takes a second, so only when an environment of its is made
+    gymnax = _gymnax()  # takes a second, so only when one of its environments is made
     if name not in gymnax.registered_envs:
         near = difflib.get_close_matches(name, gymnax.registered_envs, n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(near)}?" if near else "see jaxpg.envs.gymnax_names()"
@@ -172,13 +172,13 @@ def _make(name, settings):
         environment, params = gymnax.make(name)
     except OSError as error:
         raise ValueError(f"{name} needs a data set that could not be fetched: {error}") from error
-    # What the parameters do not name goes to the constructor, if it takes it.
+    # Settings that are not parameters go to the constructor, if it accepts them.
     accepted = inspect.signature(type(environment)).parameters
     for_make = {k: v for k, v in settings.items() if not hasattr(params, k) and k in accepted}
     traced = [k for k, v in for_make.items() if _traced(v)]
     if traced:
         raise ValueError(
-            f"{name}: {traced[0]} is traced, but an argument of the constructor; give a number"
+            f"{name}: {traced[0]} is traced, but it is an argument of the constructor; give a number"
         )
     if for_make:
         checked = _checked(name, for_make, {k: accepted[k].default for k in for_make})
@@ -233,19 +233,19 @@ def _strong(x):
 
 
 class _Later(ModuleType):
-    """Stands for a module, which is imported when something of it is first asked for."""
+    """A stand-in for a module, which is imported at its first use."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what the import system asks
+        if name.startswith("__"):  # asked for by the import system
             raise AttributeError(name)
         return getattr(import_module(self.__name__), name)
 
 
-@narrow()  # it makes arrays when it is imported
+@narrow()  # gymnax makes arrays when it is imported
 def _gymnax() -> Any:
-    """The package, imported at the first call, without what its environments draw pictures with."""
+    """The gymnax package, imported at the first call, without the libraries it draws with."""
     if "gymnax" not in sys.modules:
-        # A version that needs more of them at once is imported as it is.
+        # A version that needs those libraries at import is imported with them.
         with _drawing_later(), suppress(ImportError):
             import_module("gymnax")
     return import_module("gymnax")
@@ -253,7 +253,7 @@ def _gymnax() -> Any:
 
 @contextmanager
 def _drawing_later() -> Iterator[None]:
-    """Only what is imported inside gets the stand-ins; sys.modules is then as it was."""
+    """Give stand-ins to imports inside this block, and restore sys.modules after it."""
     if "matplotlib" in sys.modules:
         yield
         return

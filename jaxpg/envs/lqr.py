@@ -21,7 +21,7 @@ from jaxpg.types import TimeStep
 class Lqr(NamedTuple):
     """s' = a s + b u + w with w ~ Normal(0, process_std^2), reward -(q s^2 + c u^2), H steps.
 
-    s_0 ~ Normal(initial_mean, initial_variance). The defaults are the instance of the laboratory.
+    s_0 ~ Normal(initial_mean, initial_variance). The defaults are the laboratory's instance.
     """
 
     state_gain: float = 1.0  # a
@@ -35,7 +35,7 @@ class Lqr(NamedTuple):
 
 
 def check_lqr(lqr: Lqr) -> Lqr:
-    """The same regulator; what is traced but the horizon passes unchecked.
+    """Return the regulator; traced fields, except the horizon, pass unchecked.
 
     Raises ValueError, naming the field, when it is not well formed.
     """

@@ -1,4 +1,4 @@
-"""Tabular worlds, whose every expectation can be computed exactly.
+"""Tabular worlds, in which every expectation can be computed exactly.
 
 >>> coin = Mdp(np.ones(1), np.ones((1, 2, 1)), np.array([[0.0, 1.0]]), np.zeros((1, 2)),
 ...     np.zeros(1, bool), np.zeros(1, int), horizon=1)
@@ -60,7 +60,7 @@ def check_mdp(mdp: Mdp) -> Mdp:
         raise ValueError("an Mdp field holds a number that is not finite")
     for name, rows in (("initial", initial), ("transition", transition)):
         if (rows < 0).any() or not np.allclose(rows.sum(-1), 1, atol=1e-6):
-            raise ValueError(f"Mdp.{name} has a row that is no distribution; rows must sum to 1")
+            raise ValueError(f"Mdp.{name} has a row that is not a distribution; rows must sum to 1")
     if (variance < 0).any():
         raise ValueError("Mdp.reward_variance holds a negative number")
     if (observation < 0).any() or not np.issubdtype(observation.dtype, np.integer):
@@ -90,7 +90,7 @@ def from_mdp(mdp: Mdp) -> Env:
     mdp = check_mdp(mdp)
     num_actions = mdp.reward.shape[1]
     dtype = jnp.result_type(float)
-    # Cumulative rows are taken in float64, scaled to end at exactly 1.
+    # Cumulative sums are taken in float64 and scaled to end at exactly 1.
     initial_cdf = jnp.asarray(_cdf(mdp.initial), dtype)
     transition_cdf = jnp.asarray(_cdf(mdp.transition), dtype)
     reward = jnp.asarray(mdp.reward, dtype)

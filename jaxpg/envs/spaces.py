@@ -50,12 +50,12 @@ class MultiDiscrete(NamedTuple):
 
 Space = Discrete | Box | MultiDiscrete
 
-# The square of a larger float32 overflows, so as a bound it can only mean that there is none.
+# The square of a larger float32 overflows, so a larger bound can only mean that there is none.
 LARGEST = float(np.sqrt(np.finfo(np.float32).max))
 
 
 def check_space(name: str, space: Space) -> None:
-    """Raises ValueError, with the name in it, for what is no space, or one without elements."""
+    """Raises ValueError, giving the name, if this is not a space or it has no elements."""
     if isinstance(space, Box):
         return _check_bounds(name, space)
     if not isinstance(space, Discrete | MultiDiscrete):
@@ -66,7 +66,7 @@ def check_space(name: str, space: Space) -> None:
     sizes = (space.n,) if isinstance(space, Discrete) else tuple(space.nvec)
     whole = all(isinstance(n, int | np.integer) and n >= 1 for n in sizes)
     if not (sizes and whole):
-        raise ValueError(f"{name}={space} must count its values by whole numbers, at least 1")
+        raise ValueError(f"{name}={space} must have a whole number of values, at least 1")
     return None
 
 
@@ -86,17 +86,17 @@ def _check_bounds(name, space: Box) -> None:
     low, high = np.asarray(space.low), np.asarray(space.high)
     if low.shape != high.shape:
         raise ValueError(f"{name}: Box.low has shape {low.shape} and Box.high {high.shape}")
-    holds = (low <= high) & (low < LARGEST) & (high > -LARGEST)  # no NaN does
+    holds = (low <= high) & (low < LARGEST) & (high > -LARGEST)  # False for NaN
     if not holds.all():
         place = tuple(np.argwhere(~holds)[0].tolist())
         raise ValueError(
             f"{name}: Box.low={low[place]} and Box.high={high[place]} at {list(place)} leave nothing to "
-            "choose from; give low <= high, and infinite ones where there is no bound"
+            "choose from; give low <= high, and infinite bounds where there is none"
         )
 
 
 def limits(space: Box) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds as float32, infinite where no float32 can use them, such as the largest floats."""
+    """Bounds as float32, infinite where they are too large to use, such as the largest floats."""
     low, high = (np.asarray(bound) for bound in space)
     low = np.where(low <= -LARGEST, -np.inf, low).astype(np.float32)
     return low, np.where(high >= LARGEST, np.inf, high).astype(np.float32)
@@ -107,7 +107,7 @@ def _kind(x) -> str:
 
 
 def encoded_size(space: Space) -> int:
-    """How many numbers `encode` makes of one element."""
+    """How many features `encode` makes from one element."""
     if isinstance(space, Box):
         return int(np.prod(space.shape))
     return space.n if isinstance(space, Discrete) else sum(space.nvec)
@@ -121,7 +121,7 @@ def clip(space: Space, x: Array) -> Array:
 def encode(space: Space, x: Array) -> Array:
     """Elements [..., *shape] as vectors [..., features]: real numbers flattened, integers one-hot.
 
-    In the default precision, whatever the environment's own.
+    The result has the default precision, whatever the environment's own.
     """
     if isinstance(space, Box):
         x = jnp.asarray(x, jnp.result_type(float))

@@ -1,4 +1,4 @@
-"""Finite gymnax environments as tables: every reachable state, by the environment's own functions."""
+"""Finite gymnax environments as tables of all reachable states, found by the environment's own functions."""
 
 import copy
 from collections.abc import Callable
@@ -15,7 +15,7 @@ LIMIT = 4096  # states
 
 
 class _Law(NamedTuple):
-    """What cannot be read off an environment's functions: its chances, and what its state is."""
+    """What an environment's functions do not reveal: its probabilities, and what identifies a state."""
 
     identity: Callable[[Any], tuple]  # the fields that tell states apart
     observation: Callable[
@@ -35,7 +35,7 @@ def mdp_from_gymnax(environment, params=None, **settings) -> Mdp:
     An Mdp pays r(s, a), so a chance that decides where the action leads (a slippery lake) is drawn one
     step ahead and stored in the state, hidden from `observation`. The table's observation is the position
     (FrozenLake), ball and paddle columns (Catch), the square (DeepSea), or nothing (DiscountingChain).
-    The time limit is the horizon, or the longest episode where that is shorter.
+    The horizon is the time limit, or the longest episode if that is shorter.
     Raises ValueError for an environment without a known law, and for more than 4096 states.
 
     >>> mdp_from_gymnax("Catch-bsuite").reward.shape
@@ -58,7 +58,7 @@ def _explore(environment, params, law, coins):
     frontier = law.starts(environment, first)
     states, edges = {law.identity(s): s for s in frontier}, {}
     steps = [_stepper(coin, params) for _, coin, _ in coins]
-    for _ in range(int(params.max_steps_in_episode)):  # a clock in the state never stops by itself
+    for _ in range(int(params.max_steps_in_episode)):  # a clock would make states for ever
         if not frontier:
             break
         results, found = [step(frontier) for step in steps], {}
@@ -79,7 +79,7 @@ def _explore(environment, params, law, coins):
 
 
 def _stepper(environment, params):
-    """From a list of states to (successor, reward, terminated) of every action, [states, actions]."""
+    """Map a list of states to (successor, reward, terminated) for every action, [states, actions]."""
     actions = jnp.arange(environment.num_actions)
 
     def step(state, action):
@@ -137,7 +137,7 @@ def _certain(environment):
 
 
 def _slippery(environment):
-    """The action, or the one to its left or right: each as a lake that does not slip."""
+    """The action, or the one to its left or right, each on a lake that is not slippery."""
     num_actions = environment.num_actions
     if not environment.is_slippery:
         return _certain(environment)

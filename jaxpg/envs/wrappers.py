@@ -1,6 +1,6 @@
-"""Wrappers: an environment in, an environment out. Time limits keep terminated and truncated apart.
+"""Wrappers: functions from an environment to an environment, which keep terminated and truncated apart.
 
-Each also says how an actor of its environment acts in the one inside: a policy takes its wrappers with it.
+Each also turns an actor of the outer environment into one of the inner, so a policy can act without it.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from jaxpg.envs.spaces import Box, check_space, clip, encode, encoded_size
 
 
 def unwrapped(env: Env, actor: Actor) -> tuple[Env, Actor]:
-    """The environment inside all wrappers, and an actor that does there what this one does outside.
+    """The environment inside all wrappers, and an actor that does there what this one does in `env`.
 
     >>> env = jaxpg.envs.from_gymnax("CartPole-v1")
     >>> unwrapped(history(env, 2), Actor(lambda num_lanes: (), None))[0] is env
@@ -28,9 +28,9 @@ def unwrapped(env: Env, actor: Actor) -> tuple[Env, Actor]:
 
 
 def mask_observation(env: Env, keep: Sequence[int]) -> Env:
-    """Only these entries of the observation, in this order; hiding velocities makes CartPole non-Markov.
+    """Keep only these entries of the observation, in this order; hiding velocities makes CartPole non-Markov.
 
-    Raises ValueError for observations that are no vector, and for entries that are not there.
+    Raises ValueError for observations that are not vectors, and for entries that do not exist.
 
     >>> mask_observation(jaxpg.envs.from_gymnax("CartPole-v1"), (0, 2)).observation.shape
     (2,)
@@ -68,9 +68,9 @@ def mask_observation(env: Env, keep: Sequence[int]) -> Env:
 def history(env: Env, k: int) -> Env:
     """The last k observations, each with the action that led to it, oldest first: [k (obs + action)].
 
-    Zeros before the episode. Observations are flattened; what is discrete is one-hot; Box actions are as the
-    environment takes them, clipped. If k steps determine the state, this is Markov. A recurrent network
-    needs history(env, 1) to see its last action. Raises ValueError when k < 1.
+    Rows before the episode are zeros. Observations are flattened, discrete values are one-hot, and Box
+    actions are clipped, as the environment takes them. If k steps determine the state, the result is Markov.
+    A recurrent network needs history(env, 1) to see its last action. Raises ValueError when k < 1.
 
     >>> history(jaxpg.envs.from_gymnax("CartPole-v1"), 3).observation.shape
     (18,)
@@ -83,7 +83,7 @@ def history(env: Env, k: int) -> Env:
     before = np.zeros(encoded_size(taken), dtype)
     zeros = np.zeros((k, encoded_size(taken) + encoded_size(seen)), dtype)
     low, high = (np.concatenate([bound(taken), bound(seen)]) for bound in (_lowest, _highest))
-    # Zero, before the episode, is an observation too.
+    # The bounds include the zeros before the episode.
     space = Box(np.tile(np.minimum(low, 0), k), np.tile(np.maximum(high, 0), k))
 
     def shown(window, action, obs):
@@ -123,7 +123,7 @@ def history(env: Env, k: int) -> Env:
 
 
 def repeat_action(env: Env, k: int) -> Env:
-    """Every action is taken k times, or until the episode ends; the rewards are summed.
+    """Take every action k times, or until the episode ends, and sum the rewards.
 
     Random actions then add up instead of cancelling, which reaches goals that single random steps
     do not. gamma discounts decisions, not single steps. Raises ValueError when k < 1.
@@ -157,7 +157,7 @@ def repeat_action(env: Env, k: int) -> Env:
         def act(key, obs, carry, first):
             left, action, inner = carry
             decides = first | (left == 0)
-            # Between two decisions, nothing inside moves.
+            # Between two decisions, the inner actor's carry stays.
             decided = actor.step(key, obs, inner, first)
             action, inner = _where(decides, decided, (action, inner))
             return action, (jnp.where(decides, k, left) - 1, action, inner)
@@ -173,7 +173,7 @@ def _at_least_one(name, k):
 
 
 def _where(lanes, new, old):
-    """In these lanes the new, in the others the old."""
+    """The new values in these lanes, the old ones in the others."""
     return jax.tree.map(partial(jax.vmap(jnp.where), lanes), new, old)
 
 

@@ -49,13 +49,13 @@ def init_params(agent: Agent, key: Key) -> AgentParams:
 
 
 def initial_carry(agent: Agent, num_lanes: int) -> AgentCarry:
-    """The carry at the start of an episode, of `num_lanes` environments."""
+    """The carry at the start of an episode, for `num_lanes` environments."""
     critic = agent.critic.initial_carry(num_lanes) if agent.critic else ()
     return AgentCarry(agent.policy.initial_carry(num_lanes), critic)
 
 
 def observed(agent: Agent, params: AgentParams, trajectory: Trajectory) -> AgentParams:
-    """After an update: networks that keep statistics of observations take in the trajectory's."""
+    """The params after an update: networks with observation statistics add the trajectory's."""
     chex.assert_tree_shape_prefix(trajectory, trajectory.mask.shape)
 
     def after(network, params):
@@ -101,7 +101,7 @@ def check_agent(env: Env, agent: Agent) -> None:
     if not isinstance(distribution, needed):
         kind = "continuous" if isinstance(env.action, Box) else "discrete"
         raise ValueError(
-            f"the policy puts out a {type(distribution).__name__} distribution but the action space is "
+            f"the policy returns a {type(distribution).__name__} distribution but the action space is "
             f"{kind} ({type(env.action).__name__}); build it for env.action"
         )
     if not fits:

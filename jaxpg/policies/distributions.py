@@ -1,10 +1,10 @@
 """Action distributions.
 
-They travel through scan, vmap and jit as arrays, and the code that uses them does not ask which one
-it has: so, unlike everything else here, they are NamedTuples with methods.
+They pass through scan, vmap and jit as arrays, and code that uses them does not ask which one it has;
+hence, unlike everything else here, they are NamedTuples with methods.
 
-noise(key) depends on shapes alone, so a rollout draws that of many steps at once: random bits for one
-step at a time cost a CPU more than the network.
+noise(key) depends only on shapes, so a rollout draws the noise of many steps at once: on a CPU, random
+bits for one step at a time cost more than the network.
 
 >>> Categorical(jnp.zeros(4)).entropy().round(3), Gaussian(jnp.zeros(2), jnp.zeros(2)).mode()
 (Array(1.386, dtype=float32), Array([0., 0.], dtype=float32))
@@ -35,10 +35,10 @@ class Categorical(NamedTuple):
         return jax.random.uniform(key, self.logits.shape[:-1], self.logits.dtype)
 
     def draw(self, noise: Array) -> Array:
-        """By inversion of the distribution function: one uniform per draw, not one per action."""
+        """Invert the distribution function: one uniform per draw, not one per action."""
         cdf = jnp.cumsum(jax.nn.softmax(self.logits), axis=-1)
-        # Scaled by the last entry, which rounding may leave beside 1: an action of probability 0 is
-        # then never drawn.
+        # Scaled by the last entry, which rounding may move off 1, so that an action of probability 0
+        # is never drawn.
         threshold = (noise * cdf[..., -1])[..., None]
         return jnp.sum(threshold >= cdf[..., :-1], axis=-1, dtype=jnp.int32)
 
@@ -68,7 +68,7 @@ class Categorical(NamedTuple):
 
 
 class MultiCategorical(NamedTuple):
-    """Independent categoricals, rows of shorter ones filled with MASKED_LOGIT."""
+    """Independent categoricals; rows of shorter ones are padded with MASKED_LOGIT."""
 
     logits: Array  # [..., D, max A]
 
@@ -77,7 +77,7 @@ class MultiCategorical(NamedTuple):
         return Categorical(self.logits).noise(key)
 
     def draw(self, noise: Array) -> Array:
-        """Shape [..., D]."""
+        """One draw for each part, shape [..., D]."""
         return Categorical(self.logits).draw(noise)
 
     def sample(self, key: Key) -> Array:
@@ -89,7 +89,7 @@ class MultiCategorical(NamedTuple):
         return Categorical(self.logits).log_prob(action).sum(-1)
 
     def entropy(self) -> Array:
-        """sum_d of the entropies, in nats."""
+        """The sum over d of the entropies, in nats."""
         return Categorical(self.logits).entropy().sum(-1)
 
     def kl(self, other: "MultiCategorical") -> Array:
@@ -140,9 +140,9 @@ class Gaussian(NamedTuple):
 
 
 def gaussian_beside(fixed: np.ndarray) -> type[Gaussian]:
-    """A Gaussian over the entries of an action that are NaN in `fixed` [D]; the others are always those.
+    """A Gaussian over the entries of an action that are NaN in `fixed` [D]; the others keep those values.
 
-    Its actions are whole, [..., D]; its parameters, noise and density know the free entries alone.
+    Its actions are whole, [..., D]; its parameters, noise and density cover only the free entries.
     """
     free = np.isnan(fixed)
     index, place = np.flatnonzero(free), np.clip(np.cumsum(free) - 1, 0, None)

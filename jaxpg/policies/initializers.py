@@ -10,11 +10,11 @@ from jaxpg.types import Array, Key
 
 
 def orthogonal(key: Key, gains: Any) -> Any:
-    """The tree gains, each of its matrices times a random one with orthonormal rows or columns.
+    """The tree `gains` with each matrix multiplied by a random one with orthonormal rows or columns.
 
     W = gain * Q, with Q Q^T = I or Q^T Q = I, whichever the shape allows (Saxe et al., 2014). Arrays of other
-    dimensions are returned as they are. All matrices are drawn at once, because a draw of any size takes as
-    long to compile.
+    dimensions are returned unchanged. All matrices are drawn at once, because each draw takes equally long to
+    compile, whatever its size.
 
     >>> q = orthogonal(jax.random.key(0), jnp.full((2, 5), 3.0))
     >>> bool(jnp.allclose(q @ q.T, 9 * jnp.eye(2), atol=1e-5))
@@ -41,9 +41,9 @@ def orthogonal(key: Key, gains: Any) -> Any:
 
 
 def _orthonormal(matrix: Array) -> Array:
-    """The columns, no more than rows, made orthonormal by Gram-Schmidt in plain array operations.
+    """Orthonormalise the columns, at most as many as rows, by Gram-Schmidt in plain array operations.
 
-    Columns of zeros stay. The usual QR goes through LAPACK, which hangs for ever under vmap on few-core
+    Columns of zeros stay zero. The usual QR goes through LAPACK, which hangs for ever under vmap on few-core
     machines with jaxlib 0.10.0 to 0.11.0.
     """
     columns = jnp.arange(matrix.shape[1])

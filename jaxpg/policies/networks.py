@@ -1,6 +1,6 @@
 """Networks: pure (init, initial_carry, apply) triples, feed-forward and recurrent alike.
 
-Every builder takes the observation space and what to put out: an action space gives a policy, whose
+Every builder takes the observation space and the kind of output: an action space gives a policy, whose
 `apply` returns a distribution; None gives a critic, whose `apply` returns values [T, B].
 
 >>> seen, taken = Box(-np.ones(3), np.ones(3)), Discrete(2)
@@ -45,12 +45,12 @@ class Network(NamedTuple):
     apply: Callable[
         [Params, Carry, Array, Array], tuple[Carry, Any]
     ]  # obs [T, B, ...], first [T, B]
-    # After an update, from its obs [T, B, ...] and mask [T, B]; the optimizer's part of params stays.
+    # The params after an update with obs [T, B, ...] and mask [T, B]; those the optimizer trains stay.
     observe: Callable[[Params, Array, Array], Params] | None = None
 
 
 def tabular(observation: Space, action: Space | None) -> Network:
-    """One row of logits (or one value) per observation, zero at the start.
+    """One row of logits (or one value) per observation, initially zero.
 
     Params: {"logits": [S, A]} or {"value": [S]}; flattened, they are state-major.
     Raises ValueError unless both spaces are Discrete.
@@ -149,7 +149,7 @@ def gru(
         body_gains = body.init(example)
         encoded = body.apply(body_gains, example)
         cell_gains = _gains(cell, initial_carry(1), encoded[0])
-        # The cell puts out its carry.
+        # The cell's output is its carry.
         head_gains = head.init(initial_carry(1)[None])
         return orthogonal(key, {"body": body_gains, "cell": cell_gains, "head": head_gains})
 
@@ -170,7 +170,7 @@ def gru(
 class _Apply(NamedTuple):
     """A linen module as the pair of functions that the builders compose."""
 
-    init: Callable[[Array], Params]  # for an input; matrices are filled with their gains
+    init: Callable[[Array], Params]  # takes an input; matrices are filled with their gains
     apply: Callable[[Params, Array], Any]
 
 
@@ -187,10 +187,10 @@ def _dense(width: int, scale: float, precision: str) -> nn.Dense:
 
 
 def _product(x, kernel, dimensions, precision=None, preferred_element_type=None):
-    """x kernel, as a product with the kernel's rows: its gradient is then one with x's rows, too.
+    """x @ kernel, as a product with the transposed kernel's rows: its gradient is one with x's rows too.
 
-    XLA's fast products on CPUs want a first factor that is contracted over its last axis. The barrier
-    keeps it from swapping the factors of the gradient, which then took 2.5 times as long.
+    XLA's fast products on CPUs need a first factor that is contracted over its last axis. Without the
+    barrier XLA swaps the factors of the gradient, which then took 2.5 times as long.
     """
     del dimensions
     rows = jax.lax.optimization_barrier(kernel.T)

@@ -15,7 +15,7 @@ SMALLEST_VARIANCE = 1e-8
 
 
 class Statistics(NamedTuple):
-    """Of the observations seen, flattened: weight decay, which is for matrices, leaves vectors alone."""
+    """Statistics of flattened observations: as vectors they escape weight decay, which is for matrices."""
 
     seen: Array  # [] how many
     mean: Array  # [D]
@@ -23,11 +23,11 @@ class Statistics(NamedTuple):
 
 
 def normalised(network: Network, observation: Space) -> Network:
-    """The network on (obs - mean) / std, clipped to +- 10, over all observations of earlier updates.
+    """The network on (obs - mean) / std, clipped to +- 10, with statistics of all earlier updates.
 
-    Params: {"network": ..., "statistics": Statistics}. Their gradient is 0; `observe` moves them, between
-    updates alone, so that log-probs at the update equal those at the rollout. Before the first update
-    observations pass unscaled. Raises ValueError unless observations are a Box.
+    Params: {"network": ..., "statistics": Statistics}. The statistics have gradient 0; `observe` updates
+    them, only between updates, so that log-probs at the update equal those at the rollout. Before the first
+    update observations pass unscaled. Raises ValueError unless observations are a Box.
 
     >>> space = Box(-np.ones(2), np.ones(2))
     >>> network = normalised(jaxpg.policies.linear(space, None), space)
@@ -36,7 +36,7 @@ def normalised(network: Network, observation: Space) -> Network:
     """
     if not isinstance(observation, Box):
         raise ValueError(
-            f"normalise scales real observations, and these are {type(observation).__name__}; "
+            f"normalise scales real observations, but these are {type(observation).__name__}; "
             "leave normalise out"
         )
     size = encoded_size(observation)
@@ -46,7 +46,7 @@ def normalised(network: Network, observation: Space) -> Network:
         return {"network": network.init(key), "statistics": Statistics(zeros[0], zeros, zeros)}
 
     def apply(params, carry, obs, first):
-        # Not what the estimator differentiates, but data.
+        # Statistics are data; the estimator does not differentiate them.
         seen, mean, squares = jax.lax.stop_gradient(params["statistics"])
         std = jnp.sqrt(jnp.maximum(squares / jnp.maximum(seen, 1.0), SMALLEST_VARIANCE))
         mean, scale = (
@@ -64,7 +64,7 @@ def normalised(network: Network, observation: Space) -> Network:
 
 
 def merged(statistics: Statistics, rows: Array, mask: Array) -> Statistics:
-    """With further observations [N, D], where mask [N] is set (Chan, Golub and LeVeque, 1983).
+    """Add the observations [N, D] where mask [N] is set (Chan, Golub and LeVeque, 1983).
 
     Deviations are from the running mean, so float32 loses nothing to a mean far from 0.
     """

@@ -1,1 +1,1 @@
-"""Statistics: intervals, moments in parts, what a few seeds can say, and how it is drawn."""
+"""Statistics: intervals, streaming moments, summaries of a few seeds, and the style of figures."""

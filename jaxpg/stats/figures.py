@@ -1,4 +1,4 @@
-"""Drawing: one look for all figures. Readable in grey: a series is a marker and a line style too."""
+"""Drawing: one style for all figures. Each series has its own marker and line style, so grey is readable."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ LINES: tuple[Any, ...] = (
 
 
 def panels(figure, columns: int = 1, rows: int = 1, width: float = 5.4, height: float = 4.0):
-    """A row-major list of axes, the figure sized for them."""
+    """A row-major list of axes; sizes the figure for them."""
     figure.set_size_inches(width * columns, height * rows)
     figure.set_layout_engine("constrained")
     axes = np.atleast_1d(figure.subplots(rows, columns)).reshape(-1)
@@ -46,7 +46,7 @@ def line(axis, x, y, index: int, label: str | None = None) -> None:
 def points(axis, x, measured, low, high, index: int, label: str | None = None) -> None:
     """Measured points with their intervals: markers without a line."""
     x, measured, low, high = (np.asarray(each, float) for each in (x, measured, low, high))
-    # A point without an interval (nan) still shows; an unbiased square may lie outside its own.
+    # A point without an interval (nan) still shows; an unbiased square may lie outside its interval.
     below, above = (
         np.where(np.isfinite(each), np.maximum(each, 0.0), 0.0)
         for each in (measured - low, high - measured)
@@ -96,7 +96,7 @@ def plain_logarithms(axis) -> None:
 
 
 def label(axis, title: str, x: str, y: str, *, legend: bool = True, **place) -> None:
-    """What is seen, and the axes with their units."""
+    """Set the title, the axis labels with units, and the legend."""
     axis.set_title(title, fontsize=10)
     axis.set_xlabel(x)
     axis.set_ylabel(y)
@@ -105,7 +105,7 @@ def label(axis, title: str, x: str, y: str, *, legend: bool = True, **place) -> 
 
 
 def caption(figure, text: str = "lines: exact; markers: measured, with 95 % intervals") -> None:
-    """What lines and markers are, where the legend names only the series."""
+    """Say what lines and markers mean, where the legend names only the series."""
     figure.text(0.995, 0.005, text, fontsize=7, color="0.35", ha="right", va="bottom")
     room = 0.025 if "\n" not in text else 0.035 * (1 + text.count("\n"))
     figure.get_layout_engine().set(rect=(0, room, 1, 1 - room))

@@ -1,4 +1,4 @@
-"""Intervals: Student's t for means, and the bootstrap where that would promise what cannot be."""
+"""Intervals: Student's t for means, and the bootstrap where t would leave the attainable range."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 RESAMPLES = 2000
-MOST_SCORES = 2**22  # that are resampled at a time
+MOST_SCORES = 2**22  # resampled at a time
 ANY = (-np.inf, np.inf)
 NOT_RESOLVED = "not resolved"
 
@@ -21,18 +21,18 @@ class Estimate(NamedTuple):
 
 
 def quantile(confidence: float, groups: int) -> float:
-    """Student's t for a two-sided interval from so many groups."""
+    """Student's t for a two-sided interval from this many groups."""
     return float(stdtrit(groups - 1, 0.5 + confidence / 2))
 
 
 def mean_interval(
     values, attainable: tuple[float, float] = ANY, confidence: float = 0.95
 ) -> Estimate:
-    """The mean of R independent values [R, ...] by Student's t, or where that leaves the attainable range
-    by the percentile bootstrap, which never leaves the range of the values themselves.
+    """The mean of R independent values [R, ...] with an interval by Student's t or, where that leaves the
+    attainable range, by the percentile bootstrap, which stays within the range of the values.
 
-    Near an end of what is attainable, values pile up on one side, and their mean is far from normal. Of one
-    value there is no interval: NaN.
+    Near an end of the attainable range, values pile up on one side and their mean is far from normal. The
+    interval of a single value is NaN.
     """
     values = np.asarray(values, np.float64)
     columns = values.reshape(len(values), -1)
@@ -49,9 +49,9 @@ def mean_interval(
 
 
 def within(estimate: Estimate, lowest: float = 0.0, highest: float = np.inf) -> Estimate:
-    """The estimate with its interval in the range that the quantity is known to have.
+    """The estimate with its interval clipped to the range that the quantity is known to have.
 
-    The value is left: that of an unbiased square may be negative.
+    The value stays: an unbiased estimate of a square may be negative.
     """
     value, low, high = estimate
     return Estimate(value, *(np.clip(end, lowest, highest) for end in (low, high)))
@@ -60,8 +60,8 @@ def within(estimate: Estimate, lowest: float = 0.0, highest: float = np.inf) -> 
 def ratio(top: Estimate, bottom: Estimate, quotient: Estimate) -> Estimate:
     """`quotient`, an estimate of top / bottom >= 0, where the interval of bottom >= 0 is clear of 0.
 
-    Elsewhere bottom may be as small as you like, and all that is known is a bound from below:
-    (nan, top.low / bottom.high, inf), whose bound is nan where top too may be 0. Fields may be arrays.
+    Elsewhere bottom may be arbitrarily small, and only a lower bound is known:
+    (nan, top.low / bottom.high, inf), with nan for the bound where top may be 0 too. Fields may be arrays.
     """
     resolved = np.asarray(bottom.low) > 0
     known = (np.asarray(top.low) > 0) & (np.asarray(bottom.high) > 0)
@@ -79,12 +79,12 @@ def unresolved(estimate: Estimate) -> bool:
 
 
 def told(bound: float) -> str:
-    """What is said of a ratio that is not resolved, of which a bound from below is known, or none (nan)."""
+    """The text for a ratio that is not resolved, with its lower bound, or nan if it has none."""
     return NOT_RESOLVED if np.isnan(bound) else f"{NOT_RESOLVED}; above {bound:.4g}"
 
 
 def ratio_of_means(top: np.ndarray, bottom: np.ndarray, confidence: float = 0.95) -> Estimate:
-    """`ratio` of the means of n samples [..., n] in pairs; nothing is resolved with fewer than 2."""
+    """`ratio` of the means of n paired samples [..., n]; not resolved with fewer than 2."""
     count = top.shape[-1]
     if count < 2:
         none = np.full(top.shape[:-1], np.nan)
@@ -107,7 +107,7 @@ def ratio_of_means(top: np.ndarray, bottom: np.ndarray, confidence: float = 0.95
 
 
 def attained(*values) -> tuple[float, float]:
-    """The range of values that have been seen, hence can be attained; anything where none is finite."""
+    """The range of the finite values seen, which are hence attainable; ANY if there are none."""
     seen = np.concatenate([np.ravel(x) for x in values])
     seen = seen[np.isfinite(seen)]
     return (float(seen.min()), float(seen.max())) if seen.size else ANY
@@ -138,7 +138,7 @@ def bootstrap(
         index = rng.integers(num_runs, size=(count, num_runs, num_tasks))
         return scores[index, np.arange(num_tasks)]
 
-    # Some at a time, because all of thousands of runs would be gigabytes.
+    # In parts, because all resamples of thousands of runs would be gigabytes.
     part = max(1, MOST_SCORES // max(scores.size for scores in groups))
     sizes = [min(part, num_resamples - start) for start in range(0, num_resamples, part)]
     found = [statistic(*(resampled(scores, size) for scores in groups)) for size in sizes]

@@ -1,7 +1,7 @@
 """Streaming moments and intervals.
 
 Samples are split into groups; each group keeps its count, mean and sum of squared deviations, merged by
-Chan's shifted formula (Chan et al., 1983), so nothing is lost beside a large mean. Intervals are by the
+Chan's shifted formula (Chan et al., 1983), so a large mean costs no precision. Intervals come from the
 delete-one-group jackknife: one rule for means, traces and ratios alike.
 """
 
@@ -20,13 +20,13 @@ GROUPS = 32
 class SampleMoments(NamedTuple):
     """Count, mean and sum of squared deviations of vectors; leading axes are groups."""
 
-    count: Any  # [...] jax arrays on the device, NumPy's in float64 on the host
+    count: Any  # [...] jax arrays on the device, float64 NumPy arrays on the host
     mean: Any  # [..., P]
     squares: Any  # [..., P]
 
 
 def moments_of(rows: Array, valid: Array | None = None) -> SampleMoments:
-    """Two passes over the rows [C, P] that are valid: mean first, deviations from it second."""
+    """The moments of the valid rows [C, P], in two passes: the mean, then deviations from it."""
     keep = jnp.ones(rows.shape[0], bool) if valid is None else valid
     count = keep.sum().astype(rows.dtype)
     mean = jnp.where(keep[:, None], rows, 0.0).sum(axis=0) / jnp.maximum(count, 1.0)

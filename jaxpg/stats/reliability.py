@@ -22,7 +22,7 @@ def interquartile_mean(scores) -> np.ndarray:
 
 
 def performance_profile(scores, thresholds) -> np.ndarray:
-    """The fraction of runs above each threshold, every task weighing alike: [..., T]."""
+    """The fraction of runs above each threshold, with equal weight for every task: [..., T]."""
     scores = np.asarray(scores, np.float64)
     return np.stack([(scores > limit).mean(axis=(-2, -1)) for limit in thresholds], axis=-1)
 

@@ -1,4 +1,4 @@
-"""Statistics over seeds: of one number that each has, of a curve, and of several tasks."""
+"""Statistics over seeds: for one number per seed, for a curve, and for several tasks."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,8 @@ import numpy as np
 
 from jaxpg.stats.intervals import ANY, Estimate, bootstrap, mean_interval, ratio_of_means, within
 
-FEWEST = 0.5  # share of the seeds below which the others' statistic would be about survivors
-BAND_RESAMPLES = 500  # for an eye
+FEWEST = 0.5  # with a value for a smaller share of seeds, statistics would describe survivors only
+BAND_RESAMPLES = 500  # enough for a drawn band
 
 
 class Band(NamedTuple):
@@ -19,7 +19,7 @@ class Band(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Of a number that each seed has: its mean with a 95 % interval."""
+    """The mean of one number per seed with a 95 % interval, and its extremes."""
 
     mean: float
     low: float
@@ -29,7 +29,7 @@ class Summary(NamedTuple):
 
 
 def summarise(values: np.ndarray, attainable: tuple[float, float] = ANY) -> Summary:
-    """Over the seeds that have a value; NaN where there are too few.
+    """The summary over the seeds that have a value; NaN where there are too few.
 
     attainable: a range in which the mean must lie; see mean_interval.
     """
@@ -41,7 +41,7 @@ def summarise(values: np.ndarray, attainable: tuple[float, float] = ANY) -> Summ
 
 
 def number(value: float, digits: int = 1) -> str:
-    """Fixed digits, or a dash for NaN."""
+    """The value with fixed digits, or a dash for NaN."""
     return f"{value:,.{digits}f}" if np.isfinite(value) else "-"
 
 
@@ -55,8 +55,8 @@ def interval(summary: Summary | Estimate, digits: int = 1) -> str:
 def robust(values: np.ndarray) -> Estimate:
     """Interquartile mean of seeds [R], or of runs on tasks [R, K], with its 95 % bootstrap interval.
 
-    Of [R], over the seeds that have a value, and NaN where none has. Without an interval where there is only
-    one (Agarwal et al., 2021).
+    With [R], seeds without a value are left out, and the result is NaN if none remain. One seed or run has no
+    interval (Agarwal et al., 2021).
     """
     from jaxpg.stats.reliability import interquartile_mean
 
@@ -93,10 +93,10 @@ def band(curves: np.ndarray) -> Band:
 
 
 def noise_ratios(noise: np.ndarray, signal: np.ndarray, num_envs: int) -> dict[str, Estimate]:
-    """The noise scale (episodes or lanes) and signal to noise of n measurements each, [..., n].
+    """The noise scale (in episodes or lanes) and the signal-to-noise ratio from n measurements [..., n].
 
-    Ratios of averages, because each measurement's own is mostly noise; and where the average below is not
-    clear of 0 a bound (see intervals.ratio).
+    These are ratios of averages, because each measurement's own ratio is mostly noise. Where the denominator
+    is not clear of 0, the result is a bound (see intervals.ratio).
     """
     return {
         "noise_scale": within(ratio_of_means(num_envs * noise, signal)),
@@ -105,7 +105,7 @@ def noise_ratios(noise: np.ndarray, signal: np.ndarray, num_envs: int) -> dict[s
 
 
 def scaled(scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Scores [R, K] by name, so that 0 and 1 are the lowest and the highest of any run on each task."""
+    """Scores [R, K] by name, scaled so that 0 and 1 are the lowest and highest of all runs on each task."""
     everything = np.concatenate(list(scores.values()))
     low, high = np.nanmin(everything, axis=0), np.nanmax(everything, axis=0)
     span = np.where(high > low, high - low, 1.0)

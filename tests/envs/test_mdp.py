@@ -54,7 +54,7 @@ def test_observation_aliases_states():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"initial": np.array([0.5, 0.6, 0.0])}, "Mdp.initial has a row that is no distribution"),
+        ({"initial": np.array([0.5, 0.6, 0.0])}, "initial has a row that is not a distribution"),
         ({"initial": np.array([0.5, 0.25, 0.25])}, "starts in a terminal state"),
         ({"transition": np.ones((3, 2, 2))}, r"Mdp.transition has shape \(3, 2, 2\)"),
         ({"reward": np.full((3, 2), np.nan)}, "not finite"),
