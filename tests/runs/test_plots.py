@@ -355,7 +355,7 @@ def test_a_picture_that_fails_costs_nothing_that_came_before_it(tmp_path, monkey
         main(["plot", str(folder)])
     said = capsys.readouterr()
     assert exit_.value.code == 1 and "learning_rate=0.2" in said.out
-    assert "error: cannot write: not one of 3 pictures could be drawn: " in said.err
+    assert "error: cannot write: none of 3 figures could be drawn: " in said.err
     assert said.err.count("warning: no picture") == 3 and said.err.count("\n") == 4
 
     def only_curves(figure, file, **options):
@@ -438,7 +438,7 @@ def test_a_run_that_diverged_at_once_is_refused(tmp_path, capsys):
 
 
 BAD = {
-    "missing": "missing is no folder; name the folder of a jaxpg train run",
+    "missing": "missing is not a folder; name the folder of a jaxpg train run",
     "bare": "bare has no config.json",
     "empty": "is empty: the run ended before its first chunk of updates",
     "good good": "good is named twice",
@@ -446,10 +446,10 @@ BAD = {
     "good --x epochs": "invalid choice: 'epochs'",
     "good --smooth 3": "unrecognized arguments: --smooth 3 (see jaxpg plot --help)",
     "": "required: RUN",
-    "single acrobot": "nothing to compare: every run is of another environment",
+    "single acrobot": "nothing to compare: every run has a different environment",
     "garbled": "cannot read garbled/config.json",
     "foreign": "cannot read foreign/config.json: config is missing",
-    "sweep": "sweep is a sweep; its pictures are in sweep/figures",
+    "sweep": "sweep is a sweep; its figures are in sweep/figures",
     "good --out file/x": "cannot write: Not a directory",
 }
 

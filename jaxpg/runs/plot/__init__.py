@@ -1,1 +1,1 @@
-"""The command `plot`: pictures of runs."""
+"""The command `plot`: figures of runs."""

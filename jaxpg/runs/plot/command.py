@@ -1,4 +1,4 @@
-"""The plot command: which runs, what of them, into which files."""
+"""The plot command: reads runs and draws them into files."""
 
 import argparse
 import difflib
@@ -14,9 +14,9 @@ WIDTH = 80
 
 
 class PlotRequest(NamedTuple):
-    """What to draw, and where to."""
+    """What to draw, and where."""
 
-    series: list[Any]  # of records
+    series: list[Any]  # records.Series
     x: str
     metric: str
     out: Path
@@ -44,11 +44,11 @@ def prepare(argv: Sequence[str]) -> PlotRequest:
         )
     for s in series:
         if arguments.metric not in (*s.metrics, *s.ratios):
-            raise ValueError(f"{s.folder} has not measured {arguments.metric}, which others have")
+            raise ValueError(f"{s.folder} did not record {arguments.metric}, and another run did")
     worlds = sorted({s.environment for s in series})
     if len(worlds) == len(series) > 1:
         raise ValueError(
-            f"nothing to compare: every run is of another environment ({', '.join(worlds)}); "
+            f"nothing to compare: every run has a different environment ({', '.join(worlds)}); "
             "plot them one at a time"
         )
     default = folders[0] / FIGURES
@@ -59,9 +59,9 @@ def prepare(argv: Sequence[str]) -> PlotRequest:
 
 
 def execute(request: PlotRequest) -> None:
-    """Says what the runs reached and draws them into the folder.
+    """Prints the scores of the runs and draws their figures into the folder.
 
-    Raises OSError where there can be no folder, or not one picture.
+    Raises OSError if the folder cannot be made, or no figure can be drawn.
     """
     from jaxpg.runs.plot import figures
     from jaxpg.runs.plot.records import best
@@ -89,7 +89,7 @@ def execute(request: PlotRequest) -> None:
     out.mkdir(parents=True, exist_ok=True)
     saved = [name for name, draw in drawn.items() if write_figure(out, draw, name)]
     if not saved:
-        raise OSError(f"not one of {len(drawn)} pictures could be drawn")
+        raise OSError(f"none of {len(drawn)} figures could be drawn")
     say(f"saved {', '.join(saved)} (.png, .svg) in {out}")
 
 
@@ -119,11 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = found.add_argument
     add("runs", metavar="RUN", nargs="+", help="folder of a jaxpg train run; several are compared")
-    add("--x", choices=X, default=X[0], help="what curves are drawn against; default: env_steps")
-    add("--metric", default="episode_return", help="of the curves; default: episode_return")
+    add("--x", choices=X, default=X[0], help="x axis of the curves; default: env_steps")
+    add("--metric", default="episode_return", help="y axis of the curves; default: episode_return")
     add(
         "--out",
         metavar="DIR",
-        help="folder to write; default: RUN/figures, of several runs a new one",
+        help="folder to write; default: RUN/figures, or a new one for several runs",
     )
     return found

@@ -1,6 +1,6 @@
-"""Pictures of runs: learning curves, diagnostics and comparisons, with intervals over seeds.
+"""Figures of runs: learning curves, diagnostics and comparisons, with intervals over seeds.
 
-Each function fills a matplotlib Figure. A series is a line style and a marker too, so grey print will do.
+Each function fills a matplotlib Figure. Series also differ in line style and marker, for grey print.
 """
 
 from itertools import combinations
@@ -24,13 +24,13 @@ AXES = {
     "seconds": "seconds of training, all agents together",
 }
 MOST_SERIES = 8  # as many as there are markers
-MOST_PAIRED = 4  # series of which every pair is shown; of more, each against the best
-MOST_NAMED = 3  # series of which it is said in a caption that they diverged
+MOST_PAIRED = 4  # up to this many series, every pair is compared; beyond it, each with the best
+MOST_NAMED = 3  # diverged series that a caption names
 BAND = "interquartile mean with 95 % bootstrap band"
 PROFILE_POINTS = 101
-RESAMPLES = 500  # of a profile, for an eye
-LINE = 0.15  # inches of a line of a row's name, with what keeps rows apart
-HANDLE = 3.5  # of a legend: long enough to show a dash pattern beside its marker
+RESAMPLES = 500  # for a profile: enough for the eye
+LINE = 0.15  # inches per line of a row's name, with the space between rows
+HANDLE = 3.5  # length of a legend's handle: enough to show its dash pattern and marker
 NOT_DIAGNOSTICS = (RETURN, "episodes")
 
 
@@ -45,14 +45,14 @@ def curves(figure, series: list[Series], x: str = "env_steps", metric: str = RET
             _curve(axis, s, x, metric, places[s.label])
         label(axis, world, AXES[x], words(metric), legend=False)
         if len(mine) > 1:
-            # Many names would hide the curves.
+            # A long legend would hide the curves.
             beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if len(mine) > 4 else {}
             axis.legend(fontsize=8, frameon=False, handlelength=HANDLE, **beside)
     caption(figure, f"{BAND}; {_seeds(series)}")
 
 
 def diagnostics(figure, series: list[Series], x: str = "env_steps") -> None:
-    """Every other metric that was logged, a small panel each."""
+    """A small panel for each of the other logged metrics."""
     names = sorted({n for s in series for n in (*s.metrics, *s.ratios)} - {*NOT_DIAGNOSTICS})
     if not names:
         raise ValueError("nothing was logged but returns")
@@ -105,10 +105,10 @@ def comparison(figure, series: list[Series]) -> None:
 
 
 def final_scores(series: list[Series]) -> tuple[dict[str, np.ndarray], str]:
-    """Final returns [R, K] by label, over K environments, and what they are.
+    """Final returns [R, K] by label, over K environments, and the label of their axis.
 
-    Of several environments each is rescaled: 0 and 1 are its worst and its best run. Raises ValueError for
-    one series alone, runs without an evaluation, and series not all run on the same environments.
+    Several environments are each rescaled: 0 is the worst run and 1 the best. Raises ValueError for a
+    single series, runs without an evaluation, and series that were not all run on the same environments.
     """
     if len({s.label for s in series}) < 2:
         raise ValueError("there is one series; name several runs, or a run with a grid")
@@ -134,7 +134,7 @@ def final_scores(series: list[Series]) -> tuple[dict[str, np.ndarray], str]:
         few = min(map(len, each.values()))  # strata of one size
         scores[name] = np.stack([each[world][:few] for world in worlds], axis=1)
     lowest = np.nan_to_num(_lowest(scores))
-    # A policy that earns no number earns the least.
+    # A policy whose return is not a number gets the lowest.
     scores = {name: np.where(np.isnan(x), lowest[None], x) for name, x in scores.items()}
     if len(worlds) == 1:
         return scores, "final return"
@@ -142,7 +142,7 @@ def final_scores(series: list[Series]) -> tuple[dict[str, np.ndarray], str]:
 
 
 def words(metric: str) -> str:
-    """`grad_norm` as it is said."""
+    """The name of a metric in words."""
     known = {"kl": "KL divergence", "ess": "effective sample size (share)",
              "grad_norm": "gradient norm", "noise_scale": "noise scale (episodes or lanes)",
              "episode_return": "episode return", "episode_length": "episode length (steps)",
@@ -155,7 +155,7 @@ def _lowest(scores):
 
 
 def _curve(axis, s: Series, x, metric, place):
-    # Episodes differ in length, so seeds may differ in the steps they have taken by one update.
+    # Episodes differ in length, so seeds may have taken different numbers of steps by the same update.
     at = {"env_steps": s.env_steps.mean(axis=0), "updates": s.update, "seconds": s.seconds}[x]
     shown = s.ratios[metric] if metric in s.ratios else band(s.metrics[metric])
     colour = COLOURS[place]
@@ -173,7 +173,7 @@ def _curve(axis, s: Series, x, metric, place):
 
 
 def _heed_lines(axis):
-    """Limits the y axis to what its lines need and a little more: a band may be very wide."""
+    """Limits the y axis to its lines and a margin, because a band may be very wide."""
     logarithmic = axis.get_yscale() == "log"
     values = np.concatenate([np.asarray(each.get_ydata(), float) for each in axis.get_lines()])
     values = values[np.isfinite(values) & ((values > 0) | (not logarithmic))]
@@ -220,14 +220,14 @@ def _draw_profiles(axis, scores, unit):
             shade = {"color": COLOURS[i], "alpha": 0.18, "linewidth": 0}
             axis.fill_between(limits, shown.low, shown.high, step="post", **shade)
     axis.set_ylim(-0.03, 1.03)
-    # The markers are those of the panel beside it, where they have names.
+    # The markers are named in the panel to the left.
     label(
         axis, "Performance profile", rf"{unit} $\tau$", r"share of runs above $\tau$", legend=False
     )
 
 
 def _pairs(scores) -> list[tuple[str, str]]:
-    """Series to set against each other, the better one first."""
+    """The pairs of series to compare, the better one first."""
     if any(len(each) < 2 for each in scores.values()):
         return []
     order = sorted(scores, key=lambda name: -float(interquartile_mean(scores[name])))
@@ -273,7 +273,7 @@ def _places(series) -> dict[str, int]:
 
 
 def _values(s: Series, name) -> np.ndarray:
-    """What is drawn of it, bounds included."""
+    """The values to draw, bounds included."""
     if name not in s.ratios:
         return s.metrics[name]
     value, low, _ = s.ratios[name]

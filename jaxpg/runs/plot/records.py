@@ -1,4 +1,4 @@
-"""Records: runs as their folders tell them, as arrays over seeds for pictures and tables."""
+"""Records: runs read from their folders, as arrays over seeds for figures and tables."""
 
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +21,11 @@ from jaxpg.stats.seeds import noise_ratios
 from jaxpg.training.algorithm import unmeasured
 
 MOST_POINTS = 100  # of a curve: more are averaged over windows of updates
-NOISE = ("noise", "signal")  # whose ratio is of averages over other windows
+NOISE = ("noise", "signal")  # averaged over windows of their own before their ratio is taken
 COUNTERS = ("replica", "update", "env_steps", "seconds")
-LEAST_WINDOW = 10  # updates that noise and signal are averaged over before their ratio
-RATIOS = ("noise_scale", "signal_to_noise")  # as metrics.jsonl has them, of each chunk
-# Settings that make no other series of a run.
+LEAST_WINDOW = 10  # updates in such a window, at least
+RATIOS = ("noise_scale", "signal_to_noise")  # stored in metrics.jsonl for each chunk
+# Settings that do not distinguish one series from another.
 UNSAID = ("environment", "run", "quiet", "seeds", "checkpoint_seconds", "tensorboard", "wandb",
           "debug_nans", "compilation_cache", "force",
           "measure_noise", "evaluation_episodes")  # fmt: skip
@@ -45,13 +45,11 @@ class Series(NamedTuple):
     metrics: dict[str, np.ndarray]  # [R, T] each; NaN where there is no value
     final: np.ndarray | None  # [R] mean returns of the final evaluation
     ratios: dict[str, Estimate] = {}  # noqa: RUF012  [T] each, of averages over seeds and updates
-    diverged: Sequence[
-        int
-    ] = ()  # of the seeds that did, the first update whose numbers are not finite
+    diverged: Sequence[int] = ()  # for each diverged seed, the first update that is not finite
 
 
 def read(folders: list[Path]) -> list[Series]:
-    """Every series of the runs, labelled by what differs. Raises ValueError for what is no run."""
+    """Reads every series of the runs, labelled by what differs. Raises ValueError for what is not a run."""
     repeated = [f for f in folders if sum(f.resolve() == g.resolve() for g in folders) > 1]
     if repeated:
         raise ValueError(f"{repeated[0]} is named twice; there is nothing to compare")
@@ -59,9 +57,9 @@ def read(folders: list[Path]) -> list[Series]:
 
 
 def labelled(series: list[Series]) -> list[Series]:
-    """The same with labels: every setting in which series of one environment differ, updates last.
+    """Labels the series by every setting in which those of one environment differ, updates last.
 
-    The algorithm comes before all: what is only its own default follows from it, and is not said.
+    The algorithm comes first; settings at the default of their algorithm follow from it and are left out.
     """
     names = dict.fromkeys(("algorithm", *chain.from_iterable(s.settings for s in series)))
     said = [name for name in names if name not in (*UNSAID, "updates")]
@@ -74,17 +72,14 @@ def labelled(series: list[Series]) -> list[Series]:
 
 
 def score(series: Series) -> np.ndarray:
-    """Of each seed, [R]: the final evaluation, or the last of the curve where there is none.
-
-    NaN of a seed that has diverged.
-    """
+    """The final evaluation of each seed, [R], or else the end of its curve; NaN if it diverged."""
     if series.final is not None:
         return series.final
     return series.metrics["episode_return"][:, -1]
 
 
 def best(series: list[Series], most: int) -> list[Series]:
-    """The series of the labels that rank highest by mean score, over the environments, in their order."""
+    """The series whose labels rank highest by mean score over the environments, in their given order."""
     means = [float(np.nan_to_num(score(s), nan=-np.inf).mean()) for s in series]
     ranks: dict[str, list[int]] = {}
     for s, mean in zip(series, means, strict=True):
@@ -99,7 +94,7 @@ def _distinct(series, names) -> int:
 
 
 def _differs(name, series) -> bool:
-    """Whether series of one environment differ in it, and not only by their algorithms' defaults."""
+    """Whether series of one environment differ in a setting beyond their algorithms' defaults."""
     found: dict[str, set[tuple[str, str]]] = {}
     for s in series:
         config, grid = preset(s.environment, str(s.settings.get("algorithm")))
@@ -107,7 +102,7 @@ def _differs(name, series) -> bool:
         value = s.settings.get(name, usual)
         whole = s.settings.get("schedule") == "constant" or value == s.settings.get("updates")
         if name == "schedule_updates" and whole:
-            value = usual  # none, or one that is as long as the run
+            value = usual  # no schedule, or one as long as the run
         said = [str(list(x) if isinstance(x, tuple) else x) for x in (value, usual)]
         kind = "default" if said[0] == said[1] and name != "algorithm" else said[0]
         found.setdefault(s.environment, set()).add((kind, said[0]))
@@ -137,7 +132,7 @@ def _read(folder: Path) -> list[Series]:
     metrics = {
         k: x for k, x in points.metrics.items() if not k.startswith(RATIOS) and k not in left
     }
-    # Replicas that share every number are the seeds of one series.
+    # Replicas that share every hyperparameter are the seeds of one series.
     places: dict[tuple, list[int]] = {}
     for i, replica in enumerate(replicas):
         places.setdefault(tuple(replica[name] for name in numbers), []).append(i)
@@ -160,7 +155,7 @@ def _read(folder: Path) -> list[Series]:
 
 
 def _unmeasured(structure) -> list[str]:
-    """What a run of an earlier version recorded although it says nothing."""
+    """Metrics that an earlier version recorded although they carry no information."""
     known = {each.name for each in fields(Config)}
     try:
         row = build_algorithm(Config(**{k: x for k, x in structure.items() if k in known}))
@@ -170,15 +165,15 @@ def _unmeasured(structure) -> list[str]:
 
 
 def _config(folder: Path) -> Any:
-    """config.json, with what a series needs. Raises ValueError."""
+    """Reads config.json and checks that it has what a series needs. Raises ValueError."""
     try:
         is_sweep, is_folder = (folder / SWEEP).is_file(), folder.is_dir()
     except OSError as error:  # such as a name that is too long
         raise ValueError(f"cannot read {folder}: {error.strerror or error}") from error
     if is_sweep:
-        raise ValueError(f"{folder} is a sweep; its pictures are in {folder / FIGURES}")
+        raise ValueError(f"{folder} is a sweep; its figures are in {folder / FIGURES}")
     if not is_folder:
-        raise ValueError(f"{folder} is no folder; name the folder of a jaxpg train run")
+        raise ValueError(f"{folder} is not a folder; name the folder of a jaxpg train run")
     path, saved = read_config(folder)
     wanted = {"config.environment": str, "config.num_envs": int}
     for place, kind in wanted.items():
@@ -193,7 +188,7 @@ def _config(folder: Path) -> Any:
 
 
 class Line(TypedDict):
-    """What a line of metrics.jsonl has to have; the others are metrics, a list each."""
+    """The required content of a line of metrics.jsonl; its other entries are metrics, a list each."""
 
     update: int
     env_steps: list[int]
@@ -201,21 +196,19 @@ class Line(TypedDict):
 
 
 class Points(NamedTuple):
-    """Curves of R replicas at T updates, averaged over windows of them where there were more."""
+    """Curves of R replicas at T updates; a longer run is averaged over T windows of updates."""
 
     update: np.ndarray  # [T]
     env_steps: np.ndarray  # [R, T]
     seconds: np.ndarray  # [T]
     metrics: dict[str, np.ndarray]  # [R, T] each
     every: np.ndarray  # [U] every update
-    noise: dict[str, np.ndarray]  # [R, U] each, at every update, where they were measured
-    since: (
-        np.ndarray
-    )  # [R] the update at which it diverged, or inf: nothing that it does then is a result
+    noise: dict[str, np.ndarray]  # [R, U] each, at every update, if measured
+    since: np.ndarray  # [R] the update at which it diverged, or inf; later values are not results
 
 
 def _from_lines(folder, count) -> Points:
-    """metrics.jsonl: a line for each chunk of updates."""
+    """Reads metrics.jsonl: a line for each chunk of updates."""
     path = folder / METRICS
     lines: list[dict[str, Any]] = []
     with open(path, "rb") if path.is_file() else io.BytesIO() as file:
@@ -225,7 +218,7 @@ def _from_lines(folder, count) -> Points:
                 lines.append(_line(text, count, f"{path}, line {i}"))
     if not lines:
         raise ValueError(f"{path} is empty: the run ended before its first chunk of updates")
-    # Columns may come later than the first line, when a resumed run measures more.
+    # A resumed run may measure more and so add columns after the first line.
     names = dict.fromkeys(chain.from_iterable(lines))
     columns = {
         name: np.array([line.get(name, [None] * count) for line in lines], float)
@@ -280,10 +273,10 @@ def _edges(count: int) -> np.ndarray:
 
 
 def _from_parquet(folder, count) -> Points:
-    """metrics.parquet, of one part or several: a row for each replica and update.
+    """Reads metrics.parquet, of one part or several: a row for each replica and update.
 
-    Read part by part, once for the updates and for what diverged, and once for the rest, which is summed
-    over windows meanwhile.
+    Makes two passes over the parts: for the updates and divergences, then for the other columns, which it
+    sums over windows.
     """
     path = folder / TABLE
     labels = {*read_config(folder)[1].get("replicas", [{}])[0]} - {*COUNTERS}
@@ -302,12 +295,12 @@ def _from_parquet(folder, count) -> Points:
     update = np.unique(np.concatenate(updates))
     if num_rows != count * len(update):
         raise ValueError(
-            f"{path} has {num_rows} rows, and {len(update)} updates of {count} replicas are "
+            f"{path} has {num_rows} rows, and {len(update)} updates of {count} replicas need "
             f"{count * len(update)}"
         )
     edges = _edges(len(update))
     width, ends = len(edges) - 1, edges[1:] - 1
-    # A single update's value is kept as it is; of several, those that are not finite are left out.
+    # A window of one update keeps its value; a longer one leaves out values that are not finite.
     single = width == len(update)
     sums: dict[str, np.ndarray] = {}
     last: dict[str, np.ndarray] = {}
@@ -341,7 +334,7 @@ def _from_parquet(folder, count) -> Points:
 
 
 def _batches(path: Path, wanted: Callable[[str], bool]) -> Iterator[dict[str, np.ndarray]]:
-    """Some rows after the other of a table's columns. Raises ValueError."""
+    """Yields the wanted columns of a table, a batch of rows at a time. Raises ValueError."""
     from pyarrow import ArrowException, parquet, types
 
     parts = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
@@ -368,7 +361,7 @@ def _batches(path: Path, wanted: Callable[[str], bool]) -> Iterator[dict[str, np
 
 
 def _ratios(points: Points, rows, num_envs) -> dict[str, Estimate]:
-    """The noise scale and signal to noise at the shown updates, of all seeds and the last updates."""
+    """The noise scale and signal-to-noise at the shown updates, over all seeds and a window of updates."""
     every, noise, shown = points.every, points.noise, points.update
     if noise.keys() != {*NOISE}:
         return {}
@@ -376,12 +369,12 @@ def _ratios(points: Points, rows, num_envs) -> dict[str, Estimate]:
     start = every[0] - 1
     window = max(LEAST_WINDOW, (every[-1] - start) / MOST_POINTS)
     for end in shown:
-        # A whole window, but for a run that is shorter.
+        # Only whole windows, unless the run is shorter than one.
         whole = end - window >= start or end == every[-1]
         inside = (every > end - window) & (every <= end) & whole
         some = np.ix_(rows, np.flatnonzero(inside))
         samples = np.stack([noise[name][some].ravel() for name in NOISE])
-        above, below = samples[:, np.isfinite(samples).all(axis=0)]  # without what has diverged
+        above, below = samples[:, np.isfinite(samples).all(axis=0)]  # without diverged values
         found.append(noise_ratios(above, below, num_envs))
     return {
         name: Estimate(*(np.array(x) for x in zip(*(each[name] for each in found), strict=True)))

@@ -1,4 +1,4 @@
-"""Pictures of sweeps: how the return answers to the swept numbers."""
+"""Figures of sweeps: the return against the swept hyperparameters."""
 
 from typing import NamedTuple
 
@@ -6,18 +6,18 @@ import numpy as np
 
 from jaxpg.stats.figures import COLOURS, caption, label, panels
 
-MOST_CELLS = 144  # of a heat map whose cells carry numbers
+MOST_CELLS = 144  # a larger heat map shows no numbers
 
 
 class Points(NamedTuple):
     """P points of a sweep."""
 
-    numbers: dict[str, list[float]]  # [P] of each swept hyperparameter
+    numbers: dict[str, list[float]]  # [P] for each swept hyperparameter
     estimates: np.ndarray  # [3, P] return, low, high; NaN where a point was not run
     whole: np.ndarray  # [P] bool: trained to the end, not dropped before
     gridded: bool
-    diverged: np.ndarray | bool = False  # [P] bool: every seed did
-    best: int | None = None  # the one that is ranked first, also of several that tie
+    diverged: np.ndarray | bool = False  # [P] bool: every seed diverged
+    best: int | None = None  # the point ranked first, even if others tie with it
 
 
 def draw(figure, points: Points, title: str) -> None:
@@ -46,7 +46,7 @@ def draw(figure, points: Points, title: str) -> None:
 
 
 def _best(points, mark) -> str:
-    """What the caption says of the best."""
+    """The caption's note on the best point."""
     if points.best is None:
         return ""
     tied = int((points.whole & (points.estimates[0] == points.estimates[0, points.best])).sum())
@@ -83,7 +83,7 @@ def _panel(axis, points, name):
 
 def _heat_map(figure, points, title):
     (x, xs), (y, ys) = ((n, sorted(set(v))) for n, v in points.numbers.items())
-    if len(ys) > len(xs):  # a landscape picture
+    if len(ys) > len(xs):  # keep the figure wider than tall
         (x, xs), (y, ys) = (y, ys), (x, xs)
     values = np.full((len(ys), len(xs)), np.nan)
     whole, lost = (np.zeros(values.shape, bool) for _ in range(2))
@@ -127,5 +127,5 @@ def _write_cells(axis, values, whole, lost, best, norm):
 
 
 def _spread(values) -> bool:
-    """Whether numbers want a logarithmic axis."""
+    """Whether the numbers need a logarithmic axis."""
     return values.min() > 0 and values.max() >= 10 * values.min()

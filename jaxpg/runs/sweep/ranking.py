@@ -1,4 +1,4 @@
-"""Rankings: what a sweep found, as a table, as files and in the terminal."""
+"""Rankings: the results of a sweep as a table, as files and in the terminal."""
 
 from datetime import datetime
 from pathlib import Path
@@ -27,9 +27,9 @@ DESCRIBED = ("return", "low", "high", "updates", "evaluated", "area", "tied", "d
 
 
 class Search(NamedTuple):
-    """What a sweep tries."""
+    """The points that a sweep tries, and for how long."""
 
-    grid: Grid  # the values that were listed; of a range for random search, its ends
+    grid: Grid  # the listed values; for a range of random search, its ends
     options: Options
     swept: tuple[str, ...]
     points: list[Hyperparams]
@@ -37,26 +37,24 @@ class Search(NamedTuple):
 
 
 class Outcomes(NamedTuple):
-    """What is known of every point so far; filled while the sweep runs."""
+    """The results of every point so far, filled in while the sweep runs."""
 
-    returns: (
-        np.ndarray
-    )  # [P, S] final evaluation, or the last chunk of training where there is none
+    returns: np.ndarray  # [P, S] final evaluation, or else the last chunk of training
     updates: np.ndarray  # [P]
     evaluated: np.ndarray  # [P, S] bool
-    areas: np.ndarray  # [P, S] under the learning curve over its length: the mean return so far
-    ended: np.ndarray  # [P, S] updates in which an episode ended, of which that is the mean
-    diverged: np.ndarray  # [P, S] the first update whose numbers were not finite; 0: none
+    areas: np.ndarray  # [P, S] area under the learning curve / its length: the mean return so far
+    ended: np.ndarray  # [P, S] number of updates in that mean: those in which an episode ended
+    diverged: np.ndarray  # [P, S] the first update with a number that is not finite; 0: none
 
 
 class Costs(NamedTuple):
-    """What a sweep took."""
+    """The cost of a sweep."""
 
     env_steps: int
     seconds: float  # without the first compilation
     compile_seconds: float
     batch: int  # replicas that the first rung trains at a time
-    bytes: int | None  # that its program needs of one device
+    bytes: int | None  # memory that its program needs on one device
 
 
 def nothing_yet(num_points: int, seeds: int) -> Outcomes:
@@ -72,7 +70,7 @@ def nothing_yet(num_points: int, seeds: int) -> Outcomes:
 
 
 def note(outcomes: Outcomes, rows: np.ndarray, updates: int, measured: dict) -> None:
-    """Notes a chunk of these rows of [P x S] that ends at `updates`; measured: [rows, K] each."""
+    """Records a chunk that ends at `updates`, for these rows of [P x S]; measured: [rows, K] each."""
     returns, area, ended, diverged = (
         x.reshape(-1) for x in (outcomes.returns, outcomes.areas, outcomes.ended, outcomes.diverged)
     )
@@ -97,7 +95,7 @@ def best_of(outcomes: Outcomes, alive: np.ndarray, count: int) -> np.ndarray:
     found = _scores(outcomes.returns)[alive]
     if np.isnan(found).all():
         raise ValueError(
-            f"no episode ended in the last chunk before update {outcomes.updates[alive[0]]}, so that "
+            f"no episode ended in the last chunk before update {outcomes.updates[alive[0]]}, so "
             "halving has nothing to rank by; use more --updates or --num-steps, or no --halving"
         )
     areas = _scores(outcomes.areas)[alive]
@@ -105,10 +103,9 @@ def best_of(outcomes: Outcomes, alive: np.ndarray, count: int) -> np.ndarray:
 
 
 def order(outcomes: Outcomes) -> np.ndarray:
-    """The points that were run, best first; one that trained longer is before what halving dropped.
+    """The points that were run, best first; those that halving dropped come after those it kept.
 
-    Of those that tie, the one with the larger area under its learning curve comes first; what has diverged
-    comes last.
+    The larger area under the learning curve breaks ties; diverged points come last.
     """
     found, areas = (_scores(x) for x in (outcomes.returns, outcomes.areas))
     lost = outcomes.diverged.all(axis=1) | (outcomes.updates == 0)
@@ -124,7 +121,7 @@ def table(search: Search, outcomes: Outcomes) -> dict[str, list]:
     estimates = [robust(returns[i]) for i in places]
     areas = _scores(outcomes.areas)
     level = [(int(outcomes.updates[i]), e.value) for i, e in zip(places, estimates, strict=True)]
-    # What has no return has no rank.
+    # A point without a return has no rank.
     ranks = [i if np.isfinite(e.value) else None for i, e in enumerate(estimates, start=1)]
     columns: dict[str, list] = {"rank": ranks}
     columns |= {n.strip("_"): [getattr(search.points[i], n) for i in places] for n in search.swept}
@@ -143,7 +140,7 @@ def table(search: Search, outcomes: Outcomes) -> dict[str, list]:
 
 
 def headline(config: Config, search: Search) -> list[str]:
-    """What is tried, in lines."""
+    """Lines that say what is tried."""
     devices = jax.devices()
     lines = [
         f"{config.environment}, {config.algorithm}: {len(search.points):,} points x {config.seeds} "
@@ -157,7 +154,7 @@ def headline(config: Config, search: Search) -> list[str]:
 
 
 def report(config: Config, search: Search, outcomes: Outcomes, costs: Costs) -> list[str]:
-    """The best rows of the table, and what the sweep took."""
+    """The best rows of the table, and the cost of the sweep."""
     found = table(search, outcomes)
     names = [n.strip("_") for n in search.swept]
     thinned, lossy = len(set(found["updates"])) > 1, any(found["diverged"])
@@ -192,7 +189,7 @@ def report(config: Config, search: Search, outcomes: Outcomes, costs: Costs) -> 
 
 
 def _tie(found) -> list[str]:
-    """What is said of points that tie with the best."""
+    """Lines about points that tie with the best."""
     others = found["tied"][0]
     if not others:
         return []
@@ -205,7 +202,7 @@ def _tie(found) -> list[str]:
 def write(
     folder: Path, config: Config, search: Search, outcomes: Outcomes, costs: Costs, complete: bool
 ) -> None:
-    """table.csv, table.parquet and then sweep.json, which says that they are there."""
+    """Writes table.csv and table.parquet, then sweep.json, whose presence vouches for them."""
     found = table(search, outcomes)
     artifacts.write_table(folder, found)
     record: dict[str, Any] = {
@@ -219,7 +216,7 @@ def write(
 
 
 def draw(folder: Path, config: Config, search: Search, outcomes: Outcomes) -> None:
-    """figures/response; where it cannot be drawn, a line says why."""
+    """Draws figures/response, or prints a line that says why it cannot."""
     estimates, first = _estimates(outcomes), order(outcomes)[:1]
     numbers = figures.Points(
         {n: [getattr(p, n) for p in search.points] for n in search.swept},
@@ -236,7 +233,7 @@ def draw(folder: Path, config: Config, search: Search, outcomes: Outcomes) -> No
 
 
 def description(config: Config, search: Search) -> dict[str, Any]:
-    """What a sweep is, and computes with."""
+    """The settings of a sweep, and what it computes with."""
     described = files.description(config, search.grid, [])
     del described["replicas"]
     return {
@@ -275,7 +272,7 @@ def _estimates(outcomes) -> np.ndarray:
 
 
 def _filled(returns) -> np.ndarray:
-    """The returns; a seed that diverged, beside seeds that have a return, earns the least of all."""
+    """The returns; a diverged seed gets the lowest of all if other seeds of its point have a return."""
     found = np.isfinite(returns)
     if not found.any():
         return returns

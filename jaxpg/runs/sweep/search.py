@@ -10,7 +10,7 @@ from jaxpg.runs.config.config import MOST, Grid, num_points, points
 from jaxpg.types import Hyperparams
 
 EXAMPLE = "1e-4:1e-2:log8"
-MOST_VALUES = 100_000  # of a range
+MOST_VALUES = 100_000  # in a range
 HELP = """\
 usage: jaxpg sweep ENV [--NUMBER VALUES] [--random POINTS] [--halving FACTOR]
 
@@ -18,19 +18,19 @@ Trains every point of a grid, or points drawn at random, as one compiled
 program in batches that fit memory, and ranks them by the final evaluation.
 
 VALUES of any hyperparameter:
-  .9,.99            these
+  .9,.99            these values
   1e-4:1e-2:log8    eight, evenly spaced in the logarithm
   0:0.1:lin5        five, evenly spaced
   1e-4:1e-2:log     any number between, drawn evenly in the logarithm
   0:0.1:lin         any number between, drawn evenly (both with --random)
 
 options:
-  --random POINTS   draw so many points, instead of the whole grid
+  --random POINTS   draw this many points instead of the whole grid
   --halving FACTOR  successive halving: train all points for a few updates, keep
                     the best 1/FACTOR of them, train these FACTOR times as long,
                     and so on
-  --resume-or-start go on with the sweep that was killed in the folder --run, or
-                    start it there
+  --resume-or-start resume the interrupted sweep in the folder --run, or start
+                    it there
   --seeds, --updates, --run and all other flags are those of train (jaxpg train
   ENV --help)
 
@@ -39,7 +39,7 @@ example: jaxpg sweep CartPole-v1 --learning-rate 1e-4:1e-2:log8 --gamma .9,.99
 
 
 class Range(NamedTuple):
-    """Numbers from low to high, evenly spaced or evenly in the logarithm."""
+    """Numbers from low to high, spaced evenly, or evenly in the logarithm."""
 
     low: float
     high: float
@@ -48,15 +48,15 @@ class Range(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a sweep is asked beside what a run is."""
+    """The options that a sweep adds to those of a run."""
 
-    ranges: dict[str, Range]  # without a count
+    ranges: dict[str, Range]  # those without a count
     random: int | None  # points to draw
     halving: float | None  # the factor by which points become fewer
 
 
 class Rung(NamedTuple):
-    """The best so many points train until they have made so many updates in all."""
+    """One stage of a search: this many points train until each has made this many updates in all."""
 
     points: int
     updates: int
@@ -103,17 +103,17 @@ def take_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
 
 
 def read_range(name: str, text: str) -> Range:
-    """LOW:HIGH:log8, LOW:HIGH:lin5, or without the count. Raises ValueError."""
+    """Parses LOW:HIGH:log8, LOW:HIGH:lin5, or either without the count. Raises ValueError."""
     said = f"{name}={text}"
     how = f"write LOW:HIGH:logN or LOW:HIGH:linN, such as {EXAMPLE}"
     parts = text.split(":")
     if len(parts) != 3 or parts[2][:3] not in ("log", "lin"):
-        raise ValueError(f"{said} is no range; {how}")
+        raise ValueError(f"{said} is not a range; {how}")
     try:
         low, high = float(parts[0]), float(parts[1])
         count = int(parts[2][3:]) if parts[2][3:] else None
     except ValueError:
-        raise ValueError(f"{said} is no range; {how}") from None
+        raise ValueError(f"{said} is not a range; {how}") from None
     logarithmic = parts[2][:3] == "log"
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{said}: a range has finite ends")
@@ -132,13 +132,13 @@ def read_range(name: str, text: str) -> Range:
 
 
 def listed(span: Range) -> list[float]:
-    """The values of a range; of one without a count, its ends. To six digits, as they are printed."""
+    """The values of a range, or its ends if it has no count; to six digits, as they are printed."""
     space = np.geomspace if span.logarithmic else np.linspace
     return [float(f"{x:.6g}") for x in space(span.low, span.high, span.values or 2)]
 
 
 def choose(grid: Grid, options: Options, seed: int) -> list[Hyperparams]:
-    """The points to try: all of the grid, or as many as asked drawn at random. Raises ValueError."""
+    """The points to try: the whole grid, or the number asked for, drawn at random. Raises ValueError."""
     swept = [name for name, values in grid._asdict().items() if len(values) > 1]
     if not swept:
         raise ValueError(
@@ -150,8 +150,8 @@ def choose(grid: Grid, options: Options, seed: int) -> list[Hyperparams]:
             name, span = next(iter(options.ranges.items()))
             kind = "log" if span.logarithmic else "lin"
             raise ValueError(
-                f"{name.strip('_')}={span.low:g}:{span.high:g}:{kind} has no count, as {kind}8 has; add "
-                "one, or draw with --random POINTS"
+                f"{name.strip('_')}={span.low:g}:{span.high:g}:{kind} has no count; write one, as in "
+                f"{kind}8, or draw with --random POINTS"
             )
         return points(grid)
     rng = np.random.default_rng(seed)
@@ -163,15 +163,15 @@ def choose(grid: Grid, options: Options, seed: int) -> list[Hyperparams]:
 
 
 def count(grid: Grid, options: Options) -> int:
-    """How many points `choose` gives."""
+    """The number of points that `choose` returns."""
     return options.random or num_points(grid)
 
 
 def rungs(num_points: int, updates: int, chunk: int, factor: float | None) -> list[Rung]:
     """Successive halving (Jamieson and Talwalkar, 2016): each rung keeps 1/factor of the points.
 
-    Updates are multiples of chunk, and grow by the same factor. Without a factor there is one rung. Raises
-    ValueError where there is no room for two.
+    Updates are multiples of chunk and grow by the same factor. Without a factor there is one rung. Raises
+    ValueError if there is no room for two.
     """
     if factor is None:
         return [Rung(num_points, updates)]
@@ -182,10 +182,10 @@ def rungs(num_points: int, updates: int, chunk: int, factor: float | None) -> li
         )
 
     def end(left):
-        """After which update a rung ends that has so many cuts ahead of it."""
+        """The update at which a rung ends, with this many cuts left after it."""
         return max(chunk, round(updates / factor**left / chunk) * chunk)
 
-    # Every end is another number of chunks.
+    # Every rung must end after a different number of chunks.
     most = min(int(math.log(num_points) / math.log(factor) + 1e-9), updates // chunk)
     for cuts in range(most, 0, -1):
         if all(end(left) < end(left - 1) for left in range(cuts, 0, -1)):

@@ -1,4 +1,4 @@
-"""Sweeps: many points of hyperparameter space, ranked; with successive halving where it is asked."""
+"""Sweeps: many points of hyperparameter space, trained and ranked, with successive halving on request."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ UNHEARD = ("tensorboard", "wandb", "debug_nans")  # flags of train that mean not
 
 
 class Began(TypedDict):
-    """What sweep.json has to have, of a sweep that has ended or of one that goes on."""
+    """The required content of sweep.json, for a finished sweep or an unfinished one."""
 
     config: dict[str, Any]
     hyperparameters: dict[str, Any]
@@ -55,7 +55,7 @@ class Sweep(NamedTuple):
     search: Search
     parts: Parts
     folder: Path
-    began: dict[str, Any] | None = None  # of a sweep that was killed: what it was, and its batches
+    began: dict[str, Any] | None = None  # the record of a sweep to resume, with its batch size
 
     @property
     def done(self) -> bool:
@@ -63,12 +63,12 @@ class Sweep(NamedTuple):
 
 
 def prepare(argv: Sequence[str]) -> Sweep:
-    """What the arguments ask for, checked. Raises ValueError, leaving nothing behind."""
+    """Checks the sweep that the arguments ask for. Raises ValueError, leaving nothing behind."""
     options, rest = take_options(argv)
     asked = request(rest, prog="jaxpg sweep")
     if asked.resume:
         raise ValueError(
-            "a sweep goes on by the command that began it, with its --run and --resume-or-start"
+            "a sweep has no --resume; repeat its command with its --run and --resume-or-start"
         )
     for name in UNHEARD:
         if getattr(asked.config, name):
@@ -92,7 +92,7 @@ def prepare(argv: Sequence[str]) -> Sweep:
 
 
 def _began(config: Config, search: Search) -> dict[str, Any] | None:
-    """What the sweep in the folder config.run is. Raises ValueError where it is another one."""
+    """The record of the sweep in the folder config.run. Raises ValueError if it is a different one."""
     folder = Path(str(config.run))
     found = [path for path in (folder / SWEEP, folder / files.BATCHES / SWEEP) if path.is_file()]
     if not found:
@@ -104,12 +104,12 @@ def _began(config: Config, search: Search) -> dict[str, Any] | None:
     for name, value in now.items():
         if began.get(name, value) != value:
             raise ValueError(
-                f"{found[0]} has a sweep with another {name.strip('_')}; give it the flags that it began "
+                f"{found[0]} has a sweep with another {name.strip('_')}; use the flags that it began "
                 "with, or name a new folder with --run"
             )
     if not records[0].get("complete", False):
         if "batch" not in records[-1]:
-            raise ValueError(f"{folder} has no batches to go on with; name a new folder with --run")
+            raise ValueError(f"{folder} has no batches to resume; name a new folder with --run")
         most = len(search.points) * config.seeds + jax.device_count() - 1
         if not 1 <= records[-1]["batch"] <= most:
             raise ValueError(
@@ -119,7 +119,7 @@ def _began(config: Config, search: Search) -> dict[str, Any] | None:
 
 
 def _settings(record: dict[str, Any]) -> dict[str, Any]:
-    """What the numbers of a sweep follow from."""
+    """The settings that determine a sweep's numbers."""
     free = ("run", "quiet", "demonstrations", "checkpoint_seconds", "compilation_cache")
     found = record["config"] | record["hyperparameters"] | record["search"]
     found["demonstrations_sha256"] = record["demonstrations_sha256"]
@@ -136,7 +136,7 @@ def _search(config: Config, grid: Grid, options: Options) -> Search:
 
 
 def _check_room(points: int, seeds: int, state: int = 0) -> None:
-    """Raises ValueError when what is kept of every replica between batches would not fit."""
+    """Raises ValueError when the data kept per replica between batches would not fit."""
     free, each = machine_bytes(), seeds * (health.REPLICA_BYTES + state)
     if free is None or points * each <= free:
         return
@@ -144,7 +144,7 @@ def _check_room(points: int, seeds: int, state: int = 0) -> None:
     raise ValueError(
         f"{points:,} points x {seeds} seeds are too many for memory: {what} need "
         f"{points * each / 1e9:,.1f} GB, and {free / 1e9:.1f} GB are free; {int(free / each):,} points "
-        "fit, and --random draws so many"
+        "fit, and --random draws fewer"
     )
 
 
@@ -157,9 +157,8 @@ def _folder(config: Config, over: bool) -> Path:
 def execute(sweep: Sweep) -> None:
     """Trains all points, ranks them and fills the folder.
 
-    Raises Interrupted after SIGINT or SIGTERM, with what is known by then saved; and ValueError where not
-    even one agent fits in memory, or halving has nothing to rank by; and health.Diverged where every
-    agent did.
+    Raises Interrupted after SIGINT or SIGTERM, once the results so far are saved; ValueError if not even
+    one agent fits in memory, or halving has nothing to rank by; health.Diverged if every agent diverged.
     """
     config, search, parts, folder, began = sweep
     outcomes = ranking.nothing_yet(len(search.points), config.seeds)
@@ -179,7 +178,7 @@ def execute(sweep: Sweep) -> None:
                 now = ranking.description(config, search)
                 for name, (old, new) in files.otherwise(began, now).items():
                     show(
-                        f"its numbers will be those of one go to rounding: {name} was {old}, is {new}"
+                        f"its numbers will match an unbroken sweep's to rounding: {name} was {old}, is {new}"
                     )
             costs = _climb(job, search, outcomes, show, folder / files.BATCHES, began)
             if stopped() and not outcomes.updates.any():
@@ -204,7 +203,7 @@ def execute(sweep: Sweep) -> None:
         done = int((outcomes.updates > 0).sum())
         said = (
             f"before the end; {done} of {len(search.points)} points are ranked in {folder}; "
-            f"the same command with --run {folder} --resume-or-start goes on"
+            f"the same command with --run {folder} --resume-or-start resumes it"
         )
         raise Interrupted(stopped(), said)
     say(f"saved in {folder}")
@@ -218,13 +217,13 @@ def _climb(
     place: Path,
     began: dict[str, Any] | None,
 ) -> Costs:
-    """Rung after rung, batch after batch, until the end or a signal.
+    """Trains rung after rung, batch after batch, until the end or a signal.
 
-    place: where batches are kept, from which what has been done is taken; began: of a sweep that goes on.
+    place: the folder of saved batches, from which a sweep resumes; began: the record of one to resume.
     """
     seeds, started = job.config.seeds, time.perf_counter()
     show("compiling")
-    stop = stopper(job.stop, NOTHING if began is None else f"before it went on from {place.parent}")
+    stop = stopper(job.stop, NOTHING if began is None else f"before it resumed from {place.parent}")
     totals = [rung.points * seeds for rung in search.rungs]
     plan = replica_batches.plan(job, totals, stop, *([] if began is None else [began["batch"]]))
     compiled = time.perf_counter()
@@ -238,7 +237,7 @@ def _climb(
         return found | spent | {"done": done}
 
     def save(path, rows, done, states):
-        if not about:  # before the first batch, and anew of a sweep that goes on, perhaps elsewhere
+        if not about:  # before the first batch; again after a resume, perhaps on another machine
             place.mkdir(exist_ok=True)
             about.update(ranking.description(job.config, search), batch=plan.size)
             files.write_json(place / SWEEP, about, exact=True)
@@ -259,7 +258,7 @@ def _climb(
         show(Status(done, total, *costs[0][:3], outcomes.returns, seen))
 
     def restored(path, rows):
-        """The updates and the states of a batch that was kept, in which outcomes are those it had."""
+        """Restores the outcomes of a saved batch; returns its number of updates and its states."""
         found = None if began is None else replica_batches.read(job, path, rows, numbers(rows, 0))
         if found is None:
             return 0, None
@@ -292,7 +291,7 @@ def _climb(
             path = place / f"{level}-{number}.npz"
             done, given = restored(path, rows[some])
             chunks[0] += max(done - before, 0) // chunk_length(job.config.updates)
-            if done == rung.updates and (given is None) == last:  # the last is evaluated then
+            if done == rung.updates and (given is None) == last:  # the last rung saves no states
                 kept.append(given)
                 continue
             if given is None and states is not None:
@@ -324,7 +323,7 @@ def _climb(
 
 
 def _by_row(outcomes: Outcomes) -> dict[str, np.ndarray]:
-    """Every array of the outcomes, [P, S]."""
+    """Every array of the outcomes, repeated to [P, S]."""
     return {
         name: x if x.ndim == 2 else np.repeat(x[:, None], outcomes.returns.shape[1], axis=1)
         for name, x in outcomes._asdict().items()
@@ -337,7 +336,7 @@ def _rows(points: np.ndarray, seeds: int) -> np.ndarray:
 
 
 def _total_updates(search: Search, size: int, seeds: int) -> int:
-    """Of all batches of all rungs together."""
+    """The updates of all batches of all rungs together."""
     ends = [0, *(rung.updates for rung in search.rungs)]
     counts = (len(replica_batches.batches(rung.points * seeds, size)) for rung in search.rungs)
     return sum(n * (b - a) for n, (a, b) in zip(counts, pairwise(ends), strict=True))
