@@ -9,6 +9,14 @@ os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The exact module's small matrices gain nothing from threads that spin on the cores of others.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# A test compiles for seconds what runs for milliseconds: without optimisation, with XLA's plainer code
+# generator and in one piece, a program compiles in a sixth of the time. `XLA_FLAGS= scripts/test` tests the
+# programs that users get.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
 # What one process of this run compiles the others read. The folder goes with the run: nothing is left to the
 # next one, whose time would depend on it, and the user's is not touched.
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -20,6 +28,8 @@ import pytest
 
 from jaxpg.runs.host.cache import use_compilation_cache
 
+# Traces are many small objects that live on: a seventh of the time went into looking for cycles among them.
+gc.set_threshold(100_000, 50, 100)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 use_compilation_cache()
 
