@@ -139,7 +139,7 @@ def test_more_than_a_group_is_where_groups_begin():
 def test_only_own_episodes_of_one_minibatch_are_rolled_out_again():
     env = from_mdp(random_mdp(0))
     for row in (algorithm("off_policy"), algorithm("ppo")):
-        with pytest.raises(ValueError, match="recompute rolls out own whole episodes"):
+        with pytest.raises(ValueError, match="recompute needs data=episodes"):
             make_trainer(env, actor_critic(env, "tabular"), row, num_envs=8, recompute=True)
 
 

@@ -1,7 +1,7 @@
 """Baselines: what is subtracted?
 
 A slot takes (psi, scores, trajectory, hyperparams) and returns b [T, B]. `scores` describes the weighted
-scores g_t = step_t grad log pi(a_t|s_t) that b will multiply; a baseline that does not ask costs nothing.
+scores g_t = step_t grad log pi(a_t|s_t) that b will multiply; it costs nothing unless a baseline uses it.
 
 >>> psi, nothing = jnp.array([[1.0, 2.0, 6.0]]), (None, None, None)  # one step of three episodes
 >>> [b(psi, *nothing).ravel().tolist() for b in (none, batch_mean, leave_one_out, constant(2.0))]
@@ -28,7 +28,7 @@ from jaxpg.types import Array, Hyperparams, Trajectory
 
 
 class Scores(NamedTuple):
-    """The weighted scores g_t of every trajectory, without ever holding them."""
+    """The weighted scores g_t of every trajectory, which are never stored."""
 
     step: Array  # [T, B] their weights
     inner: Callable[[Array], Array]  # psi [T, B] -> g_t . sum_k psi_k g_k [T, B]
@@ -55,9 +55,9 @@ def _constant(value, psi, scores, trajectory, hyperparams):
 
 
 def tabulated(table: Array | np.ndarray) -> Baseline:
-    """b_t = table[step in the episode, observation], known before the data: [H, O], observations Discrete.
+    """b_t = table[step in the episode, observation], with a table [H, O] known before the data.
 
-    Steps from H on read the last row. Raises ValueError unless the table has two axes.
+    Observations are Discrete. Steps from H on read the last row. Raises ValueError unless it has two axes.
     """
     table = np.asarray(table)
     if table.ndim != 2:
@@ -80,7 +80,7 @@ def _tabulated(table, psi, scores, trajectory, hyperparams):
 def batch_mean(
     psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
-    """b_t = (1/N) sum_j psi_{t,j}, the own trajectory included.
+    """b_t = (1/N) sum_j psi_{t,j}, including the trajectory that it is subtracted from.
 
     Biased: the expected gradient is exactly (N-1)/N of the true one, because the estimate is (N-1)/N
     times that of leave_one_out, sample by sample.
@@ -95,8 +95,7 @@ def leave_one_out(
 ) -> Array:
     """b_{t,i} = (1/(N-1)) sum_{j != i} psi_{t,j}, independent of trajectory i, so unbiased.
 
-    (Kool et al., 2019.)
-    An episode that has ended counts with what its credit says there: 0 to go, or its total return.
+    An episode that has ended counts with its credit at t: 0 to go, or its total return (Kool et al., 2019).
     Raises ValueError when N < 2.
     """
     del scores, trajectory, hyperparams
@@ -110,7 +109,7 @@ def time_mean(
 ) -> Array:
     """b_{t,i} = mean of psi_{t,j} over the other trajectories still running at t; 0 where there is none.
 
-    Unbiased like leave_one_out, and closer to the survivors where episodes differ in length.
+    Unbiased like leave_one_out, and closer to the running episodes' psi where lengths differ.
     Raises ValueError when N < 2.
     """
     del scores, hyperparams
@@ -125,11 +124,11 @@ def time_mean(
 def weighted_mean(
     psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
-    """b_t = sum_j w_{t,j} psi_{t,j} / sum_j w_{t,j}, the own trajectory included, w the step weights.
+    """b_t = sum_j w_{t,j} psi_{t,j} / sum_j w_{t,j} over all trajectories, with the step weights w.
 
-    What differentiating a normaliser subtracts: with the total return and self_normalised(trajectory)
+    Differentiating a normaliser subtracts this: with the total return and self_normalised(trajectory)
     weights the estimate is exactly the gradient of sum_i W_i R_i / sum_i W_i (Levine and Koltun, 2013).
-    Biased O(1/N), as that objective is.
+    Its bias is O(1/N), like that objective's.
     """
     del trajectory, hyperparams
     total = (scores.step * psi).sum(axis=1, keepdims=True)
@@ -139,7 +138,7 @@ def weighted_mean(
 def regularised(baseline: Baseline) -> Baseline:
     """b - normaliser_coef: with self-normalised weights, adds normaliser_coef grad log sum_i W_i.
 
-    Holds the policy to where the samples have density (Levine and Koltun, 2013, equation 4).
+    Keeps the policy where the samples have density (Levine and Koltun, 2013, equation 4).
     """
     return Slot(_regularised, "regularised", (baseline,), facts_of(baseline))
 
@@ -155,7 +154,7 @@ def optimal_constant(
     """b_i estimates b* = E[sum_t g_t psi_t . sum_t g_t] / E|sum_t g_t|^2 from the other trajectories.
 
     For the total return this is E[|U|^2 R] / E[|U|^2] (Weaver and Tao, 2001; Greensmith et al., 2004).
-    Leave-one-out, so unbiased; the minimum of the trace over constants as N grows.
+    Leave-one-out, so unbiased; as N grows, it minimises the trace over constants.
     Raises ValueError when N < 2.
     """
     del trajectory, hyperparams

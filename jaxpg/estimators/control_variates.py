@@ -5,8 +5,8 @@ every trajectory's gradient, g_i - b * U_i with U_i the score of trajectory i an
 episodes on-policy, and hold [B, P] numbers.
 
 A control variate takes (scores_of, coefficient, trajectory, hyperparams): scores_of(weight [T, B]) gives
-sum_t weight_{t,i} grad log pi(a_{t,i}|s_{t,i}) as [B, P], and coefficient [T, B] are the weights whose
-sums are the g_i. It returns the corrected g_i, [B, P].
+sum_t weight_{t,i} grad log pi(a_{t,i}|s_{t,i}) as [B, P], and coefficient [T, B] holds the weights that
+give the g_i. It returns the corrected g_i, [B, P].
 
 >>> psi, mask = jnp.array([[1.0, 2.0, 6.0]]), jnp.ones((1, 3), bool)  # one step of three episodes
 >>> trajectory = Trajectory(*[mask] * 10)._replace(reward=psi)
@@ -70,7 +70,7 @@ def peters_schaal(
         score = scores_of(jnp.where(trajectory.mask & (rows <= k), 1.0, 0.0))
         weight = reward[k][:, None]
         baseline = _of_others(score**2 * weight, score**2)
-        # Also of episodes that have ended: given only the survivors, E U is not 0.
+        # Episodes that have ended count too: given only the survivors, E U is not 0.
         return total + score * (weight - baseline), None
 
     start = jnp.zeros_like(scores_of(coefficient))

@@ -28,7 +28,7 @@ def reward_to_go(trace: Array, trajectory: Trajectory, hyperparams: Hyperparams)
     """psi_t = sum_{k>=t} gamma^(k-t) r_k: the lambda-return with lambda = 1.
 
     Discounted from t. Where a time limit cut the episode, or the rollout ended, the critic's value of
-    the true successor stands for the rewards not seen (0 without a critic).
+    the true successor stands in for the unseen rewards (0 without a critic).
     """
     return _return(trace, trajectory, hyperparams.gamma, 1.0)
 
@@ -62,7 +62,7 @@ def unit(trace: Array, trajectory: Trajectory, hyperparams: Hyperparams) -> Arra
 
 
 def _return(trace: Array, trajectory: Trajectory, gamma, lambda_) -> Array:
-    # Nothing follows a terminated step: what a critic says of its successor may be NaN.
+    # Nothing follows a terminated step: the critic's value of its successor may be NaN.
     following = jnp.where(trajectory.discount > 0.0, trajectory.next_value, 0.0)
     delta = trajectory.reward + gamma * trajectory.discount * following
     delta = jnp.where(trajectory.mask, delta - trajectory.value, 0.0)

@@ -45,11 +45,11 @@ class Estimator(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A trajectory with what the objective needs besides, gradients stopped."""
+    """A trajectory and what else the objective needs, with gradients stopped."""
 
     trajectory: Trajectory
     advantage: Array  # [T, B] step weight times (psi - b)
-    resolution: Array  # [T, B] what rounding may have left of an advantage of 0
+    resolution: Array  # [T, B] the size that rounding may give an advantage of 0
     target: Array  # [T, B] psi, what a critic regresses on
 
 
@@ -63,9 +63,9 @@ def assess(
 ) -> Batch:
     """log-ratio -> importance -> credit -> baseline -> advantage; the one place that stops gradients.
 
-    trajectory: with zeros where steps do not count, as rollouts give it; `masked` makes any other so.
+    trajectory: zero where steps do not count, as rollouts return it; `masked` makes any other one so.
     log_prob: [T, B] under the policy to improve (trajectory.log_prob itself when on-policy).
-    policy, params: only read by the baselines that weigh by scores; lanes must be whole episodes then.
+    policy, params: read only by baselines that weight by scores; lanes must then be whole episodes.
     """
     check_lanes(trajectory, log_prob)
     log_ratio = jnp.where(trajectory.mask, log_prob - trajectory.log_prob, 0.0)
@@ -82,9 +82,9 @@ def assess(
 
 
 def masked(trajectory: Trajectory) -> Trajectory:
-    """Zeros where steps do not count: there, an environment that has ended may have left NaN.
+    """Put zeros where steps do not count: an environment that has ended may have left NaN there.
 
-    A NaN that is masked after a product poisons the gradient all the same, because 0 x NaN is NaN.
+    Masking a NaN only after a product is too late for the gradient, because 0 x NaN is NaN.
     """
     check_lanes(trajectory)
 
@@ -102,9 +102,9 @@ def check_lanes(trajectory: Trajectory, *others: Array) -> None:
 
 
 def rescaled(estimator: Estimator, batch: Batch) -> tuple[Estimator, Batch]:
-    """The batch with its advantages as a wrapped surrogate rescales them, and the surrogate inside.
+    """Rescale the batch's advantages as a wrapped surrogate does, and unwrap the estimator's surrogate.
 
-    So that a batch can be rescaled as a whole and differentiated in parts.
+    A batch can thus be rescaled as a whole and differentiated in parts.
     """
     rescale = facts_of(estimator.surrogate).rescale
     if rescale is None:
@@ -123,7 +123,7 @@ def objective(
     batch: Batch,
     hyperparams: Hyperparams,
 ) -> tuple[Array, tuple[Array, Distribution]]:
-    """What the policy ascends: reduce(surrogate + entropy bonus), and (log_prob, distribution).
+    """The objective to ascend, reduce(surrogate + entropy bonus), and (log_prob, distribution).
 
     carry: the policy's carry at the first row of the batch.
     """
@@ -167,7 +167,7 @@ def lane_gradients(policy: Network, params: Params, trajectory: Trajectory, weig
 def _score_kernel(policy, params, trajectory, step, psi):
     if policy is None:
         raise ValueError(
-            "this baseline weighs by scores: assess needs the policy and its parameters"
+            "this baseline weights by scores: assess needs the policy and its parameters"
         )
     weight = jnp.where(trajectory.mask, step, 0.0)
 

@@ -68,7 +68,7 @@ def one_step(log_ratio: Array, trajectory: Trajectory, hyperparams: Hyperparams)
 def trajectory(log_ratio: Array, trajectory: Trajectory, hyperparams: Hyperparams) -> Weights:
     """step_t = W = prod_k rho_k over the whole episode, trace = 1 (Kahn and Marshall, 1953).
 
-    Unbiased for every credit that is, on whole episodes; the variance of W grows exponentially in T.
+    Unbiased on whole episodes for every unbiased credit; the variance of W grows exponentially in T.
     """
     del trajectory, hyperparams
     return Weights(jnp.exp(_whole(log_ratio)), jnp.ones_like(log_ratio))
@@ -76,10 +76,10 @@ def trajectory(log_ratio: Array, trajectory: Trajectory, hyperparams: Hyperparam
 
 @slot(whole_episodes=True)
 def per_decision(log_ratio: Array, trajectory: Trajectory, hyperparams: Hyperparams) -> Weights:
-    """step_t = prod_{k<=t} rho_k, trace = rho: each reward weighs only what led to it (Precup et al., 2000).
+    """step_t = prod_{k<=t} rho_k, trace = rho: ratios up to a reward weight it (Precup et al., 2000).
 
     sum_t u_t sum_{k>=t} gamma^(k-t) r_k prod_{j<=k} rho_j, every ratio once; unbiased on whole episodes.
-    With a critic's values, the doubly robust form (Jiang and Li, 2016).
+    With a critic's values this is the doubly robust form (Jiang and Li, 2016).
     """
     del trajectory, hyperparams
     return Weights(jnp.exp(_so_far(log_ratio)), jnp.exp(log_ratio))
@@ -96,12 +96,12 @@ def prefix(log_ratio: Array, trajectory: Trajectory, hyperparams: Hyperparams) -
 
 
 def truncated(ceiling: float) -> Importance:
-    """step_t = trace_t = min(rho_t, ceiling): V-trace with both ceilings alike (Espeholt et al., 2018).
+    """step_t = trace_t = min(rho_t, ceiling): V-trace with both ceilings equal (Espeholt et al., 2018).
 
-    Bounded weights for a bias. Raises ValueError unless ceiling > 0.
+    Bounds the weights at the cost of a bias. Raises ValueError unless ceiling > 0.
     """
     if not ceiling > 0:
-        raise ValueError(f"truncated(ceiling={ceiling}) must be positive; V-trace takes 1")
+        raise ValueError(f"truncated(ceiling={ceiling}) must be positive; V-trace uses 1")
     return Slot(_truncated, "truncated", (ceiling,))
 
 
@@ -114,8 +114,8 @@ def self_normalised(importance: Importance) -> Importance:
     """step_{t,i} = W_{t,i} / mean_j W_{t,j}: weights relative to the batch, none above N.
 
     Consistent, with a bias O(1/N), and invariant to the scale of W; an episode that has ended keeps the
-    weight it ended with. Weights are not differentiated here: the gradient of sum_i W_i R_i / sum_i W_i,
-    through its normaliser, is this with the baseline `weighted_mean`.
+    weight it ended with. Weights are not differentiated here: for the gradient of sum_i W_i R_i / sum_i W_i,
+    including its normaliser, add the baseline `weighted_mean`.
     Raises ValueError unless importance is trajectory, prefix or one_step.
     """
     if describe(importance) not in _LOG_STEP:
@@ -128,7 +128,7 @@ def self_normalised(importance: Importance) -> Importance:
 
 
 def _self_normalised(importance, log_ratio, trajectory, hyperparams):
-    # A lane that never counts is no episode: data that was dropped has no share.
+    # A lane in which no step counts is not an episode: dropped data has no share.
     present = trajectory.mask.any(axis=0, keepdims=True)
     log_step = jnp.where(present, _LOG_STEP[describe(importance)](log_ratio), -jnp.inf)
     share = jax.nn.softmax(log_step, axis=1)
@@ -153,8 +153,8 @@ _LOG_STEP = {
 def from_start(importance: Importance) -> Importance:
     """step_t times gamma^t: the exact gradient of the discounted return, on whole episodes.
 
-    Without it states count alike however late they are visited, which for gamma < 1 is not the gradient
-    of any function (Nota and Thomas, 2020).
+    Without it, early and late states count alike, which for gamma < 1 is not the gradient of any function
+    (Nota and Thomas, 2020).
     """
     facts = facts_of(importance)._replace(whole_episodes=True)
     return Slot(_from_start, "from_start", (importance,), facts)
@@ -170,10 +170,10 @@ def mixture(log_probs: Array, mask: Array, counts: Sequence[int] | None = None) 
     """The log-probabilities [T, B] of q = sum_k c_k beta_k, from those of each behaviour [K, T, B].
 
     c_k = counts_k / sum counts, by default 1/K. Step by step
-    log q(a_t | history) = log sum_k c_k exp sum_{j<=t} log beta_k - the same up to t-1. Put into
-    `trajectory.log_prob`, every importance slot then weighs by the density of the mixture: one behaviour
-    that never does what another did costs nothing, where 1/beta_k would be infinite (Veach and Guibas,
-    1995; Levine and Koltun, 2013). Unbiased when behaviour k gathered a share c_k of the episodes.
+    log q(a_t | history) = log sum_k c_k exp sum_{j<=t} log beta_k - the same up to t-1. With it as
+    `trajectory.log_prob`, every importance slot weights by the density of the mixture, which stays finite
+    where one behaviour never does what another did and 1/beta_k would be infinite (Veach and Guibas, 1995;
+    Levine and Koltun, 2013). Unbiased when behaviour k gathered a share c_k of the episodes.
     """
     chex.assert_equal_shape([*log_probs, mask])
     so_far = jnp.cumsum(jnp.where(mask[None], log_probs, 0.0), axis=1)

@@ -1,4 +1,4 @@
-"""Slot values: pure functions that carry what the rest of the package must know of them.
+"""Slot values: pure functions that carry what the rest of the package must know about them.
 
 >>> @slot(couples=True)
 ... def mean(psi, scores, trajectory, hyperparams):
@@ -19,24 +19,24 @@ Rescale = Callable[[Array, Array, Array], Array]
 
 
 class Facts(NamedTuple):
-    """What a slot value is, beyond the numbers it returns. A fact that is not stated has its default."""
+    """What is known about a slot value beyond the numbers it returns; unstated facts have their defaults."""
 
     couples: bool = False  # what one lane contributes depends on the other lanes of its batch
     min_lanes: int = 1  # with fewer it is undefined, or its gradient is always 0
     whole_episodes: bool = False  # undefined on a stream, which cuts episodes
     reads_critic: bool = False
-    corrects: bool = True  # right for data that another policy gathered
+    corrects: bool = True  # correct for data that another policy gathered
     linear: bool = False  # of a reduction: linear in the gain, so it may be taken in parts
-    ignores_lanes: bool = False  # of a reduction: blind to which lane a step stands in
+    ignores_lanes: bool = False  # of a reduction: does not depend on which lane a step is in
     rescale: Rescale | None = None  # of a wrapped surrogate: applied to a (mini)batch's advantages
 
 
-# A plain function may compare lanes, so nothing may take its rows for independent or cut its batch.
+# A plain function may compare lanes, so its lanes are not treated as independent, nor its batch cut.
 UNKNOWN = Facts(couples=True)
 
 
 class Slot(NamedTuple):
-    """A slot value: call it like the function that it wraps. Its arrays are all [T, B]."""
+    """A slot value: call it like the function that it wraps. All its arrays are [T, B]."""
 
     function: Callable
     name: str
@@ -54,12 +54,12 @@ class Slot(NamedTuple):
 
 
 def slot(**facts: Any) -> Callable[[Callable], Slot]:
-    """Decorates a function whose facts these are: `@slot(couples=True, min_lanes=2)`."""
+    """Decorate a function with its facts: `@slot(couples=True, min_lanes=2)`."""
     return lambda function: Slot(function, function.__name__, (), Facts(**facts))
 
 
 def facts_of(value: Any) -> Facts:
-    """The facts of a slot value; of a plain function the safe ones, that it couples the batch."""
+    """The facts of a slot value; a plain function is assumed, to be safe, to couple the batch."""
     return value.facts if isinstance(value, Slot) else UNKNOWN
 
 

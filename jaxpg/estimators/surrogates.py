@@ -1,4 +1,4 @@
-"""Surrogates: what is differentiated? And the reductions: a mean over what?
+"""Surrogates: what is differentiated? Reductions: what is the mean over?
 
 A surrogate takes (log_prob, advantage, trajectory, hyperparams) and returns the gain [T, B] to ascend;
 log_prob is the current policy's, trajectory.log_prob the behaviour's. A reduction takes (gain, mask).
@@ -75,8 +75,8 @@ def kl_penalised(
 def standardised(surrogate: Surrogate) -> Slot:
     """The surrogate of (A - mean A) / std A over the steps of the (mini)batch.
 
-    Biased, and in the scale of the batch: it makes step sizes alike between tasks. Advantages that are
-    equal to rounding become 0. A minibatch needs at least two steps, or its gradient is always 0.
+    Biased, and relative to the batch's scale, so step sizes are alike across tasks. Advantages that are
+    equal up to rounding become 0. A minibatch needs at least two steps, or its gradient is always 0.
     """
     facts = facts_of(surrogate)._replace(couples=True, rescale=_unit_scale)
     return Slot(_standardised, "standardised", (surrogate,), facts)
@@ -91,7 +91,7 @@ def _unit_scale(advantage, resolution, mask):
     mean = per_step(advantage, mask)
     centred = advantage - mean
     spread = jnp.sqrt(per_step(centred**2, mask))
-    # What subtracting left of equal numbers, and what subtracting the mean leaves, is rounding.
+    # The rounding in the advantages themselves, and that of subtracting their mean.
     rounding = jnp.sqrt(per_step(resolution**2, mask))
     rounding = rounding + 4 * jnp.finfo(advantage.dtype).eps * jnp.abs(mean)
     resolved = spread > rounding
@@ -106,5 +106,5 @@ def per_episode(gain: Array, mask: Array) -> Array:
 
 @slot(linear=True, ignores_lanes=True, couples=True)
 def per_step(gain: Array, mask: Array) -> Array:
-    """Mean over the steps that count: long episodes weigh more; the PPO habit."""
+    """Mean over the steps that count, as PPO usually takes it: long episodes weigh more."""
     return jnp.where(mask, gain, 0.0).sum() / jnp.maximum(mask.sum(), 1)

@@ -1,4 +1,4 @@
-"""Optimizers: what turns a gradient into a step, its schedules and its adaptation."""
+"""Optimizers, which turn a gradient into a step, with their schedules and adaptation."""
 
 from jaxpg.optimizers.first_order import (
     OPTIMIZERS,

@@ -1,4 +1,4 @@
-"""Adaptation: numbers that training steers by the KL of its own updates.
+"""Adaptation: training adjusts hyperparameters by the KL of its own updates.
 
 An adaptation takes (scales, kl, hyperparams) and returns scales; kl is the mean KL per step by which the
 last update moved the policy. The scales multiply the hyperparameters of the same names.
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxpg.types import Array, Hyperparams
 
-# So that a run of flat updates cannot drive a scale to where it takes as long to come back.
+# Bounds, so that many flat updates cannot drive a scale so far that it takes as many to come back.
 LOWEST, HIGHEST = 1e-3, 1e3
 
 
@@ -30,7 +30,7 @@ def initial_scales() -> Scales:
 
 
 def fixed(scales: Scales, kl: Array, hyperparams: Hyperparams) -> Scales:
-    """Nothing adapts."""
+    """Adapt nothing."""
     del kl, hyperparams
     return scales
 
@@ -46,7 +46,7 @@ def kl_penalty(scales: Scales, kl: Array, hyperparams: Hyperparams) -> Scales:
 
 
 def learning_rate(scales: Scales, kl: Array, hyperparams: Hyperparams) -> Scales:
-    """The policy's learning rate is divided by 1.5 where kl > 2 target_kl, times 1.5 below target_kl / 2.
+    """Divide the policy's learning rate by 1.5 if kl > 2 target_kl; multiply it by 1.5 below target_kl / 2.
 
     (Schulman et al., 2017, in the form of Rudin et al., 2022.)
     """

@@ -56,7 +56,7 @@ def adamw(hyperparams: Hyperparams) -> optax.GradientTransformation:
 
 
 def lion(hyperparams: Hyperparams) -> optax.GradientTransformation:
-    """Lion (Chen et al., 2023): steps by sign, so a third to a tenth of Adam's learning rate."""
+    """Lion (Chen et al., 2023): steps by sign, so give it a third to a tenth of Adam's learning rate."""
     rate, decay = hyperparams.learning_rate, hyperparams.weight_decay
     return _clipped(hyperparams, optax.lion(rate, weight_decay=decay, mask=_matrices))
 
@@ -84,5 +84,5 @@ def _clipped(hyperparams, optimizer):
 
 
 def _matrices(params):
-    # Decay is for weights: biases, log standard deviations and statistics of observations keep theirs.
+    # Only weights decay; biases, log standard deviations and statistics of observations do not.
     return jax.tree.map(lambda x: x.ndim >= 2, params)

@@ -1,12 +1,12 @@
-"""The natural gradient: optax transformations that know the policy whose parameters they move.
+"""The natural gradient as optax transformations that know the policy whose parameters they move.
 
-What a gradient does not say comes by name, as extra arguments of `update`:
+What the gradient does not tell them is passed by name, as extra arguments of `update`:
 
     loss(params) -> []                 what is minimised
     kl(params) -> []                   mean KL(pi_old || pi_params) per step; its Hessian at the old
                                        parameters is the Fisher matrix per step
     fisher_kl(params) -> []            the same on part of the batch; by default kl
-    episode_log_probs(params) -> [B]   log pi(tau_i), up to what does not depend on the parameters
+    episode_log_probs(params) -> [B]   log pi(tau_i), up to terms that do not depend on the parameters
 
 They chain with any others: `optax.chain(precondition_by_fisher(0.1), scale_to_kl(0.01, 0.1), ...)`.
 
@@ -39,13 +39,13 @@ CG_ITERATIONS = 10
 
 
 def conjugate_gradients(product: Callable[[Array], Array], target: Array, iterations: int) -> Array:
-    """x with product(x) ~ target [P], for a positive definite product, from x = 0.
+    """Solve product(x) ~ target [P] for x, starting at 0, for a positive definite product.
 
-    A fixed number of iterations: under vmap every replica then costs the same. Exact in exact
-    arithmetic once they reach the number of distinct eigenvalues (Hestenes and Stiefel, 1952).
+    The number of iterations is fixed, so under vmap every replica costs the same. Exact in exact
+    arithmetic once it reaches the number of distinct eigenvalues (Hestenes and Stiefel, 1952).
     """
 
-    # What is left below this is rounding, which further iterations would blow up where the product is
+    # A residual below this is rounding, which further iterations would amplify where the product is
     # singular, as a softmax policy's Fisher matrix is.
     rounding = (10 * jnp.finfo(target.dtype).eps) ** 2 * (target @ target)
 
@@ -126,7 +126,7 @@ def scale_to_kl(max_kl: Scalar, damping: Scalar = 0.0) -> optax.GradientTransfor
 def backtrack(
     max_kl: Scalar, decay: float = 0.5, attempts: int = 10
 ) -> optax.GradientTransformationExtraArgs:
-    """The longest of x, decay x, decay^2 x, ... that lowers the loss with a KL of max_kl at most; or 0.
+    """The longest of x, decay x, decay^2 x, ... that lowers the loss with a KL of max_kl at most; else 0.
 
     (Schulman et al., 2015.) Never accepts a higher loss, a larger KL or a NaN. Needs loss and kl.
     """
@@ -187,6 +187,6 @@ def _stateless(update: Any) -> optax.GradientTransformationExtraArgs:
 
 def _fisher_product(kl, params, damping):
     flat, unravel = ravel_pytree(params)
-    # Linearised once: what the products share is computed once.
+    # Linearise once, so that what all products share is computed once.
     _, along = jax.linearize(jax.grad(lambda theta: kl(unravel(theta))), flat)
     return lambda vector: along(vector) + damping * vector

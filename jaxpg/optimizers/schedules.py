@@ -1,4 +1,4 @@
-"""Schedules: learning rates over the updates, and with the size of the batch.
+"""Schedules: learning rates as functions of the update and of the batch size.
 
 >>> [round(float(x(jnp.array(0.2))), 3) for x in (constant, linear, cosine)], [*SCHEDULES]
 ([1.0, 0.8, 0.905], ['constant', 'linear', 'cosine'])

@@ -1,4 +1,4 @@
-"""Whole episodes from reset, in groups that draw from keys of their own."""
+"""Whole episodes from reset, in groups with a key each."""
 
 from functools import partial
 from typing import Any
@@ -21,13 +21,13 @@ from jaxpg.rollout.stepping import (
 )
 from jaxpg.types import Array, Key, Trajectory
 
-# Steps between two looks at whether all episodes have ended. A look costs a device round trip on a GPU.
+# Steps between checks whether all episodes have ended. A check costs a device round trip on a GPU.
 BLOCK = 32
 
-# Episodes that draw from one key, whatever the device, so that a batch is the same on every one.
+# Episodes that share a key, as many on every device, so that a batch is the same on all of them.
 GROUP = 1024
 
-# Groups that run as one program. More keep no more of a CPU busy, and leave its cache.
+# Groups that run as one program. On a CPU, more would not keep it busier, and would leave its cache.
 GROUPS_AT_ONCE = {"cpu": 1}
 OTHER_GROUPS_AT_ONCE = 64
 
@@ -73,7 +73,7 @@ def episodes(
 
 
 def _completed(trajectory: Trajectory, sums: EpisodeSums) -> tuple[Trajectory, EpisodeSums]:
-    """Adds the fields that cost memory to carry through the loop and follow from the others after it."""
+    """Add the fields that follow from the others and would cost memory to carry through the loop."""
     mask = trajectory.mask
     trajectory = trajectory._replace(first=mask & (jnp.arange(len(mask))[:, None] == 0))
     if isinstance(trajectory.value, tuple):  # without a critic
@@ -96,7 +96,7 @@ def episodes_again(
 
 
 def lanes_at_once(num_episodes: int) -> int:
-    """How many episodes run as one program: whole groups, and a divisor of them all."""
+    """How many episodes run as one program: whole groups, and a divisor of num_episodes."""
     size = fair_divisor(num_episodes, GROUP)
     groups = GROUPS_AT_ONCE.get(jax.default_backend(), OTHER_GROUPS_AT_ONCE)
     return size * fair_divisor(num_episodes // size, groups)
@@ -118,7 +118,7 @@ def _part(env, agent, params, key, index, num_episodes, num_steps):
 def _episodes(
     env: Env, agent: Agent, params: AgentParams, key: Key, num_episodes: int, num_steps: int
 ) -> tuple[Trajectory, EpisodeSums]:
-    """One group."""
+    """Roll out one group of episodes."""
     num_blocks = -(-num_steps // BLOCK)
     block = -(-num_steps // num_blocks)
     k_reset, k_steps = jax.random.split(key)
@@ -137,8 +137,8 @@ def _episodes(
         env_state, result = step_lanes(env, key, env_state, action)
         last = alive & (result.terminated | result.truncated | (t == num_steps - 1))
         row = (
-            # Also the successor of a step that cut an episode, whose value a critic is asked for; not of
-            # one that terminated it, whose value nobody needs and whose numbers may be NaN.
+            # Keep the successor of a step that cut an episode, because the critic values it; not of one
+            # that terminated it: its value is not used and its numbers may be NaN.
             kept(alive | cut, obs),
             kept(alive, action),
             kept(alive, log_prob),
@@ -181,7 +181,7 @@ def _episodes(
     nothing: Any = ()
     value = next_value = nothing
     if agent.critic is not None:
-        # The successors of last steps stand in the rows after them, but for the row after the loop.
+        # A last step's successor stands in the next row; append the one that follows the loop.
         final = kept(loop[4], loop[1])[None]
         extended = jnp.concatenate([rows[0], jnp.zeros_like(final)])
         extended = jax.lax.dynamic_update_slice_in_dim(extended, final, index * block, 0)

@@ -21,12 +21,12 @@ from jaxpg.types import Array, Key
 
 
 class Evaluation(NamedTuple):
-    """Over whole episodes, one per environment, so long episodes are not under-represented."""
+    """Returns of whole episodes, one per environment, so long episodes are not under-represented."""
 
     mean: Array
     standard_error: Array  # infinite for one episode, which says nothing about the spread
     episodes: Array  # how many
-    smallest: Array  # return of an episode: with the largest, a range that returns can attain
+    smallest: Array  # return of an episode; returns can attain the range from here to the largest
     largest: Array
 
 
@@ -40,8 +40,8 @@ def evaluate(
 ) -> Evaluation:
     """The mean undiscounted return of fresh episodes, one per environment, and its standard error.
 
-    One whole episode per environment weighs every episode alike; pooling whatever ends in a window
-    over-counts short ones (Glynn and Heidelberger, 1990). An episode that still runs at the environment's
+    One whole episode per environment gives every episode the same weight; pooling all that end in a window
+    over-counts short ones (Glynn and Heidelberger, 1990). An episode still running at the environment's
     horizon ends there, as in training, and counts. greedy: take the distribution's mode. Raises ValueError
     for fewer than one episode or step.
     """

@@ -26,13 +26,13 @@ class StepKeys(NamedTuple):
 
 
 def step_keys(key: Key, num_steps: int) -> StepKeys:
-    """[T] each."""
+    """The keys of T steps, [T] each."""
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(3 * num_steps))
     return StepKeys(*(keys[use::3] for use in range(3)))  # typed keys or rows of raw ones
 
 
 def noise_function(agent: Agent, params: Params, obs):
-    """keys [T] -> the noise of actions [T, B, ...]; a distribution that has only `sample` gets the keys."""
+    """Map keys [T] to the noise of actions [T, B, ...]; a distribution with only `sample` gets the keys."""
 
     def distribution(carry, obs):
         first = jnp.zeros((1, obs.shape[0]), bool)

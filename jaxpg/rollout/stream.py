@@ -21,19 +21,19 @@ from jaxpg.rollout.stepping import (
 )
 from jaxpg.types import Array, Key, Params, Trajectory
 
-# Lanes of a stream of which each has a start of its own ready in every step; with more, so many share one.
-# A start costs a CPU more than to find the lanes that ended, but for few lanes that is more to compile. On an
-# accelerator it costs next to nothing, and to ask whether any lane ended is a round trip to the host.
+# Up to this many lanes, pre-draw one reset per lane and step; with more, SHARING lanes share one. On a CPU a
+# reset costs more than finding the lanes that ended, but for few lanes finding them takes longer to compile.
+# On an accelerator a reset costs next to nothing, and asking whether any lane ended is a round trip.
 FEW = {"cpu": 32}
 
 SHARING = 8
 
-# Steps that a feed-forward critic judges at once after a rollout: on a CPU more would leave the cache.
+# Steps that a feed-forward critic evaluates at once after a rollout; on a CPU, more would leave the cache.
 ROWS_AT_ONCE = {"cpu": 2048}
 
 
 class RolloutState(NamedTuple):
-    """Where a stream stands: B environments between two steps."""
+    """The state of a stream: B environments between two steps."""
 
     env_state: Any
     obs: Array  # [B, ...]
@@ -62,7 +62,7 @@ def unroll(
     check_env(env)
     num_envs = state.first.shape[0]
     critic = agent.critic
-    # Without memory it can wait: one pass over all steps is cheaper than a small one in each.
+    # A critic without memory can wait: one pass over all steps is cheaper than a small one per step.
     waits = critic is not None and not jax.tree.leaves(state.carry.critic)
     keys = step_keys(key, num_steps)
     noise = noise_function(agent, params.policy, state.obs)(keys.action)
@@ -108,7 +108,7 @@ def unroll(
             1.0 - result.terminated,
             first,
             last,
-            last,  # in the mask's place: every step counts, which needs no row
+            last,  # a placeholder for the mask: every step counts, so it is set after the loop
             value,
             cut_value,
         )
@@ -150,16 +150,16 @@ def _values(critic: Network, params: Params, trajectory: Trajectory) -> Array:
 
 
 def _pool(env: Env, key, size):
-    """So many starts; each has the key of its place, so a larger pool begins with the same ones."""
+    """Draw `size` resets; each has the key of its place, so a larger pool begins with the same ones."""
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(size))
     return reset_lanes(env, keys)
 
 
 def _reset_ended(env: Env, ended, pool, key, env_state, obs):
-    """Fresh starts where an episode ended: from the lane's own place in the pool if there is one for each.
+    """Reset the lanes whose episode ended, each from its own place in a pool that holds one per lane.
 
-    Otherwise the k-th lane that ended takes the k-th; where more have ended than the pool holds, the key
-    draws as many as there are lanes. Every step has a pool of its own, so starts are independent.
+    From a smaller pool, the k-th lane that ended takes the k-th reset; if more have ended than it holds, the
+    key draws one per lane. Every step has its own pool, so resets are independent.
     """
     num_lanes, size = ended.shape[0], jax.tree.leaves(pool)[0].shape[0]
     before = env_state, obs

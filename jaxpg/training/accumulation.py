@@ -15,8 +15,8 @@ from jaxpg.rollout import lanes_at_once
 from jaxpg.types import Array, Carry, Hyperparams, Metrics, Params, Trajectory
 
 # Steps in a block. On a CPU a block's activations should stay in the cache, and larger products are spread
-# over threads that cost more than they give: policy and critic of 2x64 took 26 ms in blocks of 512, 44 ms in
-# blocks of 1024 or in one piece. Elsewhere it bounds the memory.
+# over threads that cost more than they save: policy and critic of 2x64 took 26 ms in blocks of 512, 44 ms in
+# blocks of 1024 or in one piece. On other devices the block bounds the memory.
 BLOCK = {"cpu": 512}
 OTHER_BLOCK = 2**18
 
@@ -31,20 +31,20 @@ def gradient_of(
     block: int | None = None,
     recall: Callable[[Array], Trajectory] | None = None,
 ) -> tuple[Params, Metrics]:
-    """The gradient of the objective, and what is known of the batch after a forward pass.
+    """The gradient of the objective, and the metrics that a forward pass gives.
 
-    Where the objective is a sum over steps: lanes after lanes, and of a policy without memory block after
-    block of about `block` steps (by default by backend), up to the last in which an episode still runs.
+    An objective that is a sum over steps is taken in groups of lanes and, for a policy without memory, in
+    blocks of about `block` steps (by default by backend), up to the last in which an episode still runs.
     recall: index -> the index-th `lanes_at_once` lanes of the trajectory, where they were not kept.
     """
     check_lanes(batch.trajectory, batch.advantage)
-    # Over the whole batch, before it is cut.
+    # Rescale over the whole batch, before it is cut.
     estimator, batch = rescaled(estimator, batch)
     mask = batch.trajectory.mask
     if not (facts_of(estimator.reduce).linear and _cuts(mask, carry, block, recall)):
         gradient, sums = _sums(estimator, policy, params, carry, batch, hyperparams)
         return gradient, _metrics(sums)
-    # A reduction that is linear in the gain is a weight of each step, which its gradient is.
+    # A reduction that is linear in the gain is a weighted sum over steps; its gradient is the weights.
     weight = jax.grad(estimator.reduce)(jnp.zeros_like(batch.advantage), mask)
 
     def one(cut, carry):
@@ -70,10 +70,10 @@ def critic_gradient(
     hyperparams: Hyperparams,
     block: int | None = None,
 ) -> tuple[Params, Array]:
-    """The gradient of the mean squared error of the values, halved, and the loss itself.
+    """The gradient of half the mean squared error of the values, and that loss.
 
-    As far as value_clip_eps allows, the larger of the errors of the value and of the value held near the
-    old one counts (the code of Schulman et al., 2017). In parts like gradient_of.
+    The larger of two errors counts: the value's, and that of the value clipped to within value_clip_eps of
+    the old one (the code of Schulman et al., 2017). Taken in parts like gradient_of.
     """
     check_lanes(batch.trajectory, batch.target)
     mask = batch.trajectory.mask
@@ -122,17 +122,17 @@ def _over_lanes(
     like: Any,
     again: Callable | None = None,
 ) -> Any:
-    """Sums one(part of data, its carry) over all lanes.
+    """Sum one(part of data, its carry) over all lanes.
 
-    Lanes go in groups as a rollout takes them where the network has memory or lanes are rolled out again;
-    otherwise blocks of steps bound the memory, and all lanes are cut at once.
+    If the network has memory or lanes are rolled out again, lanes go in the groups of a rollout; otherwise
+    blocks of steps bound the memory, and all lanes are cut at once.
 
-    again: (index, part of data) -> the part with what was not kept put in.
-    like: arrays of the sum's shapes, because to find them by tracing `one` doubles the time to trace.
+    again: (index, part of data) -> the part with its trajectory rolled out again.
+    like: arrays of the sum's shapes, because finding them by tracing `one` doubles the time to trace.
     """
     num_lanes, lanes = mask.shape[1], lanes_at_once(mask.shape[1])
     if again is None and not jax.tree.leaves(carry):
-        lanes = num_lanes  # blocks bound what a step takes, whatever the number of lanes
+        lanes = num_lanes  # blocks bound the memory, whatever the number of lanes
 
     def part(index, data, carry, mask):
         data = again(index, data) if again else data
@@ -178,7 +178,7 @@ def _over_blocks(one: Callable, data: Any, mask: Array, block: int | None, like:
 
 
 def _sums(estimator, policy, params, carry, batch, hyperparams) -> tuple[Params, Any]:
-    """The gradient, and the sums over steps that the metrics are made of."""
+    """The gradient, and the sums over steps that the metrics are made from."""
     mask = batch.trajectory.mask
 
     def value(params):
@@ -191,7 +191,7 @@ def _sums(estimator, policy, params, carry, batch, hyperparams) -> tuple[Params,
     log_rho = jnp.where(mask, log_prob - batch.trajectory.log_prob, 0.0)
     rho = jnp.exp(log_rho)
     terms = (mask, entropy, jnp.expm1(log_rho) - log_rho, rho, rho**2)
-    # Stacked, because a CPU spends more on starting a sum than on a block's terms.
+    # Stacked, because on a CPU starting a sum costs more than adding a block's terms.
     sums = jnp.where(mask, jnp.stack([jnp.broadcast_to(x, mask.shape) for x in terms]), 0.0)
     return gradient, (gain, *sums.sum(axis=(1, 2)))
 

@@ -1,4 +1,4 @@
-"""The table: every algorithm is an estimator, where its data comes from, and how it steps."""
+"""The table: every algorithm is an estimator, a source of data, and a way to step."""
 
 import difflib
 from typing import NamedTuple
@@ -33,10 +33,10 @@ class Algorithm(NamedTuple):
     num_epochs: int = 1  # passes over the batch that move the policy (and the critic)
     num_minibatches: int = 1  # parts of the batch, one step each
     critic_epochs: int = 0  # further passes that move only the critic
-    critic_minibatches: int = 1  # parts of the batch in those
+    critic_minibatches: int = 1  # parts of the batch in those passes
     schedule: Schedule = constant
-    adaptation: Adaptation = adaptation.fixed  # of numbers to the KL of each update
-    fisher_samples: int | None = None  # steps (or lanes) that the Fisher matrix is of; None: all
+    adaptation: Adaptation = adaptation.fixed  # of hyperparameters to the KL of each update
+    fisher_samples: int | None = None  # steps (or lanes) in the Fisher matrix; None: all
     measure_kl: bool = False  # log the KL of each whole update, for two more forward passes
     control_variate: ControlVariate | None = None  # a baseline per parameter, on whole episodes
     measure_noise: bool = False  # log the gradient's signal and noise, for one more backward pass
@@ -104,13 +104,13 @@ ALGORITHMS = {
     # ... and the eligibility trace z <- gamma z + u over num_steps of a task that never ends, where gamma
     # is their beta: (1/T) sum_t r_t z_t = (1/T) sum_t u_t sum_{k>=t} gamma^(k-t) r_k.
     "gpomdp_continuing": Algorithm(_TO_GO._replace(reduce=surrogates.per_step), data.stream),
-    # Precup et al., 2000: whole episodes of the last policies, each reward weighed by what led to it.
+    # Precup et al., 2000: whole episodes of the last policies, each reward weighted by the ratios up to it.
     "off_policy": Algorithm(
         _TO_GO._replace(baseline=baselines.time_mean, importance=importance.per_decision),
         data.replay(data.episodes, 4),
     ),
-    # Levine and Koltun, 2013: the gradient of the self-normalised estimate of J from the mixture of the
-    # policy's own episodes and demonstrations, through its normaliser.
+    # Levine and Koltun, 2013: the gradient of the self-normalised estimate of J, including its normaliser,
+    # from the mixture of the policy's own episodes and demonstrations.
     "guided": Algorithm(
         Estimator(
             credit.total_return,
@@ -119,7 +119,7 @@ ALGORITHMS = {
         ),
         data.mixture,
     ),
-    # Maximum likelihood is REINFORCE with weight 1, on somebody else's data.
+    # Maximum likelihood is REINFORCE with weight 1 on another policy's data.
     "behaviour_cloning": Algorithm(Estimator(credit.unit), data.demonstrations),
 }
 
@@ -137,7 +137,7 @@ def algorithm(name: str) -> Algorithm:
 
 
 def unmeasured(algorithm: Algorithm) -> list[str]:
-    """Metrics that say nothing: 0 and 1 for a policy that takes one step from its own data."""
+    """Metrics that say nothing: kl 0 and ess 1, for a policy that takes one step from its own data."""
     if algorithm.num_epochs * algorithm.num_minibatches > 1 or algorithm.data.reweighs:
         return []
     return ["ess"] if algorithm.measure_kl else ["ess", "kl"]
@@ -168,8 +168,8 @@ def check_algorithm(algorithm: Algorithm, has_critic: bool) -> None:
         )
     if source.reweighs and not facts_of(estimator.importance).corrects:
         raise ValueError(
-            f"{source.name} holds data of other policies, which {describe(estimator.importance)} takes for "
-            "the present one's; use per_decision, trajectory, prefix, one_step, truncated or a "
+            f"{source.name} holds data of other policies, which {describe(estimator.importance)} treats as "
+            "the current one's; use per_decision, trajectory, prefix, one_step, truncated or a "
             "self_normalised form"
         )
     by_step = facts_of(estimator.reduce).ignores_lanes

@@ -1,8 +1,8 @@
-"""Data: where what an update learns from comes from, and under which density it was drawn.
+"""Data: where an update's data comes from, and the density that it was drawn from.
 
-A row of the algorithm table names one value: own whole `episodes`, a `stream` that carries on, a
-`replay` of the last batches of either, the `mixture` of own episodes with demonstrations, or the
-`demonstrations` alone.
+A row of the algorithm table names one source: the policy's own whole `episodes`, a `stream` that goes on
+between updates, a `replay` of the last batches of either, the `mixture` of own episodes with
+demonstrations, or the `demonstrations` alone.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from jaxpg.types import Array, Carry, Hyperparams, Key, Metrics, Params, Traject
 
 
 class Task(NamedTuple):
-    """Who gathers, where, and how much at a time."""
+    """The agent that gathers data, its environment, and how much it gathers at a time."""
 
     env: Env
     agent: Agent
@@ -31,18 +31,18 @@ class Task(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """What an update learns from."""
+    """The data that an update learns from."""
 
     trajectory: Trajectory  # [T, B, ...]; log_prob is the density that it was drawn from
     log_prob: Array  # [T, B] under the policy to improve
     carry: AgentCarry  # at the first row
     new: Trajectory  # the part that no earlier update has seen
     metrics: Metrics
-    share: Array | float = 1.0  # of the lanes that count: the others are masked throughout
+    share: Array | float = 1.0  # the share of lanes that count; all steps of the others are masked
 
 
 class Moment(NamedTuple):
-    """When data is gathered: with which parameters, numbers and key, at which update."""
+    """The circumstances of gathering: parameters, hyperparameters, key, and the update's number."""
 
     params: AgentParams
     hyperparams: Hyperparams
@@ -52,7 +52,7 @@ class Moment(NamedTuple):
 
 
 class Data(NamedTuple):
-    """One way to come by data: what it carries from update to update, and a step of it.
+    """A source of data: the state that it carries from update to update, and how it gathers a batch.
 
     init(task, params, key) -> state; gather(task, moment, state) -> (state, Gathered).
     """
@@ -62,7 +62,7 @@ class Data(NamedTuple):
     gather: Callable[[Task, Moment, Any], tuple[Any, Gathered]]
     whole_episodes: bool = True  # lanes are whole episodes, not parts of a stream
     gathers: bool = True  # the policy acts; False: it only learns from what is given
-    demonstrations: bool = False  # it needs some
+    demonstrations: bool = False  # it needs demonstrations
     reweighs: bool = (
         False  # trajectory.log_prob is not that of the policy at the start of the update
     )
@@ -121,14 +121,14 @@ stream = Data("stream", _start_stream, _gather_stream, whole_episodes=False)
 class Memory(NamedTuple):
     """The last K batches of B lanes, side by side, the n-th at slot n mod K."""
 
-    trajectory: Trajectory  # [T, K x B, ...]; masked where no batch has been yet
+    trajectory: Trajectory  # [T, K x B, ...]; masked where no batch has come yet
     carry: AgentCarry
 
 
 def replay(data: Data, num_batches: int) -> Data:
-    """The last `num_batches` batches of `data`, weighed by the importance slot; one is `data` itself.
+    """The last `num_batches` batches of `data`, weighted by the importance slot; with one, `data` itself.
 
-    Raises ValueError for data that no policy gathers, and for less than one batch.
+    Raises ValueError for data with demonstrations, and for less than one batch.
 
     >>> replay(stream, 4).name, replay(stream, 4).num_batches
     ('replay(stream, 4)', 4)
@@ -171,7 +171,7 @@ def replay(data: Data, num_batches: int) -> Data:
 
 
 def empty_memory(batch: tuple[Trajectory, AgentCarry], num_batches: int) -> Memory:
-    """For batches of these shapes."""
+    """An empty memory for batches of these shapes."""
 
     def blank(x, axis):
         shape = list(x.shape)
@@ -187,7 +187,7 @@ def empty_memory(batch: tuple[Trajectory, AgentCarry], num_batches: int) -> Memo
 def remember(
     memory: Memory, trajectory: Trajectory, carry: AgentCarry, num_updates: Array
 ) -> Memory:
-    """The newest batch in place of the oldest."""
+    """Put the newest batch in place of the oldest."""
     num_lanes = trajectory.mask.shape[1]
     start = (num_updates % (memory.trajectory.mask.shape[1] // num_lanes)) * num_lanes
 
@@ -209,16 +209,16 @@ def recalled(
     hyperparams: Hyperparams,
     num_updates: Array,
 ) -> Gathered:
-    """All batches that are still worth something, and how much each of the old ones is.
+    """The batches that are still useful, with the effective sample share of each old one.
 
-    A batch is dropped when (sum w)^2 / (n sum w^2) over its n steps, w the weights of the importance slot
-    relative to on-policy ones, is below ess_floor; the newest never is. Metrics: this ess and the mean KL
-    of the policy from the one that gathered the batch, by lag in updates.
+    A batch is dropped when (sum w)^2 / (n sum w^2) over its n steps is below ess_floor, with w the weights of
+    the importance slot relative to on-policy ones; the newest is never dropped. Metrics: this ess and the
+    mean KL of the policy from the one that gathered the batch, by lag in updates.
     """
     trajectory = memory.trajectory
     log_prob = log_prob_of(policy, params, memory.carry.policy, trajectory)
     log_ratio = jnp.where(trajectory.mask, log_prob - trajectory.log_prob, 0.0)
-    # Relative, so that gamma^t counts neither for nor against.
+    # Relative to on-policy weights, so that gamma^t cancels.
     weight = slot(log_ratio, trajectory, hyperparams).step
     weight = weight / slot(jnp.zeros_like(log_ratio), trajectory, hyperparams).step
 
@@ -246,7 +246,7 @@ def _start_demonstrations(task: Task, params: AgentParams, key: Key) -> tuple:
 
 
 def _gather_demonstrations(task: Task, moment: Moment, state: tuple) -> tuple[tuple, Gathered]:
-    """Demonstrations taken for the policy's own: maximum likelihood asks nobody else's density."""
+    """Treat demonstrations as the policy's own data: maximum likelihood needs no other density."""
     given, agent = _given(moment), task.agent
     carry = initial_carry(agent, given.mask.shape[1])
     log_prob = log_prob_of(agent.policy, moment.params.policy, carry.policy, given)
@@ -256,7 +256,7 @@ def _gather_demonstrations(task: Task, moment: Moment, state: tuple) -> tuple[tu
 
 
 def _start_mixture(task: Task, params: AgentParams, key: Key) -> Params:
-    """The behaviour's parameters, until somebody fits them."""
+    """The policy's parameters, which stand in for the behaviour's until those are fitted."""
     del task, key
     return params.policy
 
@@ -271,7 +271,7 @@ def _gather_mixture(task: Task, moment: Moment, state: Params) -> tuple[Params, 
 
 def _given(moment: Moment) -> Trajectory:
     if moment.demonstrations is None:
-        raise ValueError("this algorithm learns from demonstrations, and none were given")
+        raise ValueError("this algorithm learns from demonstrations, but none were given")
     return masked(moment.demonstrations)
 
 
@@ -294,9 +294,9 @@ def joined(
 ) -> Gathered:
     """Own episodes and demonstrations as draws from the mixture of both densities, by their shares.
 
-    q(tau) = share_own pi(tau) + share_demo beta(tau): a demonstration that pi would never give has a small
-    weight pi/q, and an episode that beta would never give has at most 1/share_own (Levine and Koltun,
-    2013). behaviour: parameters of the policy network that stand for beta on the policy's own episodes;
+    q(tau) = share_own pi(tau) + share_demo beta(tau): a demonstration that pi would never produce has a small
+    weight pi/q, and an episode that beta would never produce has one of at most 1/share_own (Levine and
+    Koltun, 2013). behaviour: parameters of the policy network that give beta on the policy's own episodes;
     on the demonstrations beta is their log_prob, or the same network where that is NaN.
     """
     check_lanes(own)
@@ -325,7 +325,7 @@ def joined(
 
 
 def corrected(batch: Batch, gathered: Gathered, whole: bool) -> Batch:
-    """The batch, its data now weighed: ratios from here on are to the policy at the start of the update.
+    """The batch after weighting: from here on, ratios are to the policy at the start of the update.
 
     whole: the mean is over episodes, and only a share of them counts.
     """
@@ -337,7 +337,7 @@ def corrected(batch: Batch, gathered: Gathered, whole: bool) -> Batch:
 
 
 def share_of_demonstrations(gathered: Gathered, num_own: int) -> Metrics:
-    """How much of the self-normalised weight the demonstrations have, and the effective sample size."""
+    """The demonstrations' share of the self-normalised weight, and the effective share of the sample."""
     trajectory = gathered.trajectory
     log_ratio = jnp.where(trajectory.mask, gathered.log_prob - trajectory.log_prob, 0.0)
     weight = jax.nn.softmax(log_ratio.sum(axis=0))

@@ -1,4 +1,4 @@
-"""Imitation: the demonstrators' policy, by maximum likelihood."""
+"""Imitation: fits the demonstrators' policy by maximum likelihood."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from jaxpg.training.data import mixture
 from jaxpg.training.trainer import Trainer, TrainState, make_trainer, train
 from jaxpg.types import Hyperparams, Key, Params, Trajectory
 
-# Of the cloning alone: the run's own learning rates belong to its own algorithm.
+# For cloning alone: the run's learning rates belong to its own algorithm.
 NUMBERS = Hyperparams(learning_rate=5e-3)
 
 
@@ -36,10 +36,10 @@ def informed(
     num_updates: int,
     warm_start: bool,
 ) -> Callable[[Key], TrainState]:
-    """The trainer's init, with an imitation of the demonstrations in its place.
+    """The trainer's init, followed by fitting a policy to the demonstrations.
 
-    A mixture takes it for the demonstrators' density on its own episodes; warm_start: the policy starts
-    from it.
+    A mixture uses the fit as the demonstrators' density on its own episodes; with warm_start the policy
+    starts from it.
     """
 
     def init(key):

@@ -18,16 +18,16 @@ from jaxpg.training.accumulation import critic_gradient, gradient_of
 from jaxpg.training.algorithm import Algorithm
 from jaxpg.types import Array, Hyperparams, Key, Metrics, Params, Trajectory
 
-# Lanes of one step that stay together in a minibatch.
+# At most this many lanes of a step stay together in a minibatch.
 GROUP = 64
 
 
 def optimizers(
     algorithm: Algorithm, hyperparams: Hyperparams
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.GradientTransformation]:
-    """The policy's and the critic's, with these numbers."""
+    """The policy's and the critic's optimizer with these hyperparameters."""
     critic = algorithm.critic_optimizer
-    # The critic's optimizer is an ordinary one that reads its own learning rate.
+    # Optimizers read `learning_rate`, so the critic's gets its own under that name.
     for_critic = hyperparams._replace(learning_rate=hyperparams.critic_learning_rate)
     return (
         optax.with_extra_args_support(algorithm.policy_optimizer(hyperparams)),
@@ -49,14 +49,14 @@ def improve(
     *,
     recall: Callable[[AgentParams, Key | None, Array], Trajectory] | None = None,
 ) -> tuple[AgentParams, Any, Metrics]:
-    """Epochs of minibatch steps of the policy, and of the critic on the same minibatches; then of it alone.
+    """Update the policy and the critic in epochs of the same minibatches, then the critic alone.
 
-    Neither reads what the other becomes, so the two may run side by side.
+    Neither reads the other's new parameters, so the two may run side by side.
     layout: what a minibatch is made of, "steps" or "lanes". recall: (params, k_rollout, index) -> lanes of
     the batch's trajectory, where it is rolled out again instead of kept.
     """
     if layout == "steps":
-        # Without memory and with a mean over steps, the layout means nothing.
+        # Without memory and with a mean over steps, steps may be arranged in any way.
         batch, carry = _in_groups(batch, algorithm), AgentCarry((), ())
     policy_optimizer, critic_optimizer = optimizers(algorithm, hyperparams)
     policy_step = partial(
@@ -73,7 +73,7 @@ def improve(
     parts = algorithm.num_minibatches
 
     def epochs(step, state, data, key, num_epochs, parts):
-        """A step on every minibatch of every epoch; metrics are means over all."""
+        """Step on every minibatch of every epoch; metrics are means over all of them."""
 
         def epoch(state, key):
             if parts == 1:
@@ -116,17 +116,17 @@ def improve(
     (policy, policy_opt, metrics), (critic, critic_opt, more) = fitted
     metrics |= more
     if algorithm.measure_kl:
-        # The divergence of the whole update, which a KL measured before the last step is not.
+        # Measured after the last step, to be the divergence of the whole update.
         moved = _kl_from(agent.policy, params.policy, batch, carry)
         metrics["kl"] = moved(policy)
     return AgentParams(policy, critic), (policy_opt, critic_opt), metrics
 
 
 def _in_groups(batch: Batch, algorithm: Algorithm) -> Batch:
-    """The steps as rows of a few lanes each, [T B / n, n]; an epoch shuffles rows.
+    """Arrange the steps in rows of a few lanes each, [T B / n, n]; an epoch shuffles rows.
 
-    Lanes are independent of each other, so it matters little that those of a row stay together, and on a
-    CPU to sort every step by itself took as long as its gradients.
+    Lanes are independent, so it matters little that those of a row stay together; on a CPU, shuffling single
+    steps took as long as their gradients.
     """
     num_steps, num_lanes = batch.advantage.shape
     parts = math.lcm(algorithm.num_minibatches, algorithm.critic_minibatches)
@@ -216,7 +216,7 @@ def _kl_from(policy, old, batch, carry):
 
 
 def _controlled(policy, algorithm, params, batch, hyperparams):
-    """The gradient of the loss, every episode's corrected by the control variate."""
+    """The gradient of the loss, with every episode's part corrected by the control variate."""
     trajectory = batch.trajectory
     scores_of = partial(lane_gradients, policy, params, trajectory)
     weight = coefficients(algorithm.estimator, trajectory.log_prob, batch, hyperparams)

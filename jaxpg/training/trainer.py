@@ -28,26 +28,26 @@ from jaxpg.training.data import Moment, Task, corrected, episodes
 from jaxpg.training.improvement import improve, noise, optimizers
 from jaxpg.types import Array, Hyperparams, Key, Metrics, Trajectory
 
-# A batch of whole episodes that takes more is rolled out twice.
+# A batch of whole episodes larger than this is rolled out again instead of kept.
 KEPT_BYTES = 2**32
 
 
 class TrainState(NamedTuple):
-    """Everything that a run is; arrays only, so vmappable, shardable and checkpointable as it is."""
+    """The whole state of a run: only arrays, so it can be vmapped, sharded and checkpointed as it is."""
 
     params: AgentParams
     opt_state: Any  # of the policy's and the critic's optimizer
-    data: Any  # what the row's Data carries on: a stream, a memory, a behaviour's parameters; or ()
+    data: Any  # the state of the row's Data: a stream, a memory, a behaviour's parameters, or ()
     key: Key
     num_updates: Array
-    scales: adaptation.Scales | tuple = ()  # () unless numbers adapt
+    scales: adaptation.Scales | tuple = ()  # () without adaptation
 
 
 class Trainer(NamedTuple):
     init: Callable[[Key], TrainState]
     update: Callable[
         [TrainState, Hyperparams, Trajectory | None], tuple[TrainState, Metrics]
-    ]  # the third: demonstrations
+    ]  # the third argument: demonstrations
 
 
 def train(
@@ -58,9 +58,9 @@ def train(
     *,
     num_updates: int,
 ) -> tuple[TrainState, Metrics]:
-    """num_updates updates by `lax.scan`; metrics are stacked, [num_updates].
+    """Run num_updates updates by `lax.scan`; metrics are stacked, [num_updates].
 
-    Randomness depends on the update's number alone: train(4) equals train(2) twice.
+    Randomness depends only on the update's number: train(4) equals train(2) twice.
     """
 
     def step(state, _):
@@ -144,7 +144,7 @@ def _recall(task: Task, algorithm: Algorithm, asked: bool | None):
     env, fits = task.env, algorithm.data is episodes and algorithm.num_minibatches == 1
     if asked and not fits:
         raise ValueError(
-            f"recompute rolls out own whole episodes of one minibatch again, not {algorithm.data.name} in "
+            f"recompute needs data=episodes in one minibatch, not {algorithm.data.name} in "
             f"num_minibatches={algorithm.num_minibatches}; leave it out"
         )
     row = jax.eval_shape(lambda: env.reset(jax.random.key(0))[1])
