@@ -356,7 +356,7 @@ def test_a_picture_that_fails_costs_nothing_that_came_before_it(tmp_path, monkey
     said = capsys.readouterr()
     assert exit_.value.code == 1 and "learning_rate=0.2" in said.out
     assert "error: cannot write: none of 3 figures could be drawn: " in said.err
-    assert said.err.count("warning: no picture") == 3 and said.err.count("\n") == 4
+    assert said.err.count("warning: cannot draw") == 3 and said.err.count("\n") == 4
 
     def only_curves(figure, file, **options):
         return savefig(figure, file, **options) if "curves" in file.name else fail()
@@ -366,7 +366,7 @@ def test_a_picture_that_fails_costs_nothing_that_came_before_it(tmp_path, monkey
     said = capsys.readouterr()
     assert {f.name for f in (folder / "figures").iterdir()} == {"curves.png", "curves.svg"}
     assert f"saved curves (.png, .svg) in {folder / 'figures'}" in said.out
-    assert said.err.count("warning: no picture") == said.err.count("\n") == 2
+    assert said.err.count("warning: cannot draw") == said.err.count("\n") == 2
 
     table = {"estimator": ["rtg"], "quantity": ["trace"], "measured": [1.5], "exact": [None],
              "low": [1.0], "high": [2.0], "warning": [""]}  # fmt: skip

@@ -117,7 +117,9 @@ def test_a_damaged_checkpoint_is_refused_and_moving_it_away_helps(whole, copy):
     newest = copy / "checkpoints" / "4"
     (newest / "host" / "metadata").write_text('{"lay')
     files = {f: f.read_bytes() for f in copy.rglob("*") if f.is_file()}
-    with pytest.raises(ValueError, match=r"checkpoints.4: .*The one of 3 updates is next: move"):
+    with pytest.raises(
+        ValueError, match=r"checkpoints.4: .*To go on from the one of 3 updates, move"
+    ):
         resume(copy, "--updates", "8")
     assert {f: f.read_bytes() for f in copy.rglob("*") if f.is_file()} == files
     shutil.rmtree(newest)
@@ -179,9 +181,7 @@ def test_a_checkpoint_of_another_run_or_update_is_refused(copy):
         (copy / "config.json").write_bytes(before)
     place = copy / "checkpoints"
     (place / "4").rename(place / "6")
-    refused(
-        copy, "checkpoints.6 is the checkpoint of 4 updates, not of 6; give it its own name back"
-    )
+    refused(copy, "checkpoints.6 is the checkpoint of 4 updates, not of 6; rename it to 4")
     (place / "3").rename(place / "4")
     (place / "6").rename(place / "3")
     refused(copy, "checkpoints.4 is the checkpoint of 3 updates, not of 4")
@@ -261,9 +261,7 @@ def test_holes_in_what_was_recorded_are_refused_or_mended(copy):
         None,
     ):
         lines.unlink() if damage is None else lines.write_bytes(damage)
-        assert (
-            "metrics.jsonl had lost lines; it is written anew" in go_on(copy, "--updates", "8")[0]
-        )
+        assert "metrics.jsonl had lost lines; it is rewritten" in go_on(copy, "--updates", "8")[0]
         assert lines.read_bytes() == whole
     second = parts[1].read_bytes()
     flipped = bytearray(second)
@@ -312,7 +310,7 @@ def test_what_is_a_link_is_not_written(copy, tmp_path):
     elsewhere.write_text("mine")
     (copy / ".lock").symlink_to(elsewhere)
     with pytest.raises(
-        ValueError, match=r"\.lock is a link, or no plain file, and will not be written"
+        ValueError, match=r"\.lock is a link, or not a plain file, and will not be written"
     ):
         resume(copy, "--updates", "8")
     (copy / ".lock").unlink()

@@ -180,7 +180,7 @@ def test_an_archive_is_measured_before_it_is_unpacked(tmp_path, monkeypatch):
     monkeypatch.setattr(np.lib.format, "read_array", None)  # nothing may be unpacked
     refused(lambda: read_arrays(path, ("x",)), r"unpacks to 0\.0 GB")
     path.write_bytes(declared(10, (10**12,)))
-    refused(lambda: read_arrays(path, ("x",)), "x.npy holds 10 bytes, and is said to be")
+    refused(lambda: read_arrays(path, ("x",)), "x.npy holds 10 bytes, and its header says")
 
 
 @pytest.mark.parametrize(

@@ -470,7 +470,7 @@ def test_a_picture_that_fails_costs_a_sweep_nothing(tmp_path, monkeypatch, capsy
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
     sweep.execute(found)
     said = capsys.readouterr()
-    assert said.err == f"jaxpg: warning: no picture {tmp_path}/r/figures/response: no font\n"
+    assert said.err == f"jaxpg: warning: cannot draw {tmp_path}/r/figures/response: no font\n"
     assert "best: --learning-rate" in said.out and f"saved in {tmp_path / 'r'}" in said.out
     record = json.loads((tmp_path / "r" / "sweep.json").read_text())
     assert record["complete"] and len(record["points"]) == 6

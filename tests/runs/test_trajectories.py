@@ -68,7 +68,7 @@ def test_episodes_are_those_of_a_runs_wrappers(tmp_path, monkeypatch):
     params = jax.vmap(lambda key: init_params(parts.agent, key))(
         jax.random.split(jax.random.key(0), 1)
     )
-    run = Run(tmp_path, met, Grid(), parts, params, None, np.array([False]))
+    run = Run(tmp_path, met, Grid(), parts, params, None, np.array([False]), "float32")
     monkeypatch.setattr(playback, "read_run", lambda folder, update: run)
     out = tmp_path / "a.npz"
     playback.record(["r", "--episodes", "2", "--out", str(out)])

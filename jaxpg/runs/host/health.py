@@ -16,12 +16,12 @@ from jaxpg.runs.config.rows import counts_of
 from jaxpg.training.algorithm import algorithm
 from jaxpg.training.data import episodes
 
-# Non-finite values of these mean that a run has diverged; a curve's NaN means that it has no value yet.
+# A run has diverged when one of these is not finite; NaN in any other metric means no value yet.
 WATCHED = ("objective", "critic_loss", "grad_norm", "entropy")
 FEW_UPDATES = 100
-REPLICA_BYTES = 2000  # of the machine's memory for each, whatever its state
+REPLICA_BYTES = 2000  # host memory per replica, besides its state
 PACKAGE, JAX = Path(__file__).parents[2], Path(jax.__file__).parent
-MANY_STEPS = 100_000  # of one agent, from which few updates are a waste
+MANY_STEPS = 100_000  # steps of one agent, enough for FEW_UPDATES or more
 
 
 class Diverged(Exception):
@@ -29,7 +29,7 @@ class Diverged(Exception):
 
 
 def first_divergence(update: np.ndarray, metrics: dict[str, np.ndarray]) -> list[tuple[int, str]]:
-    """For each replica the first update at which a watched metric is not finite, and its name.
+    """For each replica, the first update at which a watched metric is not finite, and the metric's name.
 
     update: [K]; metrics: [N, K] each. A replica without any has (0, "").
     """
@@ -54,7 +54,7 @@ def finite(params: Any) -> np.ndarray:
 
 
 def diverged_message(label: dict[str, float], replica: int, update: int, what: str) -> str:
-    """Which replica, when, what, and under which hyperparameters."""
+    """Says which replica diverged, when, in which number, and with which hyperparameters."""
     numbers = ", ".join(f"{k.strip('_')}={v:g}" for k, v in label.items() if k != "seed")
     return (
         f"seed {label['seed']:g} (replica {replica}) diverged: {what} is not finite at update "
@@ -63,21 +63,21 @@ def diverged_message(label: dict[str, float], replica: int, update: int, what: s
 
 
 def starving(updates: int, steps_per_update: int) -> str:
-    """A warning where a large batch leaves few updates for the steps asked, or nothing."""
+    """A warning if large batches leave too few updates, otherwise ""."""
     if updates >= FEW_UPDATES or updates * steps_per_update < MANY_STEPS:
         return ""
     return (
         f"warning: only {updates} updates of {steps_per_update:,} steps each; large batches\n"
         "starve learning: with smaller ones (--num-envs, --num-steps) the same steps\n"
-        f"make more updates, of which about {FEW_UPDATES} are the least that usually learn"
+        f"make more updates; a run usually needs at least about {FEW_UPDATES} to learn"
     )
 
 
 def check_sizes(config: Config, env: Env, state_bytes: int, replicas: int) -> None:
-    """Raises ValueError, by arithmetic and before anything is allocated, for what cannot fit in memory.
+    """Raises ValueError, before anything is allocated, for sizes that cannot fit in memory.
 
-    state_bytes: of one replica's state, which an update holds before and after. The least that a run needs:
-    what fits here may still be refused by `check_memory`.
+    state_bytes: the size of one replica's state, which an update holds twice, before and after. The estimate
+    is a lower bound: `check_memory` may still refuse what passes here.
     """
     available = available_bytes()
     if available is None or config.force:
@@ -86,7 +86,7 @@ def check_sizes(config: Config, env: Env, state_bytes: int, replicas: int) -> No
     lane, row = (
         sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(x)) for x in (start, start[1])
     )
-    # Whole episodes in one piece are rolled out again where they are many.
+    # A large batch of whole episodes in one minibatch is not kept, but rolled out again.
     data, counts = algorithm(config.algorithm).data, counts_of(config)
     kept = data is not episodes or counts["num_minibatches"] > 1
     batch = max(2 * lane, row * num_steps(config, env) * kept)
@@ -114,29 +114,29 @@ def check_sizes(config: Config, env: Env, state_bytes: int, replicas: int) -> No
 
 
 def num_steps(config: Config, env: Env) -> int:
-    """Of each environment and update; of whole episodes, the most."""
+    """Steps per environment and update; for whole episodes, the largest number."""
     usual = env.horizon if algorithm(config.algorithm).data.whole_episodes else 128
     return config.num_steps or usual
 
 
 def check_memory(compiled: Any, replicas: int = 1, force: bool = False) -> None:
-    """Raises ValueError when a compiled program of so many replicas needs more memory than there is."""
+    """Raises ValueError if a compiled program for this many replicas needs more memory than there is."""
     needed, available = needed_bytes(compiled), available_bytes()
     if force or needed is None or available is None or needed <= available:
         return
     fits = int(replicas * available / needed)
     more = f"about {fits:,} of {replicas:,} agents fit; " if fits else ""
     raise ValueError(
-        f"training needs about {giga(needed)} of memory, and there is {giga(available)}; {more}fewer "
-        "--seeds, --num-envs or --num-steps, or a smaller grid, need less, and --force tries"
+        f"training needs about {giga(needed)} of memory, and there is {giga(available)}; {more}give "
+        "fewer --seeds, --num-envs or --num-steps, or a smaller grid, or --force to try"
     )
 
 
 def explain(environment: str, update: Callable, *arguments: Any) -> str:
-    """Runs one update operation by operation: which of them first gave a NaN; "" when none does.
+    """Runs one update operation by operation, and says which first gave a NaN; "" if none does.
 
-    Rewards and observations come first, so a NaN of the environment's is said to be its own. Not so for
-    infinities: jax's watch for them stops at the -inf from which every maximum starts.
+    Rewards and observations come first, so a NaN of the environment is reported as its own. Infinities are
+    not watched, because jax's check stops at the -inf from which every maximum starts.
     """
     called = step_lanes.__name__, reset_lanes.__name__
     with jax.debug_nans(True), jax.disable_jit():

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks, the second insists. A closed pipe asks, too."""
+"""Ctrl-C and SIGTERM: the first saves and stops, the second aborts. A closed pipe saves and stops, too."""
 
 import os
 import signal
@@ -10,12 +10,12 @@ from typing import Any
 
 from jaxpg.runs.console import Unheard, terminal
 
-# Seconds within which signals are one: `timeout` and schedulers signal a process and then its group.
+# Signals within this many seconds are one: `timeout` and schedulers signal a process, then its group.
 SAME = 0.5
 
 
 class Interrupted(Exception):
-    """Training stopped at a signal; `status` is the exit status that shells expect of it."""
+    """Training stopped at a signal; `status` is the exit status that shells expect."""
 
     def __init__(self, number: int, message: str):
         super().__init__(f"stopped by {signal.Signals(number).name} {message}")
@@ -24,13 +24,13 @@ class Interrupted(Exception):
 
 @contextmanager
 def signals() -> Iterator[Callable[[], int]]:
-    """Yields a function that gives the number of the first signal so far, or 0; a second one aborts."""
+    """Yields a function that returns the number of the first signal so far, or 0; a second one aborts."""
     received: list[int] = []
     first = 0.0
     show_cursor = b"\x1b[?25h" if terminal() else b""  # the live display hides it
 
     def handle(number, frame):
-        # Little may be done here: the signal may have come in the middle of a print.
+        # Do little here: the signal may have come in the middle of a print.
         nonlocal first
         del frame
         if received and time.monotonic() - first < SAME:
@@ -56,9 +56,9 @@ def signals() -> Iterator[Callable[[], int]]:
 def heeding(
     show: Callable[[Any], None], stopped: Callable[[], int]
 ) -> Iterator[tuple[Callable[[Any], None], Callable[[], int]]]:
-    """Yields the same two; but a line of progress that nobody hears stops the run, as a signal does.
+    """Yields the same two functions, but a progress line that cannot be written stops the run like a signal.
 
-    So what was learnt by then is saved. Raises Unheard then, in place of Interrupted.
+    The run is then saved as after a signal, and Unheard is raised in place of Interrupted.
     """
     lost: list[Unheard] = []
 

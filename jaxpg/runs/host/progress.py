@@ -30,7 +30,7 @@ class Status(NamedTuple):
     seconds: float  # of training, without compilation
     compile_seconds: float
     returns: np.ndarray  # [points, seeds] of the last chunk; NaN where no episode has ended
-    attainable: tuple[float, float] = ANY  # in which returns are known to lie
+    attainable: tuple[float, float] = ANY  # range in which returns are known to lie
 
 
 Show = Callable[[Status | str], None]  # a string is a note
@@ -79,7 +79,7 @@ def _live(console: Console) -> Iterator[Show]:
             spinner.update(text="training")
             live.update(_panel(status, spinner))
 
-    # Nothing is drawn faster than an eye needs, because the cores are busy with training.
+    # Draw no faster than the eye needs, because the cores are busy with training.
     with Live(spinner, console=console, refresh_per_second=4, transient=True) as live:
         yield show
 
@@ -102,7 +102,7 @@ def _panel(status: Status, spinner: Spinner) -> Group:
 
 
 def _return(status: Status) -> str:
-    """Of the grid's best point, with a 95 % interval over its seeds."""
+    """The mean return of the grid's best point, with a 95 % interval over its seeds."""
     summaries = [summarise(row, status.attainable) for row in status.returns]
     best = max(summaries, key=lambda s: -np.inf if np.isnan(s.mean) else s.mean)
     return f"{number(best.mean)} {interval(best)}"

@@ -1,4 +1,4 @@
-"""Artifacts: what an experiment of the laboratory leaves behind, each file whole or not at all."""
+"""Artifacts: the files that a laboratory experiment writes, each whole or not at all."""
 
 import csv
 import io
@@ -25,11 +25,11 @@ WIDTH = 80
 MOST_ROWS = 24
 MOST_WARNINGS = 4
 KEPT = ("estimator", "quantity", "measured", "exact")
-LAST = ("trajectories", "env_steps", "warning", "low", "high")  # shown otherwise, or in the files
+LAST = ("trajectories", "env_steps", "warning", "low", "high")  # shown elsewhere or not at all
 
 
 def write_table(folder: Path, table: dict[str, list]) -> None:
-    """The tidy table, as Parquet and as CSV."""
+    """Writes the tidy table as Parquet and as CSV."""
     import pyarrow
     from pyarrow import parquet
 
@@ -44,21 +44,21 @@ def write_table(folder: Path, table: dict[str, list]) -> None:
 
 
 def write_summary(folder: Path, value: Any) -> None:
-    """Strict JSON."""
+    """Writes strict JSON."""
     write_json(folder / SUMMARY, value)
 
 
 def write_figure(folder: Path, draw: Callable[[Any], None], name: str = "figure") -> bool:
-    """The figure, as PNG at 160 dots per inch and as SVG. Where it fails, one line says why: False.
+    """Writes the figure as PNG at 160 dots per inch and as SVG. On failure, warns in one line: False.
 
-    Figures are drawn last: whatever goes wrong here must not cost what has been found.
+    Figures are drawn last, and whatever goes wrong here must not lose the results.
     """
     try:
         matplotlib = _matplotlib()
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        # No display is asked for, and the same data gives the same file.
+        # Needs no display, and the same data gives the same file.
         with matplotlib.rc_context({"svg.hashsalt": "jaxpg", "svg.fonttype": "none"}):
             figure = Figure()
             FigureCanvasAgg(figure)
@@ -71,18 +71,18 @@ def write_figure(folder: Path, draw: Callable[[Any], None], name: str = "figure"
                 folder / f"{name}.svg",
                 lambda file: figure.savefig(file, format="svg", metadata={"Date": None}),
             )
-    except Exception as error:  # a missing font, a full disk, numbers that have no picture
+    except Exception as error:  # a missing font, a full disk, numbers that cannot be drawn
         why = getattr(error, "strerror", None) or error
-        warn(f"no picture {folder / name}: {why or type(error).__name__}")
+        warn(f"cannot draw {folder / name}: {why or type(error).__name__}")
         return False
     return True
 
 
 def _matplotlib() -> Any:
-    """matplotlib, which without a home makes a folder for its fonts and says so in three lines.
+    """Imports matplotlib without its three lines about a temporary font folder where there is no home.
 
-    Its import fails for a backend that is not installed, as a notebook's is not outside the notebook's own
-    environment. No backend is needed for a file.
+    The import fails if MPLBACKEND names a backend that is not installed, as a notebook's may not be
+    outside its environment, so it is hidden: files need no backend.
     """
     log = logging.getLogger("matplotlib")
     level, backend = log.level, os.environ.pop("MPLBACKEND", None)
@@ -99,7 +99,7 @@ def _matplotlib() -> Any:
 
 
 def lines(table: dict[str, list]) -> list[str]:
-    """The table at 80 columns: numbers to four digits, intervals as ±; at most so many rows."""
+    """The table in 80 columns and at most MOST_ROWS rows: numbers to four digits, intervals as ±."""
     count = len(table["estimator"])
     chosen = list(range(count))
     if count > MOST_ROWS:
@@ -114,7 +114,7 @@ def lines(table: dict[str, list]) -> list[str]:
     cells = [[_cell(table, name, i) for i in chosen] for name in names]
     widths = [max(map(len, (name, *column))) for name, column in zip(names, cells, strict=True)]
     while sum(widths) + 2 * len(widths) > WIDTH and len(widths) > 3:
-        # Drop what says least: the last of the experiment's own columns.
+        # Drop the least informative: the last of the experiment's own columns.
         own = [i for i, name in enumerate(names) if name not in KEPT]
         if not own:
             break
@@ -129,7 +129,7 @@ def lines(table: dict[str, list]) -> list[str]:
     ]
     if len(chosen) < count:
         shown.append(f"({len(chosen)} of {count} rows; all are in {CSV})")
-    # What all rows share is said once, and what is not resolved is said in its place.
+    # A warning that all rows share is printed once; values that are not resolved say so in their cells.
     said = [w.split(NOT_RESOLVED)[0].strip("; ") if w else "" for w in table["warning"]]
     parts = [w.split("; ") for w in said]
     shared = [x[0] for x in takewhile(lambda x: len({*x}) == 1, zip(*parts, strict=False))]
@@ -153,7 +153,7 @@ def _cell(table, name, i) -> str:
         if value is not None and low is not None and high is not None and high < math.inf:
             half = (high - low) / 2
             even = abs(value - (high + low) / 2) <= 0.1 * half
-            if half > 0:  # an interval finer than what is counted is no certainty
+            if half > 0:  # a width of 0 shows coarse counting, not certainty
                 text += f" ±{float(f'{half:.1g}'):g}" if even else f" [{low:.3g}, {high:.3g}]"
     return text
 
@@ -171,7 +171,7 @@ def _aligned(text, width, place) -> str:
 
 
 def _plain(value):
-    """A Python number, string or None; NaN, which means that there is no value, is None."""
+    """A Python number, string or None; NaN, which stands for no value, becomes None."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and math.isnan(value) else value
 

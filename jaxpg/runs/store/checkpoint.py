@@ -1,7 +1,7 @@
-"""Checkpoints: a tree of arrays and keys, with what the host knows, whole or not at all.
+"""Checkpoints: a tree of arrays and keys with the host's record, saved whole or not at all.
 
-Each is a folder of orbax named after the number of updates. A tree is stored as its leaves by their path
-in it, so the code that reads one must have made the same tree, and says so if it has not.
+Each is an orbax folder named after its number of updates. A tree is stored as leaves by their path, so the
+code that reads one must build the same tree; a mismatch is reported.
 """
 
 import errno
@@ -24,13 +24,13 @@ import numpy as np
 from jaxpg.runs.config.config import CONFIG
 from jaxpg.runs.config.schema import expect
 
-LAYOUT = 1  # of what is written here; a tree's own is in its leaves
-KEEP = 3  # the newest, and beside them the best
-REMOVAL = 1.0  # seconds that removing one may take
+LAYOUT = 1  # version of this format; the structure of a tree is in its leaves
+KEEP = 3  # number of the newest to keep, besides the best
+REMOVAL = 1.0  # seconds that removing a checkpoint may take
 
 
 class Leaf(TypedDict):
-    """What a checkpoint says of an array."""
+    """The description of an array in a checkpoint."""
 
     shape: list[int]
     dtype: str
@@ -38,33 +38,33 @@ class Leaf(TypedDict):
 
 
 class Host(TypedDict):
-    """What the host knows beside the tree."""
+    """What the host stores with the tree."""
 
     layout: int
     leaves: dict[str, Leaf]
     record: dict[str, Any]
-    updates: NotRequired[int]  # that of before has none, nor the others
+    updates: NotRequired[int]  # older checkpoints lack this and what follows
     settings: NotRequired[dict[str, Any]]
     computing: NotRequired[dict[str, Any]]
 
 
 class Scored(TypedDict):
-    """What is said of a checkpoint that has a score."""
+    """The metrics of a checkpoint that has a score."""
 
     score: float
 
 
 class Record(TypedDict):
-    """What the record of a run has to have."""
+    """The required content of a run's record."""
 
     env_steps: list[int]  # of every replica
     seconds: float
-    diverged: dict[str, int]  # of a replica, the update
+    diverged: dict[str, int]  # replica -> update
     lines: NotRequired[int]  # of metrics.jsonl
 
 
 class Checkpoints(NamedTuple):
-    """Where a run saves. Any OSError that was met in the background is raised by the next call."""
+    """Saves a run. An OSError that occurred in the background is raised by the next call."""
 
     save: Callable[[int, Any, dict, float], None]  # updates, tree on the host, record, score
     wait: Callable[[], None]
@@ -72,10 +72,10 @@ class Checkpoints(NamedTuple):
 
 
 def open_checkpoints(folder: Path, **about: dict) -> Checkpoints:
-    """Saves go on in the background: what is being written gets its name when it is whole.
+    """Saves in the background; a checkpoint gets its name once it is whole.
 
-    about: `settings` of the run and what it is `computing` with, which every checkpoint carries beside its
-    own number of updates.
+    about: the run's `settings` and what it is `computing` with, stored in every checkpoint with its number
+    of updates.
     """
     ocp = _orbax()
     from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
@@ -95,12 +95,12 @@ def open_checkpoints(folder: Path, **about: dict) -> Checkpoints:
         leaves, described = _described(tree)
         host = {"layout": LAYOUT, "leaves": described, "record": record, "updates": updates}
         arguments = ocp.args.Composite(
-            # orbax refuses arrays without elements, of which there is nothing to store.
+            # orbax refuses arrays without elements; they have nothing to store.
             state=ocp.args.PyTreeSave({k: x for k, x in leaves.items() if x.size}),
             host=ocp.args.JsonSave(host | about),
         )
         metrics = {"score": score} if math.isfinite(score) else None
-        # force: also a number of updates that is not above the last, after a resume from before it.
+        # force: after a resume from an earlier checkpoint, the number of updates is not above the last.
         _written(folder, lambda: manager.save(updates, args=arguments, metrics=metrics, force=True))
 
     return Checkpoints(
@@ -111,12 +111,12 @@ def open_checkpoints(folder: Path, **about: dict) -> Checkpoints:
 
 
 def on_host(tree: Any) -> Any:
-    """A copy in the host's memory of a tree of arrays and typed keys, which become their data."""
+    """Copies a tree of arrays and typed keys to the host's memory; keys become their data."""
 
     def copied(x):
         if _is_key(x):
             x = jax.random.key_data(x)
-        # A copy: on a CPU, jax's own would share memory with an array that is about to be donated.
+        # np.array copies: on a CPU, jax would share memory with an array that is about to be donated.
         return np.array(x)
 
     return jax.tree.map(copied, tree)
@@ -152,7 +152,7 @@ def best(folder: Path) -> int:
 
 
 def removed(path: Path) -> bool:
-    """Whether a checkpoint that could not be read was just being removed, by training beside us."""
+    """Whether an unreadable checkpoint was just being removed by a process that trains."""
     deadline = time.monotonic() + REMOVAL
     while path.is_dir() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -160,11 +160,11 @@ def removed(path: Path) -> bool:
 
 
 def restore(folder: Path, step: int, shapes: Any, settings: dict | None = None) -> tuple[Any, Host]:
-    """The tree with the structure of shapes, and what the host knew beside it.
+    """Restores a tree with the structure of shapes, and what the host stored with it.
 
-    shapes: a tree of what has shape and dtype; numbers of 32 and 64 bits become each other.
-    settings: those of the run that the checkpoint has to be of.
-    Raises ValueError, leaving every file as it is, for a checkpoint that is damaged, foreign, of another
+    shapes: a tree of objects with shape and dtype; numbers of 32 and 64 bits are converted.
+    settings: those of the run that the checkpoint must belong to.
+    Raises ValueError, leaving every file as it is, for a checkpoint that is damaged or foreign, or of another
     run, number of updates or layout.
     """
     ocp, path = _orbax(), folder / str(step)
@@ -178,8 +178,8 @@ def restore(folder: Path, step: int, shapes: Any, settings: dict | None = None) 
     expect(host, Host, f"cannot read the checkpoint {path}: host")
     if host.get("updates", step) != step:
         raise ValueError(
-            f"{path} is the checkpoint of {host['updates']} updates, not of {step}; give it its own "
-            "name back"
+            f"{path} is the checkpoint of {host['updates']} updates, not of {step}; rename it to "
+            f"{host['updates']}"
         )
     check_settings(path, host.get("settings"), settings)
     expected = {name: leaf for name, (leaf, _) in _named(shapes).items()}
@@ -198,7 +198,7 @@ def restore(folder: Path, step: int, shapes: Any, settings: dict | None = None) 
 def restore_run(
     folder: Path, step: int, shapes: Any, count: int, settings: dict | None = None
 ) -> tuple[Any, Host]:
-    """`restore` of a run of so many replicas, whose record has what the run goes on with."""
+    """Restores a run of this many replicas, and checks the record that it resumes with."""
     state, host = restore(folder, step, shapes, settings)
     where, found = f"cannot read the checkpoint {folder / str(step)}: record", host["record"]
     expect(found, Record, where)
@@ -214,7 +214,7 @@ def restore_run(
 
 
 def check_settings(path: Path, found: dict | None, expected: dict | None) -> None:
-    """Raises ValueError where a file is of a run with other settings; one of before has none to compare."""
+    """Raises ValueError if a file is of a run with other settings; an older file has none to compare."""
     for name, value in (expected or {}).items():
         if found is not None and found.get(name, value) != value:
             of, wanted = (f"{name.strip('_')}={_said(each)}" for each in (found[name], value))
@@ -249,8 +249,8 @@ def _same_leaves(path, saved, expected):
         if name not in saved or name not in expected:
             which = "lacks" if name not in saved else "has"
             raise ValueError(
-                f"{path} {which} {name}, unlike what its config.json makes in this version of "
-                "jaxpg; use the version that wrote it"
+                f"{path} {which} {name}, unlike the state that its config.json makes in this version "
+                "of jaxpg; use the version that wrote it"
             )
         shape, dtype = stored_as(expected[name])
         kinds = (str(x).rstrip("0123456789") for x in (saved[name]["dtype"], dtype))
@@ -263,7 +263,7 @@ def _same_leaves(path, saved, expected):
 
 
 def _check_headers(path, leaves):
-    """Raises ValueError for an array that its header has otherwise, before there is memory for it."""
+    """Raises ValueError for an array that disagrees with its header, before memory is allocated for it."""
     with _reading(path):
         headers = _orbax().PyTreeCheckpointHandler().metadata((path / "state").absolute()).tree
     for name, header in headers.items():
@@ -300,7 +300,7 @@ def _as_saved(array, leaf):
 
 def _implementation(leaf) -> str:
     found = []
-    # Of a shape alone jax does not say it; of what is traced it does.
+    # jax tells the implementation of a traced key, but not of a shape alone.
     jax.eval_shape(lambda key: found.append(str(jax.random.key_impl(key))), leaf)
     return found[0]
 
@@ -323,7 +323,7 @@ def _read(path, items):
 def _reading(path) -> Iterator[None]:
     try:
         yield
-    # Whatever a damaged file makes orbax, tensorstore or json raise.
+    # A damaged file makes orbax, tensorstore or json raise almost anything.
     except Exception as error:
         why = str(error).splitlines()[0][:200] if str(error) else repr(error)
         raise ValueError(f"cannot read the checkpoint {path}: {why}{_other(path)}") from error
@@ -334,16 +334,16 @@ def _other(path) -> str:
     earlier = [step for step in steps(path.parent) if step < int(path.name)]
     if not earlier:
         return ""
-    return f". The one of {earlier[-1]} updates is next: move {path} away to go on from there"
+    return f". To go on from the one of {earlier[-1]} updates, move {path} away"
 
 
 def _written(folder, action):
-    """The action's result, with whatever goes wrong as OSError, but for a lack of memory or threads."""
+    """Runs the action; raises OSError for whatever goes wrong, except a lack of memory or threads."""
     try:
         return action()
     except (OSError, MemoryError):
         raise
-    # tensorstore raises ValueError, and jax its own errors; the system's number is in their words.
+    # tensorstore raises ValueError, and jax its own errors; their text holds the system's error number.
     except Exception as error:
         text = str(error) or repr(error)
         if isinstance(error, ImportError) or "new thread" in text or "Out of memory" in text:
@@ -357,9 +357,9 @@ def _written(folder, action):
 
 
 def _orbax() -> Any:
-    """Imported late: it takes half a second, and plain training from Python needs none of it."""
+    """Imports orbax late: it takes half a second, and plain training from Python does not need it."""
     import orbax.checkpoint
 
-    # Its warnings name its own internals; what matters is raised.
+    # Its warnings are about its own internals; what matters is raised.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     return orbax.checkpoint

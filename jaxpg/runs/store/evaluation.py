@@ -1,4 +1,4 @@
-"""The final evaluation of a run, as its folder keeps it."""
+"""The final evaluation of a run, as stored in its folder."""
 
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -8,14 +8,14 @@ from jaxpg.runs.store.folder import EVALUATION
 
 
 class Evaluation(TypedDict):
-    """What evaluation.json has to have, for each replica."""
+    """The required content of evaluation.json, for each replica."""
 
     mean_return: list[float | None]  # None: diverged
-    update: NotRequired[int]  # after how many; older ones do not say
+    update: NotRequired[int]  # number of updates before it; absent from older files
 
 
 def read_evaluation(folder: Path, count: int) -> Evaluation | None:
-    """What evaluation.json says of so many replicas; None where there is none. Raises ValueError."""
+    """Reads evaluation.json for this many replicas; None if there is none. Raises ValueError."""
     path = folder / EVALUATION
     if not path.is_file():
         return None

@@ -29,14 +29,14 @@ from jaxpg.runs.store.lock import LOCK, locked
 
 METRICS, PARAMS, EVALUATION = "metrics.jsonl", "params.npz", "evaluation.json"
 SWEEP = "sweep.json"
-TABLE = "metrics.parquet"  # a folder of parts, which readers of Parquet take for one table
+TABLE = "metrics.parquet"  # a folder of parts, which Parquet readers open as one table
 CHECKPOINTS, FIGURES = "checkpoints", "figures"
-RUNS = Path("runs")  # where folders are made that nobody names
-BATCHES = "batches"  # of a sweep that goes on
+RUNS = Path("runs")  # where runs go by default
+BATCHES = "batches"  # of an unfinished sweep
 TENSORBOARD, WANDB = "tensorboard", "wandb"
 TEMPORARY = r"\..+\.\d+\.tmp"  # the names of files that are being written
 LONG = 16
-# Of a description, what may change the last digits of a result.
+# Entries of a description that may change the last digits of a result.
 COMPUTING = ("versions", "git", "device", "xla_flags", "precision", "lanes")
 PACKAGES = ("jaxpg", "jax", "jaxlib", "flax", "optax", "gymnax", "orbax-checkpoint")
 
@@ -44,7 +44,7 @@ PACKAGES = ("jaxpg", "jax", "jaxlib", "flax", "optax", "gymnax", "orbax-checkpoi
 def create_folder(config: Config, over: bool = False) -> Path:
     """A new or empty folder for the run. Raises ValueError when it is in use or cannot be written.
 
-    over: what a run left that was killed before its first checkpoint is removed.
+    over: removes the files of a run that was killed before its first checkpoint.
     """
     if config.run is None:
         return new_folder(RUNS, f"{config.environment}-{config.algorithm}")
@@ -65,7 +65,7 @@ def create_folder(config: Config, over: bool = False) -> Path:
 
 
 def _clear(folder):
-    """Removes what a run left that was killed before its first checkpoint, if there is nothing else."""
+    """Removes the files of a run that was killed before its first checkpoint, if there are no others."""
     with locked(folder):
         check_links(folder)
         ours = {".probe"}
@@ -78,7 +78,7 @@ def _clear(folder):
             return
         if any(file.name.isdecimal() for file in (folder / CHECKPOINTS).glob("*")):
             return
-        # What says whose they are goes last.
+        # config.json goes last: it marks the other files as ours.
         for file in sorted(found, key=lambda file: file.name == CONFIG):
             shutil.rmtree(file) if file.is_dir() else file.unlink()
 
@@ -99,7 +99,7 @@ def new_folder(parent, name):
 
 
 def _probe(folder):
-    # A folder may exist and still take no file.
+    # A folder may exist and still not be writable.
     write_atomically(folder / ".probe", lambda file: None)
     (folder / ".probe").unlink()
 
@@ -111,10 +111,8 @@ def _unwritable(folder, error):
 
 
 def discard_folder(folder: Path) -> None:
-    """Removes a folder of a run that has learnt nothing."""
-    with suppress(
-        OSError
-    ):  # the folder may be a mount point, or hold something of the user's by now
+    """Removes the folder of a run that has saved nothing."""
+    with suppress(OSError):  # it may be a mount point, or hold a user's file by now
         for name in (CONFIG, LOCK):
             (folder / name).unlink(missing_ok=True)
         for name in (TENSORBOARD, WANDB, CHECKPOINTS):
@@ -123,14 +121,14 @@ def discard_folder(folder: Path) -> None:
 
 
 def remove_empty(folder: Path) -> None:
-    """Removes an empty folder, and runs/ where nothing else is in it. Raises OSError."""
+    """Removes an empty folder, and runs/ if that empties it. Raises OSError."""
     folder.rmdir()
     if folder.parent == RUNS:
         RUNS.rmdir()
 
 
 def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
-    """Calls write(binary file), then gives the file its name. An OSError says which."""
+    """Calls write(binary file), then gives the file its name. An OSError names the file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w+b") as file:
@@ -147,13 +145,13 @@ def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
 
 
 def write_json(path: Path, value: Any, exact: bool = False) -> None:
-    """Strict JSON: NaN and the infinities become null. exact: with every digit of a float."""
+    """Writes strict JSON: NaN and the infinities become null. exact: keeps every digit of a float."""
     text = json.dumps(value if exact else jsonable(value), indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def append_json(path: Path, value: Any) -> None:
-    """One more line, in one write."""
+    """Appends a line, in one write."""
     with open(path, "ab", buffering=0) as file:
         file.write(json_line(value))
 
@@ -163,7 +161,7 @@ def json_line(value: Any) -> bytes:
 
 
 def write_params(path: Path, params: Any, about: dict | None = None) -> None:
-    """Leaves by their path in the tree, [N, ...] each; about: what they are of, as the archive's comment."""
+    """Writes leaves [N, ...] by their path in the tree; about: their origin, as the archive's comment."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     arrays = {
         jax.tree_util.keystr(place, simple=True, separator="/"): np.asarray(leaf)
@@ -179,16 +177,16 @@ def write_params(path: Path, params: Any, about: dict | None = None) -> None:
 
 
 def about_params(path: Path) -> dict | None:
-    """What the arrays of params.npz are of; None where it does not say. Raises ValueError."""
+    """The origin of the arrays in params.npz; None if it is not recorded. Raises ValueError."""
     with _archive(path) as archive:
         said = archive.comment
     return parsed(said or b"null", About | None, f"the comment of {path}")
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    """What a run's numbers follow from, by its config.json, but for what a resumed run may change.
+    """The settings in config.json that determine a run's numbers, without those that may change on resume.
 
-    A checkpoint and params.npz carry them. Long lists are told apart by their digests.
+    Checkpoints and params.npz store them. Digests stand for long lists.
     """
     saved = read_config(folder)[1]
     found = saved["config"] | saved["hyperparameters"]
@@ -200,32 +198,32 @@ def settings(folder: Path) -> dict[str, Any]:
         digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
         return f"{len(value)} values {digest[:12]}"
 
-    # The file of the demonstrations may have moved: its digest tells.
+    # The file of demonstrations may have moved, so its digest identifies it.
     return {k: short(v) for k, v in found.items() if k not in (*FREE, "run", "demonstrations")}
 
 
 class About(TypedDict):
-    """What the comment of params.npz has to say."""
+    """The required content of the comment of params.npz."""
 
     settings: dict[str, Any]
     updates: int
 
 
 class Declared(NamedTuple):
-    """What the header of an array in an .npz file says."""
+    """The header of an array in an .npz file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
 
 
 def declared_arrays(path: str | Path) -> dict[str, Declared]:
-    """The arrays of an .npz file, as their headers say; none is unpacked. Raises ValueError."""
+    """The headers of the arrays in an .npz file, read without unpacking. Raises ValueError."""
     with _archive(path) as archive:
         return {name.removesuffix(".npy"): _declared(archive, name) for name in archive.namelist()}
 
 
 def read_arrays(path: str | Path, names: Container[str]) -> dict[str, np.ndarray]:
-    """These arrays of an .npz file. Raises ValueError for more than memory holds, and for a damaged file."""
+    """Reads arrays of an .npz file. Raises ValueError if memory cannot hold them or the file is damaged."""
     wanted = {name: each for name, each in declared_arrays(path).items() if name in names}
     needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in wanted.values())
     free = machine_bytes()
@@ -247,26 +245,26 @@ def _archive(path) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
             warnings.simplefilter("error")
             yield archive
-    # Whatever a damaged file makes zipfile, zlib and numpy raise.
+    # A damaged file makes zipfile, zlib and numpy raise almost anything.
     except Exception as error:
         why = f"{error}".splitlines()[0][:200] if str(error) else repr(error)
         raise ValueError(f"cannot read {path}: {why}") from error
 
 
 def _declared(archive, name) -> Declared:
-    """Raises ValueError for a member that is no array, or not as long as it says."""
+    """The header of a member. Raises ValueError if it is not an array, or has another length."""
     with archive.open(name) as member:
         version = np.lib.format.read_magic(member)
         readers = {(1, 0): np.lib.format.read_array_header_1_0}
         shape, _, dtype = readers.get(version, np.lib.format.read_array_header_2_0)(member)
         length = archive.getinfo(name).file_size - member.tell()
     if dtype.hasobject or math.prod(shape) * dtype.itemsize != length or min(shape, default=0) < 0:
-        raise ValueError(f"{name} holds {length} bytes, and is said to be {dtype}{list(shape)}")
+        raise ValueError(f"{name} holds {length} bytes, and its header says {dtype}{list(shape)}")
     return Declared(shape, dtype)
 
 
 def description(config: Config, grid: Grid, replicas: list[dict]) -> dict[str, Any]:
-    """What config.json says."""
+    """The content of config.json."""
     device = jax.devices()[0]
     return {
         "config": asdict(config),
@@ -294,7 +292,7 @@ def description(config: Config, grid: Grid, replicas: list[dict]) -> dict[str, A
 
 
 def otherwise(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list]:
-    """What two descriptions compute with and differ in: [then, now] each, of what both say."""
+    """What two descriptions compute with differently: [then, now] each, of entries that both have."""
     found = {}
     for name in COMPUTING:
         old, new = (x.get(name) for x in (before, now))
@@ -306,7 +304,7 @@ def otherwise(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list]:
 
 
 def check_links(folder: Path) -> None:
-    """Raises ValueError where what a run writes or removes would be another folder's."""
+    """Raises ValueError if a link would make a run write or remove files in another folder."""
     names = (METRICS, TABLE, CHECKPOINTS, BATCHES, TENSORBOARD, WANDB)
     for path in (*(folder / name for name in names), *(folder / CHECKPOINTS).glob("*")):
         if path.is_symlink():
@@ -317,13 +315,13 @@ def check_links(folder: Path) -> None:
 
 
 def check_demonstrations(folder: Path, config: Config) -> None:
-    """Raises ValueError when the file that the folder's run learnt from has become another."""
-    # A run of before they were kept has none to compare.
+    """Raises ValueError if the demonstrations that the folder's run learnt from have changed."""
+    # An older run has no digest to compare.
     began = read_config(folder)[1].get("demonstrations_sha256")
     if began is not None and began != _digest(config):
         raise ValueError(
             f"{config.demonstrations} has changed since {folder} began with it, so a resumed run would "
-            f"not be the same; put the first one back, or start again with --config {folder}"
+            f"not be the same; put the original back, or start again with --config {folder}"
         )
 
 
@@ -335,7 +333,7 @@ def _digest(config):
 
 
 def revision() -> dict[str, Any] | None:
-    """The git commit of jaxpg's own sources, and whether they differ from it; None where there is none."""
+    """The git commit of jaxpg's own sources, and whether they differ from it; None if there is none."""
     package = Path(__file__).parents[2]
 
     def git(*arguments):
@@ -345,7 +343,7 @@ def revision() -> dict[str, Any] | None:
         return done.stdout.strip() if done.returncode == 0 else None
 
     try:
-        # Installed packages may lie inside a repository of something else.
+        # An installed package may lie inside the repository of another project.
         if git("ls-files", "--error-unmatch", "__init__.py") is None:
             return None
         return {
@@ -357,7 +355,7 @@ def revision() -> dict[str, Any] | None:
 
 
 def jsonable(value: Any) -> Any:
-    """Plain Python values; floats to the digits that float32 has, NaN and infinities as None."""
+    """Plain Python values; floats to the digits of float32, NaN and infinities as None."""
     if isinstance(value, dict):
         return {name: jsonable(each) for name, each in value.items()}
     if isinstance(value, np.ndarray | np.generic):

@@ -1,4 +1,4 @@
-"""One process at a time writes a run's folder."""
+"""A lock that lets one process at a time write a run's folder."""
 
 import os
 import stat
@@ -13,17 +13,17 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, which names this process. Raises ValueError, naming the process that has it.
+    """Holds the folder's lock, which names this process. Raises ValueError, naming a process that holds it.
 
-    Raises ValueError too for a lock that is a link: the file at its other end is not ours to write. The
-    kernel releases the lock when its process ends, however it ends.
+    Also raises ValueError for a lock that is a link, because its target is not ours to write. The kernel
+    releases the lock when its process ends, however it ends.
     """
     path = folder / LOCK
     with suppress(FileNotFoundError):
         found = os.lstat(path)
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
             raise ValueError(
-                f"{path} is a link, or no plain file, and will not be written; remove it"
+                f"{path} is a link, or not a plain file, and will not be written; remove it"
             )
     lock = FileLock(path, timeout=0)
     try:
@@ -37,7 +37,7 @@ def locked(folder: Path) -> Iterator[None]:
         path.write_text(f"{os.getpid()}\n")
         yield
     finally:
-        # Unlinked while still held, so that nobody else's file is.
+        # Unlink while holding the lock, so as never to unlink another process's file.
         with suppress(OSError):
             path.unlink(missing_ok=True)
         lock.release()

@@ -1,4 +1,4 @@
-"""Metrics: what a run measures, [replica, update], and the sinks that it is written to."""
+"""Metrics of a run, [replica, update], and the sinks that they are written to."""
 
 import json
 import os
@@ -22,19 +22,19 @@ class Records(NamedTuple):
 
     update: np.ndarray  # [K] counted from 1
     env_steps: np.ndarray  # [N, K] of each replica, so far
-    seconds: np.ndarray  # [K] of training so far; within a chunk, in equal parts
+    seconds: np.ndarray  # [K] of training so far, spread evenly over a chunk
     metrics: dict[str, np.ndarray]  # [N, K] each; NaN where there is no value
 
 
 class Sink(NamedTuple):
-    """Where records go: two functions, so that a user's own is as short as it can be."""
+    """A destination of records: just two functions, so that users can easily write their own."""
 
     write: Callable[[Records], Any]
     close: Callable[[], Any]
 
 
 class Table(NamedTuple):
-    """The Parquet table: records are kept until flush writes them as one more part."""
+    """The Parquet table: collects records until flush writes them as one more part."""
 
     write: Callable[[Records], None]
     flush: Callable[[], None]
@@ -51,7 +51,7 @@ def check_sinks(config: Config) -> None:
 
 
 def nan_mean(values: np.ndarray) -> np.ndarray:
-    """[N, K] to [N]: over the updates that have a value, NaN where none has."""
+    """[N, K] to [N]: the mean over the updates that have a value, NaN if none has."""
     has = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
         return np.where(has, values, 0.0).sum(axis=1) / has.sum(axis=1)
@@ -64,7 +64,7 @@ def means(records: Records, num_envs: int) -> dict[str, np.ndarray]:
 
 
 def _ratios(records: Records, num_envs: int, groups: list[list[int]]) -> dict[str, np.ndarray]:
-    """[G] each, over a group's replicas and the chunk's updates; where not resolved NaN, and a bound."""
+    """Ratios [G] over each group's replicas and the chunk's updates; if unresolved, NaN and a bound."""
     if not {"noise", "signal"} <= records.metrics.keys():
         return {}
     noise, signal = (
@@ -78,7 +78,7 @@ def _ratios(records: Records, num_envs: int, groups: list[list[int]]) -> dict[st
 
 
 def json_lines(path: Path, num_envs: int) -> Sink:
-    """One line for each chunk, with the mean of every metric for each replica."""
+    """Writes one line for each chunk, with the mean of every metric for each replica."""
 
     def write(records):
         append_json(path, _line(records, num_envs))
@@ -96,10 +96,10 @@ def _line(records: Records, num_envs: int) -> dict[str, Any]:
 
 
 def parquet(folder: Path, labels: list[dict], columns: list[str]) -> Table:
-    """A tidy table, a row for each replica and update, as a folder of parts that make one table.
+    """A tidy table with a row for each replica and update, stored as a folder of parts.
 
-    columns: of the labels, those that vary. A part is written at each checkpoint, so that neither a crash
-    nor a resume has to rewrite what is there.
+    columns: the labels that vary. Each checkpoint writes a new part, so that neither a crash nor a resume
+    has to rewrite earlier ones.
     """
     kept: list[Records] = []
 
@@ -130,12 +130,12 @@ def parquet(folder: Path, labels: list[dict], columns: list[str]) -> Table:
 
 
 def _column(values: np.ndarray) -> Any:
-    """Numbers as a pyarrow array; no value is null, because readers skip that in a mean and keep NaN."""
+    """Numbers as a pyarrow array; NaN becomes null, because readers skip nulls in a mean but not NaN."""
     import pyarrow
 
     if values.dtype.kind not in "iuf":
         return pyarrow.array(values)
-    # pyarrow.array would import pandas, half a second, to see that this is none of its series.
+    # pyarrow.array would spend half a second importing pandas, only to see that this is not a series.
     valid = None
     if values.dtype.kind == "f":
         valid = pyarrow.py_buffer(np.packbits(~np.isnan(values), bitorder="little"))
@@ -145,9 +145,9 @@ def _column(values: np.ndarray) -> Any:
 
 
 def tensorboard(folder: Path, labels: list[dict], columns: list[str], num_envs: int, after: int):
-    """Event files: for every setting, the mean of each metric over its seeds, by update.
+    """Writes event files: for every setting, the mean of each metric over its seeds, by update.
 
-    after: events of later updates, which a resumed run repeats, are dropped.
+    after: drops the events of later updates, which a resumed run repeats.
     """
     from tensorboardX import SummaryWriter
 
@@ -168,7 +168,7 @@ def tensorboard(folder: Path, labels: list[dict], columns: list[str], num_envs: 
 def wandb(
     folder: Path, description: dict, labels: list[dict], columns: list[str], num_envs: int
 ) -> Sink:
-    """Weights & Biases, offline unless WANDB_MODE says otherwise: one run, a metric for each setting."""
+    """Logs to Weights & Biases, offline unless WANDB_MODE is set: one run, a metric for each setting."""
     import wandb as library
 
     mode: Any = os.environ.get("WANDB_MODE", "offline")
@@ -191,7 +191,7 @@ def wandb(
 
 
 def rewind(lines: Path, table: Path, update: int) -> None:
-    """Drops what was recorded after this update, which a resumed run records again."""
+    """Drops the records after this update, because a resumed run writes them again."""
     if lines.is_file():
         # What follows the last line break is a line that a crash cut short.
         kept = [
@@ -212,7 +212,7 @@ def count_lines(lines: Path) -> int:
 
 
 def check_table(folder: Path, since: int, update: int, replicas: int) -> None:
-    """Raises ValueError where the table lacks a row of since to update, or cannot be read."""
+    """Raises ValueError if the table cannot be read, or lacks a row from update `since` to `update`."""
     from pyarrow import ArrowException, parquet
 
     found, why = np.zeros(update + 1, int), ""
@@ -226,16 +226,16 @@ def check_table(folder: Path, since: int, update: int, replicas: int) -> None:
     if len(bad):
         raise ValueError(
             f"{folder} is not whole between updates {bad[0]} and {bad[-1]}{why}; put its parts back, or "
-            "move it and metrics.jsonl away to go on without what they recorded"
+            "move it and metrics.jsonl away to go on without their records"
         )
 
 
 def mend_lines(
     lines: Path, table: Path, updates: tuple[int, int], chunk: int, count: int | None, num_envs: int
 ) -> str:
-    """Writes the lines anew from the table where some are missing or damaged, and says so; else "".
+    """Rewrites the lines from the table if some are missing or damaged, and says so; otherwise "".
 
-    updates: the first and the last that are recorded. count: of the lines that there were; None: unknown.
+    updates: the first and the last on record. count: how many lines there were; None: unknown.
     """
     since, update = updates
     at = [_update(x) for x in lines.read_bytes().splitlines()] if lines.is_file() else []
@@ -267,11 +267,11 @@ def mend_lines(
         )
         text.append(json_line(_line(records, num_envs)))
     write_atomically(lines, lambda file: file.writelines(text))
-    return f"{lines} had lost lines; it is written anew from {table.name}"
+    return f"{lines} had lost lines; it is rewritten from {table.name}"
 
 
 def _update(line: str | bytes) -> int:
-    """Of a line of metrics.jsonl; 0 where it is damaged."""
+    """The update of a line of metrics.jsonl; 0 if the line is damaged."""
     try:
         return int(json.loads(line)["update"])
     except (ValueError, TypeError, KeyError):
@@ -294,7 +294,7 @@ def _joined(kept: list[Records]) -> Records:
 
 
 def _settings(labels, columns) -> dict[str, list[int]]:
-    """The replicas of each setting, under a name that a folder can have."""
+    """The replicas of each setting, by a name that can serve as a folder's."""
     places: dict[str, list[int]] = {}
     for i, label in enumerate(labels):
         name = ",".join(f"{column}={label[column]:g}" for column in columns) or "all"

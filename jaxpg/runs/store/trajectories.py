@@ -2,10 +2,10 @@
 
 An .npz file with, time first, T steps of B episodes:
 
-    obs [T, B, ...], action [T, B, ...]   as the agent met them: behind the run's wrappers, where it had any
+    obs [T, B, ...], action [T, B, ...]   as the agent saw them, after any wrappers of the run
     reward [T, B], discount [T, B]        discount 0 where terminated, else 1
     mask [T, B]                           the step counts: from the start of each episode to its end
-    log_prob [T, B]                       of the action under whoever acted; may be absent
+    log_prob [T, B]                       of the action under the policy that acted; may be absent
     environment                           its name, and the flags of the wrappers; may be absent
 """
 
@@ -23,14 +23,14 @@ NEEDED = ("obs", "action", "reward", "discount", "mask")
 
 
 def write_trajectories(path: str | Path, trajectory: Trajectory, environment: str) -> None:
-    """Whole episodes into an .npz file, written whole or not at all."""
+    """Writes whole episodes into an .npz file, whole or not at all."""
     fields = {name: np.asarray(getattr(trajectory, name)) for name in (*NEEDED, "log_prob")}
     arrays = cast(Any, fields | {"environment": np.array(environment)})
     write_atomically(Path(path), lambda file: np.savez_compressed(file, **arrays))
 
 
 def read_trajectories(path: str | Path) -> tuple[Trajectory, str | None]:
-    """The episodes of a file and the name of their environment; log_prob is NaN where the file has none.
+    """Reads the episodes of a file and the name of their environment; a missing log_prob becomes NaN.
 
     Raises ValueError for a file that cannot be read or whose fields are missing or do not fit together.
     """
@@ -75,10 +75,10 @@ def read_trajectories(path: str | Path) -> tuple[Trajectory, str | None]:
 
 
 def read_demonstrations(path: str | Path, env: Env, environment: str) -> Trajectory:
-    """The episodes of a file as demonstrations for an environment.
+    """Reads the episodes of a file as demonstrations for an environment.
 
-    Raises ValueError for those of another environment or shape, for impossible actions, and for actions
-    that their own behaviour could not have taken.
+    Raises ValueError for episodes of another environment or shape, for impossible actions, and for actions
+    that the behaviour policy could not have taken.
     """
     trajectory, name = read_trajectories(path)
     if name not in (None, environment):
@@ -94,8 +94,8 @@ def read_demonstrations(path: str | Path, env: Env, environment: str) -> Traject
     if np.isneginf(log_prob[mask]).any():
         step, episode = np.argwhere(np.isneginf(log_prob) & mask)[0]
         raise ValueError(
-            f"{path}: log_prob is -inf at step {step} of episode {episode}: its behaviour could not have "
-            "acted so; leave log_prob out to have it fitted"
+            f"{path}: log_prob is -inf at step {step} of episode {episode}, an action that its policy "
+            "cannot have taken; leave log_prob out to have it fitted"
         )
     if np.isnan(log_prob[mask]).any() != np.isnan(log_prob[mask]).all():
         raise ValueError(
@@ -107,7 +107,7 @@ def read_demonstrations(path: str | Path, env: Env, environment: str) -> Traject
 
 
 def _check_declared(path, name, shape, dtype, of_mask) -> None:
-    """Raises ValueError for an array whose type or shape is not that of its name."""
+    """Raises ValueError for an array whose type or shape does not fit its name."""
     if name == "environment":
         if shape or dtype.kind != "U":
             raise ValueError(f"{path}: environment must be a name")
@@ -121,14 +121,14 @@ def _check_declared(path, name, shape, dtype, of_mask) -> None:
 
 
 def _finite(path, name, values, mask):
-    """The values. Raises ValueError for a step that counts and has one that no array can hold."""
+    """Returns the values. Raises ValueError if an array cannot hold one in a step that counts."""
     if not (np.abs(values[mask].astype(float)) <= _largest()).all():
         raise ValueError(f"{path}: {name} is not finite in a step that counts")
     return values
 
 
 def _floats(values):
-    with np.errstate(over="ignore"):  # of what does not count, or is the logarithm of nothing
+    with np.errstate(over="ignore"):  # in a step that does not count, or at the logarithm of 0
         return values.astype(result_type(float))
 
 
@@ -144,7 +144,7 @@ def _fitting(path, what, values, space: Space, mask):
     _finite(path, what, values, mask)
     values = np.where(mask.reshape(mask.shape + (1,) * (values.ndim - 2)), values, 0)
     if isinstance(space, Box):
-        return _floats(values)  # the environment clips actions that are outside
+        return _floats(values)  # the environment clips actions outside its bounds
     if (values != np.round(values)).any():
         raise ValueError(f"{path}: {what} must be whole numbers for a {type(space).__name__}")
     sizes = np.asarray(space.n if isinstance(space, Discrete) else space.nvec)
