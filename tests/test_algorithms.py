@@ -29,6 +29,9 @@ from jaxpg.training.algorithm import ALGORITHMS, Algorithm, algorithm
 from jaxpg.types import TimeStep
 
 NUM_ENVS, NUM_STEPS = 8, 16
+# The fast tier has one row for each kind of data and of step.
+FAST = ("reinforce_baseline", "ppo", "trpo", "off_policy")
+ROWS = [x if x in FAST else pytest.param(x, marks=pytest.mark.slow) for x in ALGORITHMS]
 
 
 def cartpole():
@@ -64,7 +67,7 @@ def assert_trees_equal(one, other, **tolerance):
             assert np.array_equal(a, b, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", ROWS)
 def test_properties_of_every_row(name):
     env = cartpole()
     trainer, demos = build(name, env)
@@ -132,6 +135,7 @@ def test_behaviour_cloning_is_maximum_likelihood_bit_for_bit():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["steps", "lanes"])
 def test_ppo_starts_each_update_at_ratio_one(layout):
     """One epoch, one minibatch: the KL to the behaviour that the first step measures is rounding."""
@@ -149,6 +153,7 @@ def test_ppo_starts_each_update_at_ratio_one(layout):
     assert metrics["kl"].min() > 1e-6, "control: later epochs have moved away"
 
 
+@pytest.mark.slow
 def test_metrics_have_no_value_until_an_episode_has_ended():
     env = clock(12)
     trainer = make_trainer(env, actor_critic(env), algorithm("ppo"), num_envs=4, num_steps=8)
@@ -159,6 +164,7 @@ def test_metrics_have_no_value_until_an_episode_has_ended():
     assert metrics["env_steps"].tolist() == [32, 32, 32]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variate", [control_variates.optimal_per_parameter, control_variates.peters_schaal]
 )
@@ -311,6 +317,7 @@ def parts_env(action):
     return Env(lambda key: (jnp.int32(0), jnp.zeros(1)), step, Box(-bound, bound), action, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "action", [MultiDiscrete((2, 4)), Box(-np.ones(2, np.float32), np.ones(2, np.float32))]
 )
@@ -331,6 +338,7 @@ def test_action_vectors_are_learnt(action, name):
     assert metrics["episode_return"][0] < 0.5
 
 
+@pytest.mark.slow
 def test_every_row_traces_in_64_bits_on_a_world_that_has_them(x64):
     env = from_lqr(Lqr())
     shown = jax.eval_shape(lambda: demonstrations(env))
@@ -347,6 +355,7 @@ def test_every_row_traces_in_64_bits_on_a_world_that_has_them(x64):
         assert {x.dtype.name for x in found} <= {"float64", "int32", "int64"}, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["mlp", "gru"])
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 def test_rows_trace_in_64_bits_and_keep_the_state_they_began_with(x64, env, network):

@@ -44,6 +44,7 @@ def strict(text):
     return json.loads(text, parse_constant=refuse)
 
 
+@pytest.mark.slow
 def test_a_grid_of_seeds_is_trained_and_every_file_written(tmp_path):
     grid = "--seeds 2 --learning-rate 1e-3,1e-2 --updates 6 --seed 7"
     done = command(f"train CartPole-v1 {grid} {SMALL} --run new/run", tmp_path)
@@ -95,6 +96,7 @@ def test_a_grid_of_seeds_is_trained_and_every_file_written(tmp_path):
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "status", "wait_for"),
     [(signal.SIGINT, 130, "metrics.jsonl"), (signal.SIGTERM, 143, "config.json")],

@@ -59,6 +59,7 @@ def gradient(env, agent, estimator, data, logits, hyperparams=NUMBERS):
     return np.asarray(jax.grad(value)({"logits": jnp.asarray(logits)})["logits"])
 
 
+@pytest.mark.slow
 def test_a_memory_holds_the_last_batches(x64):
     env, agent = world()
     tables = np.random.default_rng(0).normal(size=(5, 3, 2))
@@ -72,6 +73,7 @@ def test_a_memory_holds_the_last_batches(x64):
     assert early.trajectory.mask[:, :B].any() and not early.trajectory.mask[:, B:].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IMPORTANCES)
 def test_at_lag_zero_every_form_is_the_on_policy_gradient(name, x64):
     env, agent = world()
@@ -97,6 +99,7 @@ def test_at_lag_zero_every_form_is_the_on_policy_gradient(name, x64):
     assert not np.allclose(gradient(env, agent, estimator, other, logits), found, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["per_decision", "normalised_trajectory"])
 def test_what_is_far_or_not_there_yet_does_not_count(name, x64):
     """Dropped batches and empty slots leave the gradient of the rest, not a share of it."""
@@ -128,6 +131,7 @@ def test_what_is_far_or_not_there_yet_does_not_count(name, x64):
     assert np.allclose(gradient(env, agent, estimator, data, logits), expected, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_newest_batch_is_never_dropped():
     env, agent = world()
     memory = remembered(env, agent, np.random.default_rng(3).normal(size=(3, 3, 2)) * 3)
@@ -139,6 +143,7 @@ def test_the_newest_batch_is_never_dropped():
     assert data.trajectory.mask[:, 2 * B :].any() and not data.trajectory.mask[:, : 2 * B].any()
 
 
+@pytest.mark.slow
 def test_demonstrations_are_weighed_by_the_density_of_the_mixture(x64):
     env, agent = world()
     rng = np.random.default_rng(4)
@@ -192,6 +197,7 @@ def test_the_regulariser_is_the_gradient_of_the_log_normaliser(x64):
     assert not np.allclose(without, found, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_imitation_finds_the_demonstrators():
     env, agent = world()
     behaviour = np.array([(1.0, -1.0), (-0.5, 0.5), (0.0, 0.0)], np.float32)
@@ -295,6 +301,7 @@ def settings_of(row, **numbers):
     return params, run(params, (policy, critic), batch, initial_carry(agent, 8), hyperparams, key)
 
 
+@pytest.mark.slow
 def test_stopping_on_the_divergence_keeps_the_first_step():
     """All epochs beyond the first minibatch are too far: the policy is that of one epoch."""
     row = algorithm("ppo")._replace(num_epochs=1, num_minibatches=1)
@@ -348,6 +355,7 @@ def test_the_continuing_form_estimates_the_discounted_approximation():
     assert (np.abs(rows.mean(axis=0) - other) > 5 * error + edge).any(), "control: another beta"
 
 
+@pytest.mark.slow
 def test_a_row_of_the_users_own_uses_old_data():
     """Streams remember too: V-trace on a bandit learns."""
     env = from_mdp(bandit((0.0, 1.0)))

@@ -19,6 +19,7 @@ def work(params, key, common):
     return {"sum": params["w"] * common["scale"] + noise, "key": jax.random.split(key)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("total", "loop"), [(12, [3]), (4, []), (3, []), (13, [13]), (6, [2]), (1, [])]
 )

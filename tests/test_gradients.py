@@ -42,6 +42,7 @@ def data(num_episodes=30):
     return policy, jax.tree.map(to64, elsewhere), jax.tree.map(to64, trajectory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduce", [surrogates.per_episode, surrogates.per_step])
 @pytest.mark.parametrize("name", SURROGATES)
 def test_blocks_add_up(name, reduce, x64):

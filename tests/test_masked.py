@@ -77,6 +77,7 @@ ROWS = {
 } | {"critic of episodes": CRITIC_OF_EPISODES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_what_follows_an_end_changes_no_row(name):
     row, normalise = ROWS[name], name in ("reinforce_baseline", "ppo")
@@ -90,6 +91,7 @@ def test_what_follows_an_end_changes_no_row(name):
         assert_same((found.params, others), (params, metrics))
 
 
+@pytest.mark.slow
 def test_gradients_of_trajectories():
     estimator = Estimator(baseline=baselines.optimal_constant)
     rows = []

@@ -91,6 +91,7 @@ def test_conjugate_gradients_solve_and_stop_where_there_is_nothing_left(x64):
     assert np.array_equal(nothing, np.zeros(3))
 
 
+@pytest.mark.slow
 def test_the_trust_region_step_of_a_small_world(x64):
     """The published-precision numbers of the three-state world at max_kl = 0.01."""
     mdp = instance_a()
@@ -207,6 +208,7 @@ def test_regression_on_scores_is_the_natural_gradient(x64):
     assert algorithm("enac").policy_optimizer is enac
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "environment", "network"),
     [("trpo", "CartPole-v1", "mlp"), ("trpo", "Pendulum-v1", "gru"), ("npg", "Pendulum-v1", "mlp")],

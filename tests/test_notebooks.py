@@ -59,6 +59,7 @@ def displayed(monkeypatch):
     return shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, displayed, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -40,6 +40,7 @@ def one_step(row, num_envs=12, network="tabular", **settings):
     return moved, metrics, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reinforce", "reinforce_baseline"])
 def test_every_episode_is_compared_with_all_others(name, x64, groups_of_four):
     row = algorithm(name)._replace(policy_optimizer=sgd)
@@ -74,6 +75,7 @@ def test_every_episode_is_compared_with_all_others(name, x64, groups_of_four):
     assert metrics["grad_norm"][0] == pytest.approx(np.linalg.norm(total))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["tabular", "gru"])
 @pytest.mark.parametrize("baseline", [baselines.time_mean, baselines.optimal_constant])
 def test_how_it_is_computed_changes_no_estimate(baseline, network, monkeypatch):
@@ -92,6 +94,7 @@ def test_how_it_is_computed_changes_no_estimate(baseline, network, monkeypatch):
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected)) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_envs", [8, 12])
 def test_an_optimizer_of_the_users_own_takes_any_number_of_episodes(num_envs, groups_of_four):
     """It reads the divergence, which a batch that was taken in groups must have too."""
@@ -106,6 +109,7 @@ def test_an_optimizer_of_the_users_own_takes_any_number_of_episodes(num_envs, gr
     assert not np.allclose(moved["logits"], plain["logits"], rtol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_an_optimizer_of_the_users_own_is_told_of_the_whole_batch(recompute, groups_of_four):
     """Its own gradient of the loss is the one that it is given, and every episode has a log-probability."""
@@ -143,6 +147,7 @@ def test_only_own_episodes_of_one_minibatch_are_rolled_out_again():
             make_trainer(env, actor_critic(env, "tabular"), row, num_envs=8, recompute=True)
 
 
+@pytest.mark.slow
 def test_chunks_of_updates_are_invisible_in_groups_too(groups_of_four):
     env = from_mdp(random_mdp(1))
     trainer = make_trainer(env, actor_critic(env, "tabular"), algorithm("reinforce"), num_envs=8)

@@ -43,6 +43,7 @@ def descend(name, params, hyperparams, num_steps):
     return jax.lax.scan(step, (params, initial), jnp.arange(num_steps))[0][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer(name):
     """Learns a quadratic; numbers are traced, one compile for all; vmap is a loop."""
@@ -67,6 +68,7 @@ def test_every_optimizer(name):
             assert np.allclose(one, other[i], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_gradients_are_clipped_by_global_norm_first(name):
     """Beyond the limit, only the direction counts."""

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 README = Path(__file__).parent.parent / "README.md"
 SMALLER = {
     "num_updates=50": "num_updates=1",
@@ -12,6 +14,7 @@ SMALLER = {
 }
 
 
+@pytest.mark.slow
 def test_the_python_blocks_run(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     code = "\n".join(blocks)

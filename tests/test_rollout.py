@@ -29,6 +29,7 @@ def clock_agent(env):
     return Agent(mlp(env.observation, env.action, (4,)), reader())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 5, BLOCK, BLOCK + 1, 3 * BLOCK - 5])
 def test_episodes_truncated_by_the_clock(limit):
     env = clock(limit)
@@ -46,6 +47,7 @@ def test_episodes_truncated_by_the_clock(limit):
     assert len(np.unique(traj.obs[0, :, 1])) == 3, "every lane its own reset"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "death"), [(100, 7), (100, BLOCK), (100, 64), (40, 39)])
 def test_episodes_masked_after_death(limit, death):
     env = clock(limit, death)
@@ -68,6 +70,7 @@ def test_a_shorter_rollout_truncates_and_bootstraps():
     assert np.allclose(traj.next_value[-1], 9.5)
 
 
+@pytest.mark.slow
 def test_early_stop_does_not_depend_on_the_replicas_beside():
     """One replica ends at once, the other late: vmap gives what each gives alone."""
 
@@ -113,6 +116,7 @@ def test_the_loop_of_vmapped_episodes_selects_nothing(nested):
         assert all(e.outvars[0].aval.shape == () for e in selects), "a round only scans and writes"
 
 
+@pytest.mark.slow
 def test_stream_resets_afresh_and_keeps_the_true_successor():
     env = clock(4)
     agent = clock_agent(env)
@@ -146,6 +150,7 @@ def test_stream_at_death_has_discount_zero():
     assert (np.asarray(traj.discount) == 1 - dead).all() and (np.asarray(traj.last) == dead).all()
 
 
+@pytest.mark.slow
 def test_recurrent_critic_values_the_successor_with_its_own_carry():
     """next_value at truncation equals running the critic one step further, without a restart."""
     env = clock(3)
@@ -164,6 +169,7 @@ def test_recurrent_critic_values_the_successor_with_its_own_carry():
         assert np.allclose(traj.next_value, value[1:], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["mlp", "gru"])
 @pytest.mark.parametrize("kind", ["episodes", "stream"])
 def test_log_probs_at_update_equal_log_probs_at_rollout(network, kind):
@@ -184,6 +190,7 @@ def test_log_probs_at_update_equal_log_probs_at_rollout(network, kind):
     assert np.abs(difference).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_evaluate_weighs_every_episode_alike():
     """LONG (3 steps) pays 4 and SHORT (1 step) pays 1: the mean of episodes is 2.5, whatever their length."""
 
@@ -281,6 +288,7 @@ def lottery(chance):
 
 
 # Lanes that share starts: fewer end than there are, about as many, more; and few lanes, with their own.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_envs", "chance"), [(64, 0.02), (64, 0.06), (64, 0.9), (FEW["cpu"], 0.06)]
 )
@@ -303,6 +311,7 @@ def test_every_episode_of_a_stream_starts_afresh(num_envs, chance):
     assert abs(starts.mean() - 0.5) < 5 * 0.29 / starts.size**0.5
 
 
+@pytest.mark.slow
 def test_both_kinds_of_key_give_the_same_numbers(monkeypatch):
     monkeypatch.setattr(episodic, "GROUP", 3)
     env = repeat_action(from_mdp(random_mdp(2, horizon=4)), 2)

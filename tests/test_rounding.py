@@ -33,6 +33,7 @@ def paying(reward: float, length: int = 10) -> Env:
     return Env(reset, step, Box(-bound, bound), Discrete(2), length)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["leave_one_out", "batch_mean", "time_mean", "none"])
 @pytest.mark.parametrize("num_envs", [7, 300])
 def test_equal_returns_move_nothing(name, num_envs):

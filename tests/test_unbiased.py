@@ -89,6 +89,7 @@ def distance(estimator, off_policy, seed=3):
     return np.linalg.norm(found.mean - exact.gradient(mdp, logits, HP.gamma))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNBIASED)
 def test_unbiased_on_policy(name):
     assert distance(UNBIASED[name], False) < 1e-10

@@ -61,6 +61,7 @@ def learnt(env, name="reinforce_baseline"):
     return learn(trainer.init(jax.random.key(0)), Hyperparams(learning_rate=0.03))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "bounds",
     [
@@ -251,6 +252,7 @@ def test_a_policy_for_other_actions_is_refused():
         episodes(env, agent, init_params(agent, jax.random.key(0)), jax.random.key(1), 2)
 
 
+@pytest.mark.slow
 def test_a_pole_length_for_every_seed():
     """Environments are built inside vmap, and each replica learns as it would alone."""
 

@@ -13,6 +13,7 @@ from jaxpg.envs import Box, Discrete, from_gymnax, gymnax_names, mdp_from_gymnax
 OFFLINE = "MNISTBandit-bsuite"  # downloads its images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in gymnax_names() if n != OFFLINE])
 def test_every_environment_steps_in_a_scan(name):
     env = from_gymnax(name)
@@ -203,6 +204,7 @@ assert len(pyplot.get_fignums()) == 2
 """
 
 
+@pytest.mark.slow
 def test_libraries_of_pictures_are_imported_when_one_is_drawn():
     done = subprocess.run([sys.executable, "-c", DRAWS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -61,6 +61,7 @@ def test_returns_and_values_agree_with_the_closed_form():
     )
 
 
+@pytest.mark.slow
 def test_a_network_acts_in_it():
     env = from_lqr(Lqr(horizon=3))
     agent = actor_critic(env, "mlp")

@@ -68,6 +68,7 @@ def test_masked_observations_are_the_kept_entries():
 SCALAR = Box(np.full(1, 0.25, np.float32), np.full(1, 2.0, np.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("observation", [SCALAR, Discrete(2), MultiDiscrete((2, 3))])
 @pytest.mark.parametrize("action", [SCALAR, Discrete(3), MultiDiscrete((2, 2))])
@@ -103,6 +104,7 @@ def test_history_is_the_last_observations_and_actions(k, observation, action):
         assert (seen[t] <= env.observation.high).all()
 
 
+@pytest.mark.slow
 def test_history_restarts_with_the_episode():
     """In a stream: the window after an automatic reset is the one after a fresh reset."""
     env = history(clock(5), 3)

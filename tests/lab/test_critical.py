@@ -212,6 +212,7 @@ def short_cartpole():
     )
 
 
+@pytest.mark.slow
 def test_rates_of_measured_worlds_are_in_units_of_a_trajectory(short_cartpole):
     """Ten times the reward, a tenth of the rate; and the target lies above the start."""
     rate = small_rate(short_cartpole, jax.random.key(0))

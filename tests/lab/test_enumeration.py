@@ -37,6 +37,7 @@ COMPOSITIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(COMPOSITIONS)))
 def test_recursion_and_enumeration_agree(index):
     """Worlds differ from composition to composition: with and without an end, aliased, off-policy."""

@@ -22,6 +22,7 @@ def uniform(mdp):
     return np.zeros((mdp.observation.max() + 1, mdp.reward.shape[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "gamma", "average", "length", "traces"),
     [
@@ -121,6 +122,7 @@ def test_deep_sea():
     np.testing.assert_allclose(exact.objective(corner, logits, 1.0), 2.0**-8, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["FrozenLake-misc", "Catch-bsuite"])
 def test_the_table_moves_as_the_environment_does(name):
     """Random play of the environment itself: its mean return and length, within 5 standard errors."""

@@ -72,6 +72,7 @@ def test_worlds_hold_the_worked_instances():
         np.testing.assert_array_equal(found[1], instance.logits)
 
 
+@pytest.mark.slow
 def test_a_network_on_a_table_has_exact_moments():
     # The linear policy sees one-hot observations, so J^T J is known, and sampling is the check.
     place = world("T", "linear", gamma=0.9)
@@ -98,6 +99,7 @@ def test_every_named_estimator_has_the_gradient_for_mean_or_a_warning():
         assert biased == bool(each.warning), name
 
 
+@pytest.mark.slow
 def test_batch_size():
     rows, summary = run("batch-size", seed=1)
     covered(rows)
@@ -107,6 +109,7 @@ def test_batch_size():
         assert summary[name]["trace_at_one"]["value"] == pytest.approx(number, rel=0.03)
 
 
+@pytest.mark.slow
 def test_batch_size_of_coupled_batches():
     rows, _ = run("batch-size", estimators=("total_mean", "total_own_mean"), trajectories=2**12)
     covered(rows)
@@ -148,6 +151,7 @@ def test_ladder():
         assert noise[name] == pytest.approx(number, abs=5e-3)
 
 
+@pytest.mark.slow
 def test_gae():
     rows, summary = run("gae", seed=1)
     covered(rows)
@@ -179,6 +183,7 @@ def test_offset():
     assert bad == {"E x² − (E x)², float32"}
 
 
+@pytest.mark.slow
 def test_never_hurts():
     rows, summary = run("never-hurts", seed=1)
     covered([r for r in rows if r["exact"]])
@@ -208,6 +213,7 @@ def test_degenerate_weights_have_no_interval():
     assert all("no interval" in r["warning"] and np.isnan(r["low"]) for r in worst)
 
 
+@pytest.mark.slow
 def test_weights_with_a_heavy_tail_are_flagged():
     """Where few weights make up the fourth moment, the interval of a variance holds the truth too seldom."""
     mdp, logits, behaviour = instance_a()
@@ -218,6 +224,7 @@ def test_weights_with_a_heavy_tail_are_flagged():
         assert ("interval too narrow" in found.warning) == heavy, (lag, found.warning)
 
 
+@pytest.mark.slow
 def test_importance():
     rows, summary = run("importance", seed=1)
     covered([r for r in rows if "interval" not in (r["warning"] or "")], least=0.7)
@@ -255,6 +262,7 @@ def test_clipping():
     assert summary["clipped_0.2 at lag 0.5"] == summary["unclipped at lag 0.5"]
 
 
+@pytest.mark.slow
 def test_stale():
     rows, summary = run("stale", seed=1)
     covered([r for r in rows if r["lag"] == 1])
@@ -276,6 +284,7 @@ def test_cosine():
     assert np.log10((1 - later) / (1 - dense)) == pytest.approx(-1, abs=0.01)
 
 
+@pytest.mark.slow
 def test_noise_scale():
     rows, summary = run("noise-scale", seed=1)
     covered(rows)
@@ -290,6 +299,7 @@ def test_noise_scale():
         assert noise[f"{name} k={k:g}"] == pytest.approx(number, rel=5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["importance", "clipping", "stale", "offset", "gae", "horizon-is"])
 def test_worlds_without_tables_are_measured_only(name):
     rows, _ = run(name, env="CartPole-v1", policy="linear", trajectories=2**8)
@@ -310,6 +320,7 @@ def test_worlds_without_tables_are_measured_only(name):
         assert np.log10(traces[1e6] / traces[1e5]) == pytest.approx(2, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_networks_are_not_destroyed_by_the_steps_of_tables():
     """With the rates of tables, every episode of CartPole ends within ten steps after a few updates."""
     rows, _ = run("optimizers", env="CartPole-v1", policy="mlp", repeats=4)
@@ -416,6 +427,7 @@ def test_the_command_writes_its_files(tmp_path, capsys):
 FROZEN = "train FrozenLake-misc --algorithm reinforce --num-envs 8 --hidden 8 --quiet --updates 2"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_measured_where_it_was_trained(tmp_path, capsys):
     run_folder, out = tmp_path / "run", tmp_path / "out"
     numbers = "--seeds 2 --gamma 0.8,0.9 --lambda 0.7"
@@ -453,6 +465,7 @@ def test_a_checkpoint_is_measured_where_it_was_trained(tmp_path, capsys):
     assert "gae_0.7" in ladder._default(world("FrozenLake-misc", None, found))
 
 
+@pytest.mark.slow
 def test_what_training_has_otherwise_than_the_run_is_said(tmp_path, capsys):
     """Its optimizer and learning rate are the run's, and what is the laboratory's own is on every row."""
     folder, out = tmp_path / "run", tmp_path / "out"
@@ -502,6 +515,7 @@ def test_the_figure_of_seeds_has_any_number_of_algorithms(count, tmp_path):
     assert ("none to compare it with" in drawn) == (count == 1)
 
 
+@pytest.mark.slow
 def test_a_checkpoints_tables_are_those_of_its_own_environment(tmp_path):
     """Where the run played another lake than the usual one, the usual one's table says nothing of it."""
     usual = world("FrozenLake-misc").mdp

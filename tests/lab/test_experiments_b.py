@@ -89,6 +89,7 @@ def test_a_baseline_changes_only_what_the_action_decides():
     assert round(value["tucker", "action", None], 8) == 0.06430514
 
 
+@pytest.mark.slow
 def test_split_by_initial_state_on_a_gymnax_environment():
     catch = world("Catch-bsuite")
     settings = Settings(env="Catch-bsuite", trajectories=2**13, estimators=("rtg",), quick=True)
@@ -115,6 +116,7 @@ def test_the_trace_grows_with_the_horizon():
     np.testing.assert_allclose(slopes, [2.87, 2.82, 1.99, 1.03], atol=0.011)
 
 
+@pytest.mark.slow
 def test_every_kind_of_world_has_its_horizons():
     """A regulator goes on, its critic too; what has only an environment ends where that does."""
     long = decomposition.at_horizon(world("LQR"), 12)

@@ -137,6 +137,7 @@ def test_an_unmasked_terminal_score_would_be_caught_by_the_trace():
     assert z_of_mean(lived, samples.mean(0)) < 8, "the mean does not tell"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "estimator"),
     [
@@ -175,6 +176,7 @@ def test_the_mean_over_rows_is_the_batch_gradient(build, estimator):
     assert np.allclose(samples.mean(0), flat, atol=1e-4 * np.abs(flat).max())
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_how_many_are_asked_for():
     env = from_mdp(A.mdp)
     policy = tabular(env.observation, env.action)
@@ -186,6 +188,7 @@ def test_rows_do_not_depend_on_how_many_are_asked_for():
     assert np.allclose(few, many[:5], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [importance.trajectory, importance.per_decision])
 def test_importance_with_the_own_behaviour_is_on_policy(weight):
     env = from_mdp(A.mdp)

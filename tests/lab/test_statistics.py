@@ -88,6 +88,7 @@ def test_a_coupling_baseline_of_the_users_own_is_measured_by_batches_too():
     assert own.trace.value == pytest.approx(built_in.trace.value, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_both_kinds_of_key_measure_the_same():
     env = from_mdp(A.mdp)
     policy, params = tabular(env.observation, env.action), {"logits": jnp.asarray(A.logits)}
@@ -99,6 +100,7 @@ def test_both_kinds_of_key_measure_the_same():
     assert typed.trace.value > 0
 
 
+@pytest.mark.slow
 def test_coupled_estimators_are_measured_by_replicated_batches():
     loo = Estimator(credit.total_return, baselines.leave_one_out)
     plain = Hyperparams(gamma=1.0)
@@ -108,6 +110,7 @@ def test_coupled_estimators_are_measured_by_replicated_batches():
     assert result.batch_size == 8
 
 
+@pytest.mark.slow
 def test_chunks_do_not_change_the_result(monkeypatch):
     whole = measure(num=3000)
     monkeypatch.setattr(samples, "CHUNK_BYTES", 2**13)
@@ -165,6 +168,7 @@ def test_moments_and_jackknife_against_numpy():
     assert int(masked.count) == 10
 
 
+@pytest.mark.slow
 def test_works_for_any_network_without_holding_all_rows():
     env = from_gymnax("CartPole-v1", max_steps_in_episode=20)
     policy = mlp(env.observation, env.action, (8,))
@@ -217,6 +221,7 @@ def test_unknown_routes_and_coupled_traces_are_refused():
         gradient_trace(source._replace(estimator=coupled), 640)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lag", "heavy"), [(0.5, False), (2.0, True)])
 def test_a_heavy_tail_is_said(lag, heavy):
     """Where few weights make up the fourth moment, intervals of variances hold the truth too seldom."""

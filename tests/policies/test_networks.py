@@ -51,6 +51,7 @@ def test_orthogonal_matrices_are_uniform_and_independent():
     assert np.abs((one * one).mean(axis=0)).min() > 0.2  # the bound is passed by what is correlated
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_orthogonal_does_not_hang_under_vmap():
     """QR under vmap hangs for ever on two cores with jaxlib 0.10: 16 seeds, 400 times."""
@@ -62,6 +63,7 @@ def test_orthogonal_does_not_hang_under_vmap():
     assert np.abs(product - np.eye(64)).max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_recurrent_initialisation_does_not_hang_under_vmap():
     network = gru(BOX, Discrete(2), (64,), features=64)
@@ -71,6 +73,7 @@ def test_recurrent_initialisation_does_not_hang_under_vmap():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [linear, mlp, gru])
 @pytest.mark.parametrize("observation", [Discrete(5), BOX, MultiDiscrete((3, 4))])
 def test_shapes_and_near_uniform_start(build, observation):

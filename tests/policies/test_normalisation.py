@@ -70,6 +70,7 @@ def test_float32_keeps_a_small_spread_about_a_large_mean():
     assert abs(naive / exact.var() - 1) > 0.1, "control: the mean of squares loses it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["mlp", "linear", "gru"])
 def test_training_keeps_the_statistics_of_everything_seen(network):
     """Of every observation of a stream, gathered beside; chunks are invisible, bitwise; vmap is a loop."""
@@ -110,6 +111,7 @@ def test_training_keeps_the_statistics_of_everything_seen(network):
         assert squares[2] / count < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["off_policy", "trpo"])
 def test_every_observation_counts_once(name):
     """Also where old batches are learnt from again, and where the step is the natural gradient's."""
@@ -144,6 +146,7 @@ def test_the_network_sees_standardised_and_clipped_observations():
     assert any((x != 0).any() for x in jax.tree.leaves(gradient["network"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_no_optimizer_moves_the_statistics(name):
     space = Box(np.full(3, -1, np.float32), np.full(3, 1, np.float32))
@@ -175,6 +178,7 @@ def test_updates_start_at_ratio_one():
     assert np.abs(metrics["kl"]).max() < 1e-9
 
 
+@pytest.mark.slow
 def test_normalisation_lets_unlike_scales_be_learnt():
     """Pays for the sign of a signal of 1e-3 beside noise of 1e3, which a plain network cannot see."""
 

@@ -91,6 +91,7 @@ NEEDED = {"metadata", "_METADATA", "manifest.ocdbt"}
 
 
 # tensorstore's threads go on after a failure, and find nobody waiting.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("failed_reads")
 def test_a_damaged_file_never_passes_for_a_whole_one(tmp_path):
@@ -176,6 +177,7 @@ def test_an_older_layout_and_foreign_folders_are_refused(tmp_path, monkeypatch):
 
 
 # tensorstore's threads go on after a failure, and find nobody waiting.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("failed_reads")
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits on files")
@@ -212,6 +214,7 @@ for n in range(1, 10**6):
 """
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_of_a_save_leaves_whole_checkpoints(tmp_path):
     example = {"x": np.zeros((400, 1000))}
     torn = 0

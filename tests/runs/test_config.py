@@ -39,6 +39,7 @@ def test_a_preset_names_what_exists(key):
     assert PRESETS[key].keys() <= {f.name for f in fields(Config)} | set(Hyperparams._fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", TRAINABLE)
 @pytest.mark.parametrize("environment", sorted({e for e, _ in PRESETS} - {"*"}))
 def test_every_combination_of_presets_builds(environment, algorithm):

@@ -253,6 +253,7 @@ for arguments in (
 """
 
 
+@pytest.mark.slow
 def test_the_environment_of_a_process_is_heeded(tmp_path):
     write_run(tmp_path / "r", rates=(0.1,))
 

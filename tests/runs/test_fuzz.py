@@ -344,6 +344,7 @@ def damaged(draw, made, tmp_path, name, arrays=False):
     return command.split(), place, [*names, f"no {path.name}", f"{parts[0]} is not empty"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_damaged_files(name, made, tmp_path):
     @fuzzed({"r": 60}.get(name, 15))
@@ -418,6 +419,7 @@ def hostile(draw, made, tmp_path, flags_of):
     return [*command.split(), *added], fresh(made, tmp_path, "r"), names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags_of", "examples"), [(FLAGS_OF, 150), (STUDIES, 60)])
 def test_hostile_flags(flags_of, examples, made, tmp_path):
     @fuzzed(examples)

@@ -69,6 +69,7 @@ def test_parameters_are_looked_at_per_replica():
     assert health.finite(params).tolist() == [True, False, False]
 
 
+@pytest.mark.slow
 def test_one_setting_that_diverges_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     folder = tmp_path / "r"
     start(folder, "--updates", "4")
@@ -91,6 +92,7 @@ def test_one_setting_that_diverges_stops_and_keeps_the_last_good_checkpoint(tmp_
     assert load_policy(folder, 0, update=kept[-1]).act(jax.random.key(0), np.zeros(4)) in (0, 1)
 
 
+@pytest.mark.slow
 def test_a_grid_goes_on_without_what_diverged(tmp_path, capsys):
     start(tmp_path / "r", "--updates", "20", "--critic-learning-rate", "1e-3,1e30")
     evaluation = json.loads((tmp_path / "r" / "evaluation.json").read_text())
@@ -106,6 +108,7 @@ def test_a_grid_goes_on_without_what_diverged(tmp_path, capsys):
     assert alone["mean_return"] == evaluation["mean_return"][:2]
 
 
+@pytest.mark.slow
 def test_debug_nans_names_the_operation(tmp_path):
     # The values become infinite at the second minibatch, and their gradients 0 times infinity.
     found = r"no checkpoint yet; invalid value \(nan\) .* at .*accumulation\.py:\d+"
@@ -114,6 +117,7 @@ def test_debug_nans_names_the_operation(tmp_path):
         start(tmp_path / "r", "--updates", "4", "--debug-nans", *beyond)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["reward", "obs"])
 def test_a_nan_of_the_environment_is_said_to_be_its_own(what):
     env = clock(4)
@@ -226,6 +230,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_the_run_goes_on_later(tmp_path):
     start(tmp_path / "whole", "--updates", "8")
     start(tmp_path / "r", "--updates", "4", "--checkpoint-seconds", "0")

@@ -141,6 +141,7 @@ def test_a_sink_that_is_not_installed_is_named(monkeypatch):
         metrics.check_sinks(config)
 
 
+@pytest.mark.slow
 def test_a_users_own_sink_gets_every_update_once(tmp_path, capsys):
     got, closed = [], []
     flags = [*FLAGS.split(), "--updates", "40", "--tensorboard", "--run", str(tmp_path / "r")]
@@ -166,6 +167,7 @@ def test_a_users_own_sink_gets_every_update_once(tmp_path, capsys):
     assert os.listdir(tmp_path / "r" / "tensorboard") == ["all"]
 
 
+@pytest.mark.slow
 def test_what_a_method_does_not_measure_is_not_logged(tmp_path):
     """One step from its own data has a KL of 0 and an effective share of 1 by construction."""
     assert unmeasured(algorithm("reinforce")) == ["ess", "kl"]

@@ -320,6 +320,7 @@ def test_a_policy_that_earns_no_number_earns_the_least(run):
     assert scores["learning_rate=0.1"][1, 0] == 10.0
 
 
+@pytest.mark.slow
 def test_the_command_writes_pictures(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "one")

@@ -52,6 +52,7 @@ def body(p, what):
     return next(k for k in p if "body" in k and k.endswith(what))
 
 
+@pytest.mark.slow
 def test_act_samples_the_policy_on_raw_observations(run):
     obs = np.array([0.5, -1.0, 0.1, 0.7], np.float32)
     for replica in (0, 1):
@@ -164,6 +165,7 @@ def test_a_wrong_observation_is_said(run):
         jaxpg.load_policy(run, 0).act(jax.random.key(0), np.zeros(3))
 
 
+@pytest.mark.slow
 def test_a_recurrent_policy_remembers_until_an_episode_is_first():
     parts = build(Config("CartPole-v1", network="gru", hidden=(4,)))
     params = init_params(parts.agent, jax.random.key(2))
@@ -193,6 +195,7 @@ def test_a_recurrent_policy_remembers_until_an_episode_is_first():
     jax.tree.map(np.testing.assert_array_equal, typed, raw)
 
 
+@pytest.mark.slow
 def test_a_policy_takes_the_wrappers_of_its_run_with_it():
     """The wrapped environment with the run's network; beside it the plain one, with act and with step."""
     limit, repeat, decisions = 5, 2, 3  # the last repetition is cut
@@ -246,6 +249,7 @@ def test_a_policy_takes_the_wrappers_of_its_run_with_it():
         assert len(np.unique(chosen)) > decisions  # few are clipped
 
 
+@pytest.mark.slow
 def test_evaluate_repeats_the_runs_own_evaluation(run, capsys):
     saved = json.loads((run / "evaluation.json").read_text())["mean_return"]
     before = {f: f.stat().st_mtime_ns for f in run.rglob("*")}
@@ -369,6 +373,7 @@ def test_a_mistake_is_one_line(run, tmp_path, monkeypatch, capsys, arguments, me
 DRAWN = (*DRAWERS, "Catch-bsuite", "Breakout-MinAtar", "DiscountingChain-bsuite")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DRAWN)
 def test_a_drawing_follows_the_state(name):
     assert name in gymnax_names()

@@ -74,6 +74,7 @@ def copy(half, tmp_path):
     return Path(shutil.copytree(half, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_twice_half_is_the_whole_bit_by_bit(whole, copy):
     before = leaves(copy)
     resume(copy, "--updates", "8")
@@ -111,6 +112,7 @@ def test_what_a_crash_left_after_the_checkpoint_is_done_again(whole, copy):
 
 
 # tensorstore's threads go on after a failure, and find nobody waiting.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("failed_reads")
 def test_a_damaged_checkpoint_is_refused_and_moving_it_away_helps(whole, copy):
@@ -189,6 +191,7 @@ def test_a_checkpoint_of_another_run_or_update_is_refused(copy):
         read_run(copy, 3)
 
 
+@pytest.mark.slow
 def test_what_the_host_noted_is_checked(copy):
     host = copy / "checkpoints" / "4" / "host" / "metadata"
     whole = json.loads(host.read_text())
@@ -249,6 +252,7 @@ def test_a_run_from_before_checkpoints_named_their_settings_goes_on(copy):
     assert read_run(copy).update is None
 
 
+@pytest.mark.slow
 def test_holes_in_what_was_recorded_are_refused_or_mended(copy):
     lines, table = copy / "metrics.jsonl", copy / "metrics.parquet"
     whole, parts = lines.read_bytes(), sorted(table.iterdir())
@@ -444,6 +448,7 @@ def test_a_run_of_64_bits_goes_on_in_32_and_again_in_64(tmp_path, capsys, monkey
     assert curves(folder)["update"] == [1, 2, 3, 4, 5, 6, 7, 8] * 2
 
 
+@pytest.mark.slow
 @WIDE
 def test_a_run_of_32_bits_is_read_in_64(whole, x64):
     config, grid = load_config(whole)
@@ -460,6 +465,7 @@ def test_a_run_of_32_bits_is_read_in_64(whole, x64):
             np.testing.assert_array_equal(one, one.astype(np.float32))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
     flags = f"{FLAGS} --updates 20 --checkpoint-seconds 0"
     # A cache of its own, in which the kill may leave half an entry for the next process to clear away.
@@ -505,6 +511,7 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
     assert curves(tmp_path / "r") == curves(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_with_demonstrations_goes_on_with_the_same_ones(tmp_path):
     file, small = tmp_path / "shown.npz", "size=4,max_steps_in_episode=4"
     one = ["DeepSea-bsuite", "--expert", "--settings", small, "--episodes"]
@@ -536,6 +543,7 @@ def either(folder, *flags):
     main(["train", *FLAGS.split(), "--updates", "4", "--run", str(folder), EITHER, *flags])
 
 
+@pytest.mark.slow
 def test_one_command_starts_goes_on_and_has_finished(half, tmp_path, capsys):
     folder = tmp_path / "run"
     folder.mkdir()

@@ -108,6 +108,7 @@ def test_a_table_is_read_in_parts_of_any_size(run, monkeypatch):
             np.testing.assert_array_equal(values, other.metrics[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [

@@ -99,6 +99,7 @@ def returns_by_point(record):
     }
 
 
+@pytest.mark.slow
 def test_a_sweep_is_one_program(grid):
     _, compiled, record, _ = grid
     assert len(compiled) == 1
@@ -106,6 +107,7 @@ def test_a_sweep_is_one_program(grid):
     assert record["complete"]
 
 
+@pytest.mark.slow
 def test_rungs_and_batches_share_one_program(halved):
     _, compiled, record, _ = halved
     assert record["search"]["rungs"] == [{"points": 6, "updates": 3}, {"points": 2, "updates": 8}]

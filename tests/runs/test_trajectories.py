@@ -147,6 +147,7 @@ def test_episodes_longer_than_the_environments_are_refused(tmp_path):
         read_demonstrations(tmp_path / "a.npz", clock(3), "Clock")
 
 
+@pytest.mark.slow
 def test_the_optimal_expert_is_optimal():
     """Against the table's own finite-horizon optimum, and never short of support."""
     env = from_gymnax("DeepSea-bsuite", size=6, max_steps_in_episode=6)
@@ -212,6 +213,7 @@ def test_flags_about_data_are_checked(settings, message):
         build(config(**settings))
 
 
+@pytest.mark.slow
 def test_a_run_reads_its_demonstrations_and_starts_from_them(tmp_path):
     env = from_gymnax("DeepSea-bsuite", size=4, max_steps_in_episode=4)
     agent = Agent(expert("DeepSea-bsuite", env, size=4, max_steps_in_episode=4))
