@@ -1,4 +1,4 @@
-"""Tests run without silent rank promotion, with room in jaxlib's thread pool and a cache of the run's own."""
+"""Shared set-up: no silent rank promotion, room in jaxlib's thread pool, and a compilation cache per run."""
 
 import gc
 import os
@@ -7,7 +7,7 @@ import tempfile
 # jaxlib 0.10.0 to 0.11.0 can hang in batched LAPACK calls on two cores; read when jaxlib is loaded.
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The exact module's small matrices gain nothing from threads that spin on the cores of others.
+# The exact module's small matrices gain nothing from threads that spin on cores that others need.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # A test compiles for seconds what runs for milliseconds: without optimisation, with XLA's plainer code
 # generator and in one piece, a program compiles in a sixth of the time. `XLA_FLAGS= scripts/test` tests the
@@ -17,8 +17,8 @@ os.environ.setdefault(
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1",
 )
-# What one process of this run compiles the others read. The folder goes with the run: nothing is left to the
-# next one, whose time would depend on it, and the user's is not touched.
+# The processes of this run share compiled programs. The folder is deleted with the run, so that the next
+# run's time does not depend on it; the user's cache is not touched.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _programs = tempfile.TemporaryDirectory(prefix="jaxpg-tests-", ignore_cleanup_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
@@ -44,10 +44,10 @@ def x64():
 
 @pytest.fixture
 def failed_reads():
-    """What orbax leaves of a failure is collected here: not while another test parses Python.
+    """Collect what orbax leaves behind after a failure here, not while another test parses Python.
 
-    asyncio logs such a task with its traceback, for which Python 3.11 parses source in the middle of a parse,
-    and fails (AST constructor recursion depth mismatch).
+    asyncio logs such a task with its traceback; for that, Python 3.11 parses source in the middle of another
+    parse, and fails (AST constructor recursion depth mismatch).
     """
     yield
     gc.collect()

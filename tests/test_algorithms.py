@@ -1,4 +1,4 @@
-"""One table, many properties: every row is held to the same ones."""
+"""Properties that every row of the algorithm table must have."""
 
 from functools import partial
 
@@ -95,7 +95,7 @@ def test_properties_of_every_row(name):
     finite = [k for k in metrics if not k.startswith("episode") and "_lag" not in k]
     assert all(np.isfinite(metrics[k]).all() for k in finite)
 
-    # Other numbers, same program; and they do change what is learnt.
+    # Other numbers run in the same program, and they do change what is learnt.
     other, _ = two(first, jax.tree.map(lambda x: 0.5 * x, hyperparams))
     assert traces == [2, 4], "one compile for two hyperparameter values"
     moved = jax.tree.map(
@@ -138,7 +138,7 @@ def test_behaviour_cloning_is_maximum_likelihood_bit_for_bit():
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["steps", "lanes"])
 def test_ppo_starts_each_update_at_ratio_one(layout):
-    """One epoch, one minibatch: the KL to the behaviour that the first step measures is rounding."""
+    """With one epoch and one minibatch, the KL to the behaviour at the first step is rounding."""
     env = cartpole()
     agent = actor_critic(env, "gru" if layout == "lanes" else "mlp", hidden=(8,))
     row = algorithm("ppo")._replace(num_epochs=1, num_minibatches=1)
@@ -169,7 +169,7 @@ def test_metrics_have_no_value_until_an_episode_has_ended():
     "variate", [control_variates.optimal_per_parameter, control_variates.peters_schaal]
 )
 def test_per_parameter_baselines_train(variate):
-    """With noise measured beside; on a bandit both are the same optimal baseline."""
+    """Noise is measured at the same time; on a bandit both are the same optimal baseline."""
     env = from_mdp(bandit((10.0, 11.0)))
     row = algorithm("reinforce")._replace(control_variate=variate, measure_noise=True)
     trainer = make_trainer(env, actor_critic(env, "tabular"), row, num_envs=64)

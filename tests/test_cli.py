@@ -18,7 +18,7 @@ SMALL = "--num-envs 4 --num-steps 4 --num-minibatches 2 --hidden 8 --evaluation-
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(ROOT),
     "COLUMNS": "80",
-    # The folder that the command chooses for itself, but not the user's.
+    # The command chooses its cache folder itself, but not below the user's.
     "JAX_COMPILATION_CACHE_DIR": "",
     "XDG_CACHE_HOME": os.environ["JAX_COMPILATION_CACHE_DIR"],
 }
@@ -36,7 +36,7 @@ def command(arguments, cwd):
 
 
 def strict(text):
-    """JSON as the standard has it: Python's reader would let NaN through."""
+    """Parse JSON strictly by the standard: Python's reader would accept NaN."""
 
     def refuse(word):
         raise AssertionError(f"{word} is not JSON")
@@ -87,7 +87,7 @@ def test_a_grid_of_seeds_is_trained_and_every_file_written(tmp_path):
         kernels = {name: leaf.shape for name, leaf in params.items() if name.endswith("kernel")}
         body = params["policy/body/params/layers_0/kernel"]
     assert sorted(kernels.values()) == [(4, 4, 8), (4, 4, 8), (4, 8, 1), (4, 8, 2)]
-    # A seed starts alike at every point of the grid, and its six updates then differ.
+    # A seed starts from the same weights at every point of the grid, and its six updates then differ.
     apart = np.abs(body[0] - body[2]).max()
     assert 0 < 5 * apart < np.abs(body[0] - body[1]).max()
 
@@ -103,7 +103,7 @@ def test_a_grid_of_seeds_is_trained_and_every_file_written(tmp_path):
 )
 def test_a_signal_saves_what_was_learnt(tmp_path, number, status, wait_for):
     arguments = f"train CartPole-v1 --seeds 1 --updates 1000000 {SMALL} --run r"
-    # A shell's background job has SIGINT ignored, and children inherit that.
+    # A shell's background job ignores SIGINT, and children inherit that.
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     process = subprocess.Popen(
         [sys.executable, "-c", f"{heed}; from jaxpg.cli import main; main()", *arguments.split()],

@@ -37,7 +37,7 @@ def batch_of(env, agent, logits, seed):
 
 
 def remembered(env, agent, tables):
-    """A memory of the batches of these policies, the last one the newest."""
+    """A memory of batches from these policies, from the oldest to the newest."""
     carry = initial_carry(agent, B)
     memory = sources.empty_memory((batch_of(env, agent, tables[0], 0), carry), K)
     for i, table in enumerate(tables):
@@ -92,7 +92,7 @@ def test_at_lag_zero_every_form_is_the_on_policy_gradient(name, x64):
     own = own_data(memory.trajectory, memory.carry)
     found = gradient(env, agent, estimator, data, logits)
     assert np.allclose(found, gradient(env, agent, plain, own, logits), atol=1e-6)
-    # The control: with the weights of another policy it is not.
+    # Control: with the weights of another policy it is not.
     other = sources.recalled(
         memory, K, slot, agent.policy, {"logits": params["logits"] * 3.0}, NUMBERS, jnp.int32(3)
     )
@@ -118,7 +118,7 @@ def test_what_is_far_or_not_there_yet_does_not_count(name, x64):
     newest = batch_of(env, agent, logits, 2)
     alone = own_data(newest, initial_carry(agent, B))
     expected = gradient(env, agent, estimator, alone, logits)
-    # Weighed by a policy far from both old ones, only the newest is left.
+    # Weighted by a policy far from both old ones, only the newest batch is left.
     data = recall([far, -far, logits])
     metrics = data.metrics
     assert metrics["batches"] == 1 and data.share == pytest.approx(1 / K)
@@ -172,7 +172,7 @@ def test_demonstrations_are_weighed_by_the_density_of_the_mixture(x64):
 
 
 def test_the_regulariser_is_the_gradient_of_the_log_normaliser(x64):
-    """Of sum_i W_i R_i / sum W + coef log sum W, by differentiating it as written."""
+    """Compare with sum_i W_i R_i / sum W + coef log sum W, differentiated as written."""
     env, agent = world()
     rng = np.random.default_rng(5)
     now, behaviour = rng.normal(size=(2, 3, 2))
@@ -276,7 +276,7 @@ def test_a_penalty_that_adapts_holds_the_divergence_near_its_target():
     state, metrics = jax.jit(partial(train, trainer, num_updates=12))(
         trainer.init(jax.random.key(0)), numbers
     )
-    # Growing by 2 per update from far too small; the scale is the one after the update.
+    # The coefficient starts far too small and doubles per update; the metric is the scale after the update.
     scale = np.asarray(metrics["kl_coef_scale"])
     kl = np.asarray(metrics["kl"])
     before = np.concatenate([[1.0], scale[:-1]])
@@ -303,7 +303,7 @@ def settings_of(row, **numbers):
 
 @pytest.mark.slow
 def test_stopping_on_the_divergence_keeps_the_first_step():
-    """All epochs beyond the first minibatch are too far: the policy is that of one epoch."""
+    """Every step after the first exceeds stop_kl, so the policy is that of one epoch."""
     row = algorithm("ppo")._replace(num_epochs=1, num_minibatches=1)
     start, (one, _, _) = settings_of(row, learning_rate=0.1)
     _, (stopped, _, _) = settings_of(row._replace(num_epochs=5), learning_rate=0.1, stop_kl=1e-6)
@@ -311,7 +311,7 @@ def test_stopping_on_the_divergence_keeps_the_first_step():
     assert np.array_equal(one.policy["logits"], stopped.policy["logits"])
     assert np.abs(free.policy["logits"] - stopped.policy["logits"]).max() > 0.05
     assert not np.array_equal(one.policy["logits"], start.policy["logits"])
-    # The critic goes on.
+    # The critic keeps training.
     assert np.array_equal(free.critic["value"], stopped.critic["value"])
 
 
@@ -321,13 +321,13 @@ def test_value_clipping_holds_values_near_the_old_ones():
     start, (free, _, _) = settings_of(row, **numbers)
     _, (held, _, _) = settings_of(row, value_clip_eps=0.05, **numbers)
     moved = np.abs(held.critic["value"] - start.critic["value"])
-    # Past the edge the gradient is 0, so that at most one step goes beyond it.
+    # Past the edge the gradient is 0, so at most one step goes beyond it.
     assert moved.max() < 0.1 < np.abs(free.critic["value"] - start.critic["value"]).max()
 
 
 @pytest.mark.slow
 def test_the_continuing_form_estimates_the_discounted_approximation():
-    """The mean over windows is what an infinite trace has in the limit, to the window's edge O(1/T)."""
+    """The mean over windows is the limit of an infinite trace, up to the O(1/T) of a window's edge."""
     mdp = random_mdp(7, horizon=100_000, terminal=False)
     env, beta, num_steps = from_mdp(mdp), 0.8, 400
     agent = Agent(tabular(env.observation, env.action))
@@ -342,7 +342,7 @@ def test_the_continuing_form_estimates_the_discounted_approximation():
     def step(state, _):
         after, _ = trainer.update(state, numbers, None)
         moved = (after.params.policy["logits"] - state.params.policy["logits"]) / rate
-        # Stay where we are: only the stream goes on.
+        # Keep the parameters: only the stream goes on.
         return after._replace(params=state.params, opt_state=state.opt_state), moved
 
     _, rows = jax.jit(lambda s: jax.lax.scan(step, s, length=updates))(state)
@@ -357,7 +357,7 @@ def test_the_continuing_form_estimates_the_discounted_approximation():
 
 @pytest.mark.slow
 def test_a_row_of_the_users_own_uses_old_data():
-    """Streams remember too: V-trace on a bandit learns."""
+    """Streams are replayed too: V-trace learns a bandit."""
     env = from_mdp(bandit((0.0, 1.0)))
     row = Algorithm(
         Estimator(credit.lambda_return, baselines.critic, importance.truncated(1.0),

@@ -1,4 +1,4 @@
-"""Replicas in groups, and policy and critic apart, are what they are together."""
+"""Replicas in groups, and policy and critic on separate devices, give the same results as together."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from jaxpg.devices import on_two_devices
 
 
 def work(params, key, common):
-    """Of a tree, a key and something that all share; the shape says how many share an operation."""
+    """A function of a tree, a key and an input that all replicas share."""
     noise = jax.random.randint(key, (3,), 0, 1000)
     return {"sum": params["w"] * common["scale"] + noise, "key": jax.random.split(key)}
 
@@ -50,7 +50,7 @@ def test_one_alone_is_the_function():
     np.testing.assert_array_equal(found["sum"], expected["sum"])
 
 
-# In a process of its own, because the number of devices cannot change in one.
+# Runs in a process of its own, because a process cannot change its number of devices.
 APART = """
 from functools import partial
 import jax, jax.numpy as jnp, numpy as np
@@ -77,7 +77,7 @@ halved = False
 plain = concurrently(one, other, *arguments)
 halved = True
 apart = jax.jit(on_two_devices(partial(concurrently, one, other)))(*arguments)
-# The last number of the second says where it was made: on the second device.
+# The last number of the second function says that it ran on the second device.
 for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(apart), strict=True):
     assert a.dtype == b.dtype, (a, b)
     np.testing.assert_array_equal(a, b)

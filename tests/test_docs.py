@@ -1,4 +1,4 @@
-"""The API reference builds, and nothing of a docstring is lost between angle brackets."""
+"""The API reference builds, and no part of a docstring is lost between angle brackets."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# What Markdown and pdoc put out.
+# The tags that Markdown and pdoc write.
 TAGS = re.compile(
     r"a|br|code|div|em|h[1-6]|input|label|li|main|ol|p|pre|section|span|strong|t(able|body|d|h|head|r)|ul|wbr"
 )

@@ -17,7 +17,7 @@ import pytest
 import jaxpg
 from jaxpg.estimators import Slot
 
-# Packages whose __all__ is a promise.
+# Packages whose __all__ is public.
 PUBLIC = (
     "jaxpg",
     "jaxpg.algorithms",
@@ -35,7 +35,7 @@ PUBLIC = (
     "jaxpg.policies",
     "jaxpg.rollout",
 )
-# What every example may take for imported.
+# Names that every example may assume to be imported.
 COMMON = {"jax": jax, "jnp": jnp, "np": np, "jaxpg": jaxpg}
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 MODULES = ["jaxpg"] + [
@@ -58,12 +58,12 @@ def names_of(module):
 
 
 def home(value):
-    """The module in which something was written."""
+    """The module that defines a value."""
     return getattr(value.function if isinstance(value, Slot) else value, "__module__", None)
 
 
 def documented(module):
-    """The docstrings of a module: its own, and those of what was written there."""
+    """The docstrings of a module: its own, and those of what it defines."""
     yield module.__name__, module.__doc__ or ""
     for name, value in vars(module).items():
         if home(value) == module.__name__ and isinstance(value.__doc__, str):
@@ -82,15 +82,15 @@ def test_examples_run(name):
 
 
 def uses(text, name):
-    """Whether an example of a docstring names something, or shows it."""
+    """Whether an example in a docstring uses a name or prints it."""
     shown = "".join(each.source + each.want for each in PARSER.get_examples(text))
     return re.search(rf"\b{name}\b", shown)
 
 
 def missing(package):
-    """The public names that no example shows: in the package, or where they were written.
+    """The public names without an example, either in the package or in the module that defines them.
 
-    A module may show them inside. Aliases of types are not looked for: they have no docstring.
+    A module may have its examples inside. Type aliases are skipped: they have no docstring.
     """
     module = importlib.import_module(package)
     found = []

@@ -1,4 +1,4 @@
-"""Every name and path that the pages for developers put in back-quotes exists."""
+"""Every name and path in back-quotes on the pages for developers exists."""
 
 import ast
 import builtins
@@ -26,7 +26,7 @@ PATH = re.compile(r"[\w.-]*/[\w./-]*|\w+\.(py|md|toml|sh|txt)")
 
 @cache
 def words():
-    """Everything that the source and the other tests call by a name."""
+    """Every name in the source and in the other tests."""
     found = set(dir(builtins))
     for file in {*ROOT.glob("jaxpg/**/*.py"), *ROOT.glob("tests/**/*.py")} - {Path(__file__)}:
         for node in ast.walk(ast.parse(file.read_text())):
@@ -54,7 +54,7 @@ def imports(name):
 
 
 def missing(span):
-    """What is named in a span of code and is not there."""
+    """The names in a span of code that do not exist."""
     if span.startswith(("scripts/", "jaxpg ")):
         command, *rest = shlex.split(span)
         if command == "jaxpg":
@@ -107,7 +107,7 @@ def test_the_additions_of_the_checklists_work():
     check_env(found["from_walks"]("walk"))
     (study,) = found["EXPERIMENTS"].values()
     result = study.run(study.quick, lambda line: None)
-    # A pays E r_0 at gamma 0, by hand: 0.5 and 0.3 and 0.2 of the three states.
+    # At gamma 0, world A pays E r_0; by hand, with 0.5, 0.3 and 0.2 for the three states.
     assert result.table["exact"][0] == pytest.approx(
         0.5 * 0.3617 + 0.3 * 1.3364 + 0.2 * -0.1018, abs=1e-3
     )

@@ -1,4 +1,4 @@
-"""The gradient in blocks is the gradient of the whole, and so are those of an epoch's minibatches."""
+"""The gradients of blocks, and those of an epoch's minibatches, add up to the gradient of the whole."""
 
 from functools import partial
 
@@ -35,7 +35,7 @@ def data(num_episodes=30):
     params = policy.init(jax.random.key(0))
     agent = Agent(policy)
     trajectory, _ = episodes(env, agent, AgentParams(params, ()), jax.random.key(1), num_episodes)
-    # Nobody lives through the last rows, so that there are blocks to skip.
+    # No episode reaches the last rows, so that there are blocks to skip.
     trajectory = trajectory._replace(mask=trajectory.mask.at[-8:].set(False))
     elsewhere = jax.tree.map(lambda x: x + 0.1, params)
     to64 = lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
@@ -63,7 +63,7 @@ def test_blocks_add_up(name, reduce, x64):
             assert np.allclose(a, b, rtol=1e-9, atol=1e-12)
         for key in metrics:
             assert np.isclose(found[key], metrics[key], rtol=1e-9), key
-    # Replicas whose episodes end at different times share the loop and not the result.
+    # Replicas whose episodes end at different times share the loop but not the result.
     both = jax.tree.map(lambda x: jnp.stack([x, x]), batch)
     short = both.trajectory.mask.at[1, 3:].set(False)
     both = both._replace(

@@ -56,13 +56,13 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 
 def place(file: Path) -> tuple[str, str]:
-    """The noun of a file at the top level, and in its folder."""
+    """The name of a file's part at the top level, and in its folder."""
     top, inner, *_ = (*file.relative_to(ROOT).with_suffix("").parts, "__init__")
     return top, inner
 
 
 def imports(source: str) -> set[tuple[str, str]]:
-    """The nouns of jaxpg that a module imports, inside functions too."""
+    """The parts of jaxpg that a module imports, inside functions too."""
     names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""What is masked reaches no number: worlds whose physics breaks down where an episode ends."""
+"""Masked steps affect no result, even in worlds whose physics breaks down where an episode ends."""
 
 from functools import cache
 
@@ -21,7 +21,7 @@ BOUND = np.full(2, np.inf, np.float32)
 
 
 def breaking(after_death: float, limit: int = 6) -> Env:
-    """A clock that dies after 2 to 4 steps, and whose next observation is then `after_death`."""
+    """A clock that dies after 2 to 4 steps; its next observation is then `after_death`."""
 
     def reset(key):
         dies = jax.random.randint(key, (), 2, 5)
@@ -33,7 +33,7 @@ def breaking(after_death: float, limit: int = 6) -> Env:
         obs = jnp.stack([time / 4.0, jax.random.normal(key)])
         obs = jnp.where(terminated, after_death, obs)
         reward = 1.0 + 0.5 * action
-        # A careless environment calls the same step both.
+        # A careless environment flags the same step as both.
         return (time, dies), TimeStep(obs, reward, terminated, terminated)
 
     return Env(reset, step, Box(-BOUND, BOUND), Discrete(2), limit)
@@ -70,7 +70,7 @@ CRITIC_OF_EPISODES = Algorithm(
     Estimator(credit.lambda_return, baselines.critic, reduce=surrogates.per_step),
     critic_optimizer=adam,
 )
-# What differs between rows in how they meet a trajectory; the others are rows of numbers.
+# Rows that treat a trajectory differently; the other rows differ from these only in numbers.
 ROWS = {
     name: ALGORITHMS[name]
     for name in ("reinforce_baseline", "off_policy", "guided", "enac", "ppo", "trpo", "impala")

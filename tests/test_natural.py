@@ -93,7 +93,7 @@ def test_conjugate_gradients_solve_and_stop_where_there_is_nothing_left(x64):
 
 @pytest.mark.slow
 def test_the_trust_region_step_of_a_small_world(x64):
-    """The published-precision numbers of the three-state world at max_kl = 0.01."""
+    """The numbers of the three-state world at max_kl = 0.01, to published precision."""
     mdp = instance_a()
     kl, loss = kl_on(states_of(mdp, LOGITS), LOGITS), loss_of(mdp)
     params = jnp.asarray(LOGITS)
@@ -158,7 +158,7 @@ def test_line_search_takes_the_longest_step_that_is_good_enough(x64):
     def nothing(params):
         return jnp.zeros(())
 
-    def nearer(params):  # lowest at -0.2: a step of 1/4 improves, of 1/2 does not
+    def nearer(params):  # lowest at -0.2: a step of 1/4 improves, one of 1/2 does not
         return (params["x"][0] + 0.2) ** 2
 
     assert np.allclose(run(lambda p: p["x"][0], nothing), [-1.0, 0.0])
@@ -174,7 +174,7 @@ def test_line_search_takes_the_longest_step_that_is_good_enough(x64):
 
 
 def test_regression_on_scores_is_the_natural_gradient(x64):
-    """All trajectories of a world of thirds, each as often as it is likely: exact in expectation."""
+    """Exact in expectation: all trajectories of a world of thirds, in proportion to their probability."""
     logits = np.log(np.array([(1.0, 2.0), (2.0, 1.0), (1.0, 2.0)]))
     transition = np.zeros((3, 2, 3))
     transition[0, 0, 1] = transition[0, 1, 2] = 1.0
@@ -214,7 +214,7 @@ def test_regression_on_scores_is_the_natural_gradient(x64):
     [("trpo", "CartPole-v1", "mlp"), ("trpo", "Pendulum-v1", "gru"), ("npg", "Pendulum-v1", "mlp")],
 )
 def test_steps_stay_within_the_trust_region(name, environment, network):
-    """Discrete and continuous actions, with and without memory; for TRPO the Fisher matrix of a part.
+    """Test discrete and continuous actions, with and without memory, and TRPO with a part's Fisher matrix.
 
     With a part, the plain step may be as long as 20 times the limit; only the line search bounds it.
     """
@@ -233,9 +233,9 @@ def test_steps_stay_within_the_trust_region(name, environment, network):
     small = numbers._replace(max_kl=jnp.float32(1e-4))
     _, metrics = learn(states, small)
     assert metrics["kl"].max() <= 1e-4 * (1 + 1e-3)
-    if name == "npg":  # the damping alone makes 240 steps fall short: 0.5 to 0.97 of the limit
+    if name == "npg":  # damping alone makes 240 steps fall short: 0.5 to 0.97 of the limit
         assert metrics["kl"].min() > 4e-5
-    # Nothing is acceptable at a KL of 0: the policy stays as it is, to the bit.
+    # No step is acceptable at a KL of 0: the policy stays as it is, to the bit.
     if name == "trpo":
         still, _ = learn(states, numbers._replace(max_kl=jnp.float32(0.0)))
         for before, now in zip(

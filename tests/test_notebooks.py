@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, at the sizes that their first cell sets, made small."""
+"""The notebooks run from top to bottom, with the sizes in their first cell made small."""
 
 import ast
 import json
@@ -34,7 +34,7 @@ def source(cell):
 
 
 def smaller(cell, sizes):
-    """The cell of sizes with other values; every name that is replaced has to be there, and none else."""
+    """The cell of sizes with other values; only names that it sets can be replaced."""
     tree = ast.parse(source(cell))
     names = {target.id: statement for statement in tree.body for target in statement.targets}
     assert sizes.keys() <= names.keys()
@@ -45,7 +45,7 @@ def smaller(cell, sizes):
 
 @pytest.fixture
 def displayed(monkeypatch):
-    """What is shown: a stand-in for IPython's two names, which a bare Python has not."""
+    """Collect what is shown, through a stand-in for IPython's two names, which bare Python does not have."""
     shown = []
     package, module = ModuleType("IPython"), ModuleType("IPython.display")
     vars(package).update(version_info=(9, 0))  # which matplotlib asks for

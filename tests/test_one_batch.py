@@ -49,7 +49,7 @@ def test_every_episode_is_compared_with_all_others(name, x64, groups_of_four):
     agent = Agent(tabular(env.observation, env.action))
     params = AgentParams(state.params.policy, ())
     key, _ = jax.random.split(jax.random.fold_in(state.key, 0))
-    # A group draws from a key of its own, whatever the device.
+    # Each group draws from its own key, whatever the device.
     lanes = [episodes(env, agent, params, jax.random.fold_in(key, i), 4)[0] for i in range(3)]
     obs, action, reward, mask = (
         np.concatenate([np.asarray(getattr(x, field)) for x in lanes], axis=1)
@@ -79,7 +79,7 @@ def test_every_episode_is_compared_with_all_others(name, x64, groups_of_four):
 @pytest.mark.parametrize("network", ["tabular", "gru"])
 @pytest.mark.parametrize("baseline", [baselines.time_mean, baselines.optimal_constant])
 def test_how_it_is_computed_changes_no_estimate(baseline, network, monkeypatch):
-    """Groups one after another, side by side, and rolled out again: with memory and without."""
+    """Groups run one after another, side by side, and are rolled out again, with and without memory."""
     row = Algorithm(Estimator(baseline=baseline), policy_optimizer=sgd)
     monkeypatch.setattr(episodic, "GROUP", 4)
     expected, metrics, _ = one_step(row, network=network)
@@ -97,7 +97,7 @@ def test_how_it_is_computed_changes_no_estimate(baseline, network, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("num_envs", [8, 12])
 def test_an_optimizer_of_the_users_own_takes_any_number_of_episodes(num_envs, groups_of_four):
-    """It reads the divergence, which a batch that was taken in groups must have too."""
+    """It reads the divergence, which must be given for a batch taken in groups too."""
 
     def natural(hyperparams):
         return optax.chain(precondition_by_fisher(0.1), optax.sgd(hyperparams.learning_rate))
@@ -112,7 +112,7 @@ def test_an_optimizer_of_the_users_own_takes_any_number_of_episodes(num_envs, gr
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_an_optimizer_of_the_users_own_is_told_of_the_whole_batch(recompute, groups_of_four):
-    """Its own gradient of the loss is the one that it is given, and every episode has a log-probability."""
+    """Its own gradient of the loss equals the one it is given, and every episode has a log-probability."""
 
     def own(hyperparams):
         def update(updates, state, params, *, loss, kl, fisher_kl, episode_log_probs, **extra):
@@ -134,7 +134,7 @@ def test_an_optimizer_of_the_users_own_is_told_of_the_whole_batch(recompute, gro
 
 
 def test_more_than_a_group_is_where_groups_begin():
-    """The numbers of a device decide how many groups run at once, never how large one is."""
+    """The device decides how many groups run at once, never how large a group is."""
     assert episodic.lanes_at_once(1024) == 1024 and episodic.lanes_at_once(65536) == 1024
     assert episodic.lanes_at_once(10_000) == 1000
     assert episodic.lanes_at_once(7919) == 7919, "a prime has no groups of a fair size"
@@ -163,7 +163,7 @@ def test_chunks_of_updates_are_invisible_in_groups_too(groups_of_four):
 
 
 def as_on(monkeypatch, device):
-    """A processor of few cores and a small cache, that takes pieces of everything; or one that takes none."""
+    """Set sizes as on a processor with few cores and a small cache, which cuts everything; or cut nothing."""
     small = device == "processor"
     for module, name, size in (
         (accumulation, "BLOCK", 4),
@@ -175,13 +175,13 @@ def as_on(monkeypatch, device):
     monkeypatch.setattr("os.cpu_count", lambda: 1 if small else 10**6)
 
 
-# One of each kind of data and of step.
+# One row for each kind of data and of step.
 KINDS = ("reinforce_baseline", "enac", "off_policy", "guided", "impala", "ppo", "trpo")
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_no_row_depends_on_the_device_that_it_runs_on(name, x64, groups_of_four, monkeypatch):
-    """Blocks, groups of episodes and of replicas, lanes rolled out again: an update's numbers stay."""
+    """Blocks, groups of episodes and replicas, and lanes rolled out again change no number of an update."""
     env, row = from_mdp(random_mdp(0, horizon=4)), algorithm(name)
     agent = actor_critic(env, "tabular")
     given = None

@@ -46,7 +46,7 @@ def descend(name, params, hyperparams, num_steps):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer(name):
-    """Learns a quadratic; numbers are traced, one compile for all; vmap is a loop."""
+    """Each minimises a quadratic, compiles once for all numbers, and under vmap equals a loop."""
     traces = []
 
     def run(hyperparams, num_steps):
@@ -96,7 +96,7 @@ def test_gradients_are_clipped_by_global_norm_first(name):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_decay_shrinks_matrices_alone(name):
-    """By rate x decay x weight, beside the step; where the gradient is 0 it is all that happens."""
+    """Decay subtracts rate x decay x weight besides the step; with a gradient of 0, nothing else happens."""
     nothing = jax.tree.map(jnp.zeros_like, START)
     numbers = Hyperparams(learning_rate=0.1, weight_decay=0.2)
     optimizer = OPTIMIZERS[name](numbers)
@@ -134,7 +134,7 @@ def test_the_command_scales_from_the_presets_batch(algorithm):
     assert build_algorithm(config).schedule(start) == 1.0
     larger = replace(config, num_envs=4 * config.num_envs)
     assert build_algorithm(larger).schedule(start) == 4.0
-    # Of whole episodes, the batch is their number, however long they may be.
+    # For whole episodes the batch size is their number, however long they are.
     longer = replace(config, num_steps=2 * (config.num_steps or 100))
     expected = 2.0 if config.num_steps else 1.0
     assert build_algorithm(longer).schedule(start) == expected

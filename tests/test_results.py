@@ -1,4 +1,4 @@
-"""The page of results: its cases are commands that can be run, its table says what was measured."""
+"""The page of results: its cases are valid commands, and its table says what was measured."""
 
 import importlib.util
 import shlex
@@ -35,8 +35,8 @@ def test_the_page_has_means_intervals_and_worst_seeds():
     text = results.page({"cartpole-ppo": row})
     (line,) = [x for x in text.splitlines() if "CartPole-v1`" in x and x.startswith("|")]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    # Of 450, 490, 500, 500: mean 485; t(3) = 3.18 standard errors of 11.9 would reach 522.9, which no episode
-    # can return. The middle two average 495.
+    # 450, 490, 500 and 500 have mean 485; t(3) = 3.18 standard errors of 11.9 would reach 522.9, which no
+    # episode can return. The middle two average 495.
     assert cells[1] == "475" and cells[2].startswith("485.0 [")
     low, high = map(float, cells[2].removeprefix("485.0 [").removesuffix("]").split(", "))
     assert 450 <= low < 470 and 495 < high <= 500

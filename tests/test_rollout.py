@@ -19,7 +19,7 @@ from jaxpg.types import TimeStep
 
 
 def reader() -> Network:
-    """A critic that says what it sees: the clock's count."""
+    """A critic that returns the clock's count, which it sees, plus 1/2."""
     return Network(
         lambda key: (), lambda lanes: (), lambda p, c, obs, first: (c, obs[..., 0] + 0.5)
     )
@@ -222,7 +222,7 @@ def test_evaluate_weighs_every_episode_alike():
 
 
 def test_the_horizon_ends_an_evaluation_as_it_ends_an_episode():
-    """Of a task that never ends, and of one that may: a chance of 1/5 to die in each of 5 steps."""
+    """Test a task that never ends, and one that may: it ends with a chance of 1/5 in each of 5 steps."""
     env = clock(50)._replace(horizon=10)
     agent = clock_agent(env)
     params = init_params(agent, jax.random.key(0))
@@ -230,7 +230,7 @@ def test_the_horizon_ends_an_evaluation_as_it_ends_an_episode():
     assert result == (10, 0, 4, 10, 10)
     env = lottery(0.2)._replace(horizon=5)
     result = jax.jit(lambda key: evaluate(env, agent, params, key, 20_000))(jax.random.key(1))
-    # sum_t 0.8^t = 3.36; those who died within 5 steps, on their own, lived 2.56 on average.
+    # sum_t 0.8^t = 3.36; episodes that ended by themselves within 5 steps average 2.56.
     assert abs(result.mean - (1 - 0.8**5) / 0.2) < 5 * result.standard_error < 0.1
     assert result.episodes == 20_000 and (result.smallest, result.largest) == (1, 5)
 
@@ -272,7 +272,7 @@ def test_greedy_evaluation_takes_the_mode():
 
 
 def lottery(chance):
-    """Ends with this chance in every step; shows what its reset drew."""
+    """An environment that ends with this chance in every step, and shows what its reset drew."""
 
     def reset(key):
         start = jax.random.uniform(key, (2,))
@@ -287,7 +287,7 @@ def lottery(chance):
     return Env(reset, step, Box(-bound, bound), Discrete(2), 10**6)
 
 
-# Lanes that share starts: fewer end than there are, about as many, more; and few lanes, with their own.
+# Shared resets with fewer ended lanes than resets, about as many, and more; and few lanes with their own.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_envs", "chance"), [(64, 0.02), (64, 0.06), (64, 0.9), (FEW["cpu"], 0.06)]
@@ -305,7 +305,7 @@ def test_every_episode_of_a_stream_starts_afresh(num_envs, chance):
     starts = np.asarray(found.obs)[np.asarray(found.first)]
     assert len(starts) > 2 * num_envs * 60 * chance * 0.7
     assert len(np.unique(starts, axis=0)) == len(starts)
-    # What a lane shows stays its own until its episode ends.
+    # A lane shows the same start until its episode ends.
     same = np.asarray(found.obs)[:, 1:] == np.asarray(found.obs)[:, :-1]
     assert np.array_equal(same.all(axis=-1), ~np.asarray(found.last)[:, :-1])
     assert abs(starts.mean() - 0.5) < 5 * 0.29 / starts.size**0.5

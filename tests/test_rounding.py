@@ -1,4 +1,4 @@
-"""Rounding is never scaled up to a step: what is equal has advantage 0, at any scale of rewards."""
+"""Rounding is never scaled up to a step: equal returns have advantage 0, at any scale of rewards."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ STANDARDISED = surrogates.standardised(surrogates.score)
 
 
 def paying(reward: float, length: int = 10) -> Env:
-    """Every step pays the same, whatever is done."""
+    """An environment in which every step pays the same, whatever the action."""
 
     def reset(key):
         return jnp.int32(0), jnp.stack([jnp.float32(0), jax.random.uniform(key)])

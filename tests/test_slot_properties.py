@@ -21,13 +21,13 @@ from jaxpg.types import Trajectory
 
 T, B, S, A = 5, 6, 3, 2
 pytestmark = pytest.mark.usefixtures("x64")
-# A failure shows its seed and order, and to shrink them would say nothing more.
+# A failure shows its seed and order, and shrinking them would say nothing more.
 few = settings(max_examples=5, deadline=None, derandomize=True, phases=[Phase.generate])
 seeds = st.integers(0, 2**31)
 
 
 def environment():
-    """Only its spaces count: the data is given."""
+    """An environment for its spaces only: the data is given."""
     uniform = np.full((S, A, S), 1 / S)
     zeros = np.zeros((S, A))
     return from_mdp(
@@ -54,7 +54,7 @@ def lanes(seed, whole):
 
 
 def updated(name, network, trajectory):
-    """What one update of the row makes of these lanes, in one minibatch: which lanes share one is chance."""
+    """The row's update on these lanes, in one minibatch, because it is random which lanes share one."""
     row, env = algorithm(name), environment()
 
     def gather(task, moment, state):
@@ -77,7 +77,7 @@ def updated(name, network, trajectory):
     )
     trainer = make_trainer(env, agent, row, num_envs=B, num_steps=T)
     state = trainer.init(jax.random.key(0))
-    # Tables start from zeros, where many a mistake is invisible.
+    # Tables start from zeros, where many mistakes are invisible.
     policy = jax.tree.map(
         lambda x: x + 0.3 * jnp.sin(jnp.arange(1.0 * x.size)).reshape(x.shape), state.params.policy
     )
@@ -120,7 +120,7 @@ def test_the_order_of_lanes_changes_nothing(name, network):
         moved, metrics = update(one)
         assert_close((moved, metrics), update(other))
         assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(moved.policy)) > 1e-3
-        # The negative control: what every lane was paid counts.
+        # Negative control: moving rewards to other lanes changes the gradient.
         paid = one._replace(reward=jnp.roll(one.reward, 1, axis=1))
         if name != "behaviour_cloning":
             gained = metrics["grad_norm"], update(masked(paid))[1]["grad_norm"]

@@ -1,6 +1,6 @@
-"""Every composition that is documented as unbiased has mean grad J, by enumeration in float64.
+"""Every composition documented as unbiased has mean grad J, by enumeration in float64.
 
-And every one documented as biased is seen to be: the same test, failing as it should.
+Every one documented as biased fails the same test, as it should.
 """
 
 import sys
@@ -72,7 +72,7 @@ BIASED_OFF = {
 def distance(estimator, off_policy, seed=3):
     """|E g - grad J| on a random world with a terminal state and a critic that is wrong.
 
-    Of batches of two episodes, if a slot compares them.
+    Batches have two episodes if a slot compares them.
     """
     mdp, logits, behaviour = random_instance(seed)
     critic = np.random.default_rng(seed).normal(size=(3, 3))

@@ -1,4 +1,4 @@
-"""The wheel is the package, whole and alone: it builds, installs and trains where there is no checkout."""
+"""The wheel holds the whole package: it builds, installs and trains where there is no checkout."""
 
 import os
 import subprocess
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Every module is imported, then one update is trained; all of the package that was used is named. An editable
-# installation would put the checkout on the path, with whatever else stands in it.
+# Import every module, train one update, and print the files of the package that were used. An editable
+# installation would put the checkout on the path, with whatever else is in it.
 ALONE = """
 import importlib, os, pkgutil, sys
 target, *arguments = sys.argv[1:]
