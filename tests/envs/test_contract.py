@@ -1,4 +1,4 @@
-"""What an environment of one's own must be, said in one line where it is not."""
+"""What a user's environment must be, and the one line that says where it is not."""
 
 from functools import partial
 
@@ -35,7 +35,7 @@ def box(*bounds):
 
 
 def pushed(action: Box, target=0.5) -> Env:
-    """One step; pays for a first action near the target, and shows the whole action that arrived."""
+    """A one-step world that pays for a first entry near the target, and keeps the action that arrived."""
 
     def reset(key):
         del key
@@ -121,7 +121,7 @@ ADAPTERS = {
 
 
 def restarting() -> Env:
-    """The clock, reset by its own step."""
+    """A clock that its own step resets."""
     env = clock(30)
 
     def step(key, state, action):
@@ -134,7 +134,7 @@ def restarting() -> Env:
 
 
 def check_adapter(env):
-    """Ends come by the horizon, in one way, and stay: the environment does not reset itself."""
+    """Episodes end by the horizon, with one flag, and stay ended: the environment does not reset itself."""
     check_env(env)
     assert isinstance(env.horizon, int)
 
@@ -168,7 +168,7 @@ def test_an_environment_that_resets_itself_is_seen():
 
 
 def replaced(**changes):
-    """The clock with one field of its steps as somebody might write it."""
+    """The clock with fields of its steps changed, as a user might write them."""
     env = clock(5)
 
     def step(key, state, action):
@@ -240,7 +240,7 @@ def test_a_wrong_field_is_one_line_wherever_an_environment_enters(name):
 
 
 def test_numbers_in_place_of_arrays_are_taken():
-    """A reward of 1.0 is as good as an array of it: jax makes one."""
+    """A reward of 1.0 is as good as an array, because jax makes one of it."""
     env = replaced(reward=lambda x: 1.0)
     make_trainer(env, actor_critic(env, hidden=(4,)), algorithm("ppo"), num_envs=4, num_steps=4)
 

@@ -82,7 +82,7 @@ def test_accepts_a_made_environment_and_its_parameters():
 
 @pytest.mark.parametrize("name", [n for n in gymnax_names() if n != OFFLINE])
 def test_every_environment_computes_in_32_bits_whatever_the_default(name, x64):
-    """The precision that gymnax knows: in another, some of its environments do not even trace."""
+    """gymnax supports only this precision: in another, some of its environments do not even trace."""
     env = from_gymnax(name)
 
     def both(key, action):
@@ -121,7 +121,7 @@ def test_a_traced_setting_is_the_number_that_it_is(name, setting, values):
 def test_what_was_wide_steps_and_is_tabulated_in_64_bits(x64):
     env = from_gymnax("UmbrellaChain-bsuite")
     state, _ = env.reset(jax.random.key(0))
-    # Actions and parameters may be as wide as the caller has them.
+    # Actions and parameters may come in the caller's wider dtypes.
     after, result = jax.jit(env.step)(jax.random.key(0), state, jnp.int64(0))
     assert result.reward.dtype == jnp.float32 and result.obs.dtype == jnp.float32
     dtypes = [jax.tree.map(lambda x: x.dtype, s) for s in (state, after)]
@@ -172,7 +172,7 @@ def test_mistakes_are_one_clear_line(name, settings, message):
 
 
 def test_settings_are_numbers_of_the_kind_of_their_default():
-    """As JSON writes them: 4.0 is a size, 0 is false, and 7 is a number of steps where 100.0 is."""
+    """As in JSON: 4.0 is a size, 0 is false, and 7 is a number of steps although the default is 100.0."""
     assert from_gymnax("DeepSea-bsuite", size=4.0, deterministic=0).observation.shape == (4, 4)
     assert from_gymnax("BernoulliBandit-misc", max_steps_in_episode=7).horizon == 7
 

@@ -1,4 +1,4 @@
-"""The linear-quadratic regulator as an environment: against its closed forms, by simulation."""
+"""The linear-quadratic regulator as an environment, simulated and compared with its closed forms."""
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def test_returns_and_values_agree_with_the_closed_form():
     error = total.std() / len(total) ** 0.5
     known = lqr.objective(Lqr(), NUMBERS, 0.9)
     assert abs(total.mean() - known) < 5 * error
-    # The critic is V_t(s): what follows a step is worth it on average, whatever the state.
+    # The critic is V_t(s): the reward to go equals it on average, whatever the state.
     to_go = np.cumsum(returns[::-1], axis=0)[::-1] / (0.9 ** np.arange(5))[:, None]
     off = to_go - np.asarray(found.value, float)
     for weight in (np.ones_like(off), found.obs[..., 0]):

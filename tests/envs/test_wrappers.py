@@ -1,4 +1,4 @@
-"""Wrappers against the environment they wrap, stepped beside them."""
+"""Wrappers against the environment they wrap, stepped alongside."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def drive(env, actions, key=0):
 
 
 def echo(action, observation, horizon=9) -> Env:
-    """Shows its clock, as whatever the observation space asks for; takes any action; pays the clock."""
+    """An environment that shows its clock in any observation space, takes any action, and pays the clock."""
 
     def view(t):
         return jnp.broadcast_to(t % 2, observation.shape).astype(
@@ -73,7 +73,7 @@ SCALAR = Box(np.full(1, 0.25, np.float32), np.full(1, 2.0, np.float32))
 @pytest.mark.parametrize("observation", [SCALAR, Discrete(2), MultiDiscrete((2, 3))])
 @pytest.mark.parametrize("action", [SCALAR, Discrete(3), MultiDiscrete((2, 2))])
 def test_history_is_the_last_observations_and_actions(k, observation, action):
-    """Beside a list that grows by a row a step; actions are shown as the environment takes them."""
+    """Compare with a list that grows by a row per step; actions are shown as the environment takes them."""
     env = history(echo(action, observation), k)
     chosen = [
         jnp.full(action.shape, t % 2, jnp.int32)
@@ -106,7 +106,7 @@ def test_history_is_the_last_observations_and_actions(k, observation, action):
 
 @pytest.mark.slow
 def test_history_restarts_with_the_episode():
-    """In a stream: the window after an automatic reset is the one after a fresh reset."""
+    """In a stream, the window after an automatic reset is the one after a fresh reset."""
     env = history(clock(5), 3)
     trainer = make_trainer(
         env, actor_critic(env, hidden=(4,)), algorithm("ppo"), num_envs=4, num_steps=12
@@ -121,7 +121,7 @@ def test_history_restarts_with_the_episode():
 
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_a_repeated_action_is_k_single_steps(k):
-    """Up to and including the step that ends the episode, in the middle of a repetition too."""
+    """This includes the step that ends the episode, in the middle of a repetition too."""
     plain = from_gymnax("CartPole-v1", max_steps_in_episode=30)
     env = repeat_action(plain, k)
     assert env.horizon == -(-30 // k)
@@ -176,7 +176,7 @@ VECTOR = "must name entries of the observation: 0 to 3"
 
 
 def moving(discrete) -> Env:
-    """Moves as it is pushed, by real numbers or modulo 11."""
+    """An environment that moves as it is pushed, by real numbers or modulo 11."""
     bound = np.full(3, np.inf, np.float32)
     if discrete:
         observation, action = Discrete(11), Discrete(3)
@@ -199,7 +199,7 @@ def moving(discrete) -> Env:
 
 
 def remembering(env) -> Actor:
-    """Acts by the sum of all it has seen in the episode, beyond the action space too."""
+    """An actor that acts by the sum of its observations in the episode, beyond the action space too."""
 
     def step(key, obs, carry, first):
         del key
@@ -214,7 +214,7 @@ def remembering(env) -> Actor:
 
 
 def driven(env, actor, first):
-    """Actions [T, B, ...]; first [T, B] resets a lane to the start of its number."""
+    """Actions [T, B, ...]; first [T, B] resets a lane to its own start."""
     lanes = first.shape[1]
     start = jax.vmap(env.reset)(jax.random.split(jax.random.key(1), lanes))
     keys = jax.random.split(jax.random.key(0), lanes)
@@ -241,7 +241,7 @@ def driven(env, actor, first):
     ],
 )
 def test_an_actor_acts_inside_the_wrappers_as_it_does_outside(discrete, keep, k, repeat):
-    """Two episodes of 5 steps, the last repetition cut; inside, lane b starts b steps later."""
+    """Two episodes of 5 steps, with the last repetition cut short; inside, lane b starts b steps later."""
     plain = env = moving(discrete)
     if keep:
         env = mask_observation(env, keep)

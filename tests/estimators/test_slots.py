@@ -57,7 +57,7 @@ def consistent(traj: Trajectory) -> Trajectory:
 
 
 def masked(traj: Trajectory) -> Trajectory:
-    """Whole episodes from row 0, of lengths 1 .. T; the rows after hold rubbish."""
+    """Whole episodes from row 0, of lengths 1 .. T; later rows hold rubbish."""
     length = np.array([1, 3, T, 5, T, 2])
     row = np.arange(T)[:, None]
     last, mask = row == length - 1, row < length
@@ -135,7 +135,7 @@ def test_whole_episodes_are_masked_before_anything_multiplies():
 
 
 def test_truncation_is_not_death():
-    """One state that pays 1 for ever, cut after each step: V = 1/(1-gamma). Death would say 1."""
+    """One state that pays 1 for ever, cut after each step: V = 1/(1-gamma). Death would give 1."""
     gamma = 0.9
     value = 1 / (1 - gamma)
     ones = jnp.ones((1, 1))
@@ -220,7 +220,7 @@ def test_self_normalised_with_its_baseline_is_the_gradient_of_the_normalised_obj
 def test_mixture_is_the_density_of_all_behaviours():
     mask = np.asarray(masked(trajectory(22)).mask)
     each = np.random.default_rng(23).normal(size=(3, T, B))
-    each[2, 0, 0] = -np.inf  # what one behaviour never does is no trouble
+    each[2, 0, 0] = -np.inf  # an action that one behaviour never takes does no harm
     found = importance.mixture(jnp.asarray(each), jnp.asarray(mask))
     for b in range(B):
         length = mask[:, b].sum()
@@ -311,7 +311,7 @@ MODULES = {
 }  # fmt: skip
 REDUCTIONS = ("per_episode", "per_step")
 INNER = importance.self_normalised(importance.prefix)
-# What has to be called to give a value, around one that couples and one that does not.
+# Values that a call returns, around one that couples and one that does not.
 WRAPPED = {
     "baseline": [
         baselines.constant(1.0),
@@ -339,7 +339,7 @@ def values_of(place):
 
 
 def test_no_value_is_forgotten():
-    """Every function that builds a slot value has one among those that are measured below."""
+    """Every function that builds a slot value has one among those measured below."""
     for place, module in MODULES.items():
         names = {describe(value).partition("(")[0] for value in values_of(place)}
         if place == "reduce":
@@ -353,9 +353,9 @@ def test_no_value_is_forgotten():
 
 @pytest.mark.parametrize("place", MODULES)
 def test_what_a_value_says_of_coupling_is_what_it_does(place):
-    """One lane's rewards, values, ratios and length move the coefficients of others just where it says so.
+    """One lane's rewards, values, ratios and length move others' coefficients only where its facts say so.
 
-    Coefficients are what all five slots come to: the weights of the scores in the gradient.
+    Coefficients are the result of all five slots: the weights of the scores in the gradient.
     """
     one = masked(trajectory(20))
     obs = jnp.asarray(np.random.default_rng(21).integers(0, 2, (T, B)))

@@ -38,7 +38,7 @@ def test_orthogonal_rows_or_columns():
 
 
 def test_orthogonal_matrices_are_uniform_and_independent():
-    """An entry of one of n rows has mean 0 and variance 1 / n, and no correlation with another matrix."""
+    """Entries of a matrix of n rows have mean 0, variance 1 / n, and no correlation with another matrix."""
     keys = jax.random.split(jax.random.key(1), 4000)
     gains = [jnp.ones((4, 4)), jnp.ones((4, 2)), jnp.ones((4, 4))]
     one, tall, other = map(np.asarray, jax.jit(jax.vmap(lambda k: orthogonal(k, gains)))(keys))
@@ -48,7 +48,7 @@ def test_orthogonal_matrices_are_uniform_and_independent():
         assert np.abs((matrices**2).mean(axis=0) - 1 / 4).max() < 0.025
     for a, b in ((one, other), (one[:, :, :2], tall)):
         assert np.abs((a * b).mean(axis=0)).max() < 0.02
-    assert np.abs((one * one).mean(axis=0)).min() > 0.2  # the bound is passed by what is correlated
+    assert np.abs((one * one).mean(axis=0)).min() > 0.2  # correlated entries exceed the bound
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def test_float32_keeps_a_small_spread_about_a_large_mean():
 @pytest.mark.slow
 @pytest.mark.parametrize("network", ["mlp", "linear", "gru"])
 def test_training_keeps_the_statistics_of_everything_seen(network):
-    """Of every observation of a stream, gathered beside; chunks are invisible, bitwise; vmap is a loop."""
+    """Compare with a stream gathered separately; chunks are invisible, bitwise, and vmap equals a loop."""
     env = offset()
     agent = actor_critic(
         env, network, normalise=True, **({} if network == "linear" else {"hidden": (8,)})
@@ -94,7 +94,7 @@ def test_training_keeps_the_statistics_of_everything_seen(network):
         assert np.array_equal(one, other)
     assert all(np.isfinite(x).all() for k, x in metrics.items() if not k.startswith("episode"))
 
-    # What an update sees does not depend on the policy here, but for the key, which is the trainer's.
+    # Here observations do not depend on the policy, only on the key, which is the trainer's.
     gather = jax.jit(partial(unroll, env, agent, num_steps=25))
     alone = jax.tree.map(lambda x: x[1], states)
     rollout, seen = alone.data, []
@@ -106,7 +106,7 @@ def test_training_keeps_the_statistics_of_everything_seen(network):
     for params in whole.params:
         count, mean, squares = jax.tree.map(lambda x: np.asarray(x[1]), params["statistics"])
         assert count == 400 and np.allclose(mean, exact.mean(0), rtol=1e-5)
-        # Of -3 +- 1e-3, float32 holds the deviations to 1e-4 of themselves.
+        # For -3 +- 1e-3, float32 holds the deviations to a relative error of 1e-4.
         assert np.allclose((squares / count)[:2], exact.var(0)[:2], rtol=1e-3)
         assert squares[2] / count < 1e-12
 
@@ -114,7 +114,7 @@ def test_training_keeps_the_statistics_of_everything_seen(network):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["off_policy", "trpo"])
 def test_every_observation_counts_once(name):
-    """Also where old batches are learnt from again, and where the step is the natural gradient's."""
+    """This holds where old batches are used again, and where the step is the natural gradient's."""
     env = offset(horizon=10)
     row = algorithm(name)
     agent = actor_critic(env, hidden=(4,), normalise=True)
@@ -137,7 +137,7 @@ def test_the_network_sees_standardised_and_clipped_observations():
     params |= {
         "statistics": Statistics(jnp.float32(4), jnp.array([1.0, 5.0]), jnp.array([16.0, 0]))
     }
-    shown = jnp.array([[[1.0, -LIMIT]], [[LIMIT, 0.0]]])  # by std 2; what never changed is 0
+    shown = jnp.array([[[1.0, -LIMIT]], [[LIMIT, 0.0]]])  # over std 2; a constant entry gives 0
     expected = inner.apply(params["network"], (), shown, first)[1]
     assert np.allclose(network.apply(params, (), obs, first)[1], expected)
 
@@ -180,7 +180,7 @@ def test_updates_start_at_ratio_one():
 
 @pytest.mark.slow
 def test_normalisation_lets_unlike_scales_be_learnt():
-    """Pays for the sign of a signal of 1e-3 beside noise of 1e3, which a plain network cannot see."""
+    """The reward is for the sign of a 1e-3 signal next to 1e3 noise, which a plain network cannot see."""
 
     def view(key):
         return jax.random.normal(key, (2,)) * jnp.array([1e-3, 1e3])
