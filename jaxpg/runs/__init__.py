@@ -1,1 +1,1 @@
-"""What surrounds training: configuration, the host loop, the run's folder, progress and tables."""
+"""Everything around training: configuration, the host loop, the run's folder, progress and tables."""

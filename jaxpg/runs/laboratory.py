@@ -1,4 +1,4 @@
-"""The laboratory's command: settings, runs, files."""
+"""The command `lab`: checks settings, runs experiments and writes their files."""
 
 import argparse
 import difflib
@@ -16,27 +16,27 @@ from jaxpg.runs.console import note, parser, say, terminal, whole
 from jaxpg.runs.store import artifacts
 
 FLAGS = ("env", "policy", "estimators", "trajectories", "repeats", "seed", "gamma", "checkpoint")
-LONGER = 8  # times as long are the episodes of a trained policy, about
-QUIET_SECONDS = 5.0  # between two lines of progress, where they cannot be overwritten
+LONGER = 8  # about how many times longer the episodes of a trained policy are
+QUIET_SECONDS = 5.0  # between lines of progress that cannot be overwritten
 
 
 class LabJob(NamedTuple):
-    """One experiment, checked as far as can be without running it."""
+    """One experiment, checked as far as possible without running it."""
 
     name: str
     experiment: Any
     settings: Any
-    refusal: str  # why it is left out of `all`, or nothing
+    refusal: str  # why `all` leaves it out, or ""
 
 
 class LabPlan(NamedTuple):
     jobs: list[LabJob]  # none: only show the list
     out: str | None
-    together: bool  # `all`: one folder each, and what does not apply is left out
+    together: bool  # `all`: one folder each, without the experiments that do not apply
 
 
 def prepare(argv: Sequence[str]) -> LabPlan:
-    """What the arguments ask for. Raises ValueError for what cannot be; exits after --help."""
+    """Checks what the arguments ask for. Raises ValueError if it is impossible; exits after --help."""
     arguments = _parser().parse_args(list(argv))
     if arguments.name == "list":
         return LabPlan([], None, False)
@@ -63,9 +63,9 @@ def prepare(argv: Sequence[str]) -> LabPlan:
         experiment = EXPERIMENTS[name]
         base = experiment.quick if arguments.quick else experiment.defaults
         if arguments.quick and "checkpoint" in given:
-            # A trained policy's episodes are long, and its network's gradients are not small.
+            # A trained policy's episodes are long, and its network's gradients are large.
             base = base._replace(trajectories=base.trajectories // LONGER)
-        # For all, a setting is for those that know it; for one, it is a mistake if it does not.
+        # `all` passes a setting to the experiments that take it; a single one must take it.
         meant = {k: v for k, v in given.items() if not (together and k in experiment.ignores)}
         refusal = _refusal(name, experiment, meant)
         if refusal and not together:
@@ -110,7 +110,7 @@ def execute(plan: LabPlan) -> None:
 
 
 def _run(job: LabJob, folder: Path) -> tuple[Any, float]:
-    """What the experiment found, saved, and the seconds that it took."""
+    """Runs the experiment and saves its result; returns it, and the seconds that it took."""
     started = time.perf_counter()
     settings = job.settings
     with _progress() as progress:
@@ -126,7 +126,7 @@ def _run(job: LabJob, folder: Path) -> tuple[Any, float]:
         "seconds": seconds,
         **_surroundings(),
     }
-    artifacts.write_summary(folder, summary)  # after the table, because it says that it is there
+    artifacts.write_summary(folder, summary)  # after the table, whose presence it vouches for
     return result._replace(table=table), seconds
 
 
@@ -137,7 +137,7 @@ def _report(job: LabJob, result) -> list[str]:
 
 
 def _described(job: LabJob) -> dict[str, Any]:
-    """The settings, a checkpoint by its run, and what they have otherwise than the run."""
+    """The settings, with a checkpoint named by its run, and how they depart from that run."""
     settings = job.settings
     found, checkpoint = settings._asdict(), settings.checkpoint
     if settings.gamma is None:
@@ -147,7 +147,7 @@ def _described(job: LabJob) -> dict[str, Any]:
 
 
 def _where_from(settings) -> str:
-    """The world, and whose policy acts in it."""
+    """The world, and the run whose policy acts in it."""
     if settings.checkpoint is None:
         return settings.env
     origin = settings.checkpoint.origin
@@ -155,7 +155,7 @@ def _where_from(settings) -> str:
 
 
 def _departure(job: LabJob) -> str:
-    """What is asked, or measured, otherwise than a checkpoint's run has it, or nothing."""
+    """How the settings or the measurement depart from a checkpoint's run; "" if they do not."""
     settings = job.settings
     if settings.checkpoint is None:
         return ""
@@ -219,7 +219,7 @@ def _where(experiment) -> str:
 
 
 def _refusal(name, experiment, given) -> str:
-    """Why an experiment cannot have what was asked, or nothing."""
+    """Why an experiment cannot run as asked; "" if it can."""
     for flag in experiment.ignores:
         if flag in given and flag != "env":
             return f"--{flag} means nothing to {name}; leave it out"
@@ -259,27 +259,27 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--checkpoint",
         metavar="RUN",
-        help="folder of a jaxpg train run: its final policy and critic, and its numbers",
+        help="folder of a jaxpg train run: use its final policy, critic and hyperparameters",
     )
-    add("--replica", type=whole(), default=0, help="which of the run's agents; default: 0")
+    add("--replica", type=whole(), default=0, help="number of the run's agent; default: 0")
     add(
         "--estimators",
         metavar="NAME,...",
-        help="names with commas between, such as total,rtg,gae_0.9",
+        help="names separated by commas, such as total,rtg,gae_0.9",
     )
     add(
         "--trajectories",
         type=whole(1),
         metavar="N",
-        help="per measured point; 1e6 and 2**20 are read",
+        help="trajectories per measured point, such as 1000, 1e6 or 2**20",
     )
     add("--repeats", type=whole(1, 100_000), metavar="N", help="independent batches or runs")
-    add("--seed", type=whole(0, 2**32 - 1), help="of all randomness; default: 0")
+    add("--seed", type=whole(0, 2**32 - 1), help="seed of all randomness; default: 0")
     add("--gamma", type=float, help="discount; default: the run's, or 1")
     add(
         "--out", metavar="DIR", help="folder to write, new or empty; default: a new one under runs/"
     )
-    add("--quick", action="store_true", help="small sizes, to see what comes out")
+    add("--quick", action="store_true", help="small sizes, for a first look")
     return found
 
 
@@ -313,7 +313,7 @@ def _discard(folder: Path) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
-    """Shows what goes on: one line that changes in a terminal, a line now and then elsewhere."""
+    """Shows progress: one line that changes in a terminal, a line now and then elsewhere."""
     console, shown = terminal(), [time.perf_counter()]
     if console is not None:
         with console.status("", refresh_per_second=4) as status:

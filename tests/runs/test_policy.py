@@ -140,7 +140,7 @@ def test_what_has_diverged_is_no_policy(run, tmp_path, capsys):
     best = int(np.argmax(evaluation["mean_return"]))
     evaluation["mean_return"][best] = None
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
-    message = f"replica {best} of {folder} has diverged, so it is no policy; name another, such as"
+    message = f"replica {best} of {folder} has diverged, so it has no policy; name another, such as"
     for use in (lambda: jaxpg.load_policy(folder, best), lambda: policies.load(folder, best)):
         with pytest.raises(ValueError, match=re.escape(message)):
             use()
@@ -153,7 +153,7 @@ def test_what_has_diverged_is_no_policy(run, tmp_path, capsys):
         with pytest.raises(SystemExit) as exit:
             main(command.split())
         assert (
-            exit.value.code == 2 and "has diverged, so it is no policy" in capsys.readouterr().err
+            exit.value.code == 2 and "has diverged, so it has no policy" in capsys.readouterr().err
         )
     assert not list(tmp_path.glob("out*"))
     main(f"evaluate {folder} --episodes 2".split())

@@ -245,7 +245,7 @@ def test_a_run_from_before_checkpoints_named_their_settings_goes_on(copy):
     host.write_text(json.dumps(saved))
     whole = (copy / "params.npz").read_bytes()
     (copy / "params.npz").write_bytes(whole[: whole.rindex(b"PK\x05\x06") + 20] + b"\0\0")
-    assert "written before they named their settings" in go_on(copy, "--updates", "8")[-1]
+    assert "of an older version without settings" in go_on(copy, "--updates", "8")[-1]
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"xla_flags": "--xla_before"}))
     assert "xla_flags was --xla_before, is" in go_on(copy)[-1]

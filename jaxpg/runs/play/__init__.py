@@ -1,1 +1,1 @@
-"""The commands `evaluate`, `record` and `render`: what a trained policy does."""
+"""The commands `evaluate`, `record` and `render`, which run a trained policy."""

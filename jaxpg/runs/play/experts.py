@@ -1,4 +1,4 @@
-"""Scripted experts: policies to record demonstrations from, where nobody has been trained yet."""
+"""Scripted experts: policies to record demonstrations from before any has been trained."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 from jaxpg.envs import Box, Discrete, Env, mdp_from_gymnax
 from jaxpg.policies import Categorical, Gaussian, Network
 
-# An expert takes every action sometimes, so that its density has support everywhere.
+# An expert sometimes takes any action, so that its density has support everywhere.
 SLIP = 0.05
 DISCOUNT = 0.999
 
@@ -38,13 +38,13 @@ def optimal(environment: str, env: Env, settings: dict) -> Callable[[Any], Categ
     quality = np.zeros_like(reward)
     for _ in range(20 * mdp.horizon):
         quality = alive[:, None] * (reward + DISCOUNT * transition @ quality.max(axis=1))
-    # States that look alike count alike: what they hide is a coin, drawn one step ahead.
+    # Sum over states that look alike: they differ only in a coin, drawn one step ahead.
     by_square = np.zeros((int(mdp.observation.max()) + 1, reward.shape[1]))
     np.add.at(by_square, np.asarray(mdp.observation), quality)
     logits = _mostly(by_square.argmax(axis=1), reward.shape[1])
 
     def distribution(obs):
-        if isinstance(env.observation, Box):  # a picture of where one stands
+        if isinstance(env.observation, Box):  # an image of the agent's position
             obs = jnp.argmax(
                 obs.reshape(*obs.shape[: obs.ndim - len(env.observation.shape)], -1), -1
             )
@@ -76,7 +76,7 @@ EXPERTS = {
 
 
 def _mostly(action: np.ndarray, num_actions: int) -> np.ndarray:
-    """Logits of the action with probability 1 - SLIP, of any action alike with SLIP."""
+    """Logits that choose the action with probability 1 - SLIP, and otherwise any action uniformly."""
     chance = np.full((len(action), num_actions), SLIP / num_actions)
     chance[np.arange(len(action)), action] += 1 - SLIP
     return np.log(chance).astype(np.float32)

@@ -8,14 +8,14 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIZE = 320, 240
-CAPTION = 20  # pixels below
+CAPTION = 20  # pixels below the drawing
 INK, PAPER, ACCENT, QUIET = "#1a1a1a", "#ffffff", "#c2491d", "#b8b8b8"
-# Of channels of an image, also told apart in grey.
+# Colours for the channels of an image, distinct in grey too.
 CHANNELS = ("#1b4f72", "#c2491d", "#7fb3d5", "#d4ac0d", "#1e8449", "#884ea0", "#e59866", "#17202a")
 
 
 def frame(environment: str, state: Any, obs: np.ndarray, caption: str) -> Image.Image:
-    """A picture of a state of a gymnax environment, or where none is known, of what it shows."""
+    """Draws a state of a gymnax environment, or its observation if there is no drawer for it."""
     image = Image.new("RGB", (SIZE[0], SIZE[1] + CAPTION), PAPER)
     draw = ImageDraw.Draw(image)
     known = DRAWERS.get(environment)
@@ -30,7 +30,7 @@ def frame(environment: str, state: Any, obs: np.ndarray, caption: str) -> Image.
 
 
 def frames_per_second(environment: str) -> int:
-    """Of worlds that move smoothly, and of those that move by squares."""
+    """A higher rate for worlds that move smoothly than for those that move by squares."""
     return 30 if environment in SMOOTH else 6
 
 
@@ -111,7 +111,7 @@ def _pixels(draw, obs):
 
 
 def _bars(draw, obs):
-    """A number for each entry of the observation, as a bar from the middle; of an index, its place."""
+    """Draws each entry of the observation as a bar from the middle."""
     values = np.ravel(np.asarray(obs, float))
     wide = SIZE[0] / max(len(values), 1)
     middle = SIZE[1] / 2

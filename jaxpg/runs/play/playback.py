@@ -1,4 +1,4 @@
-"""What a trained policy does: evaluated, recorded, rendered. The commands of the same names."""
+"""The commands evaluate, record and render, which run a trained policy."""
 
 import errno
 import os
@@ -35,7 +35,9 @@ MOST_FRAMES = 2000
 def evaluate(argv: Sequence[str]) -> None:
     """`jaxpg evaluate RUN`: fresh episodes of every replica; nothing is written. Raises ValueError."""
     options = _parser("evaluate", "Evaluate every policy of a run over fresh episodes.")
-    options.add_argument("--episodes", type=whole(1), metavar="N", help="for each; as the run had")
+    options.add_argument(
+        "--episodes", type=whole(1), metavar="N", help="for each policy; default: as in the run"
+    )
     given = options.parse_args(list(argv))
     use_cpu_cores()
     run = _read(given)
@@ -52,7 +54,7 @@ def evaluate(argv: Sequence[str]) -> None:
 
 
 def _read(given) -> Run:
-    """The run that is named, saying so where its parameters become others."""
+    """Reads the run, and says so if its parameters change precision."""
     run = read_run(given.run, given.update)
     if said := recast(run):
         say(said)
@@ -60,7 +62,7 @@ def _read(given) -> Run:
 
 
 def evaluation(run: Run, count: int, greedy: bool, seed: int = 0) -> Evaluation:
-    """Of every replica, over the same episodes as at the end of training when seed is 0."""
+    """Evaluates every replica, over the same episodes as at the end of training if seed is 0."""
     replicas = make_replicas(run.config, points(run.grid))
     keys = replicas.evaluation_keys
     if seed:
@@ -75,7 +77,7 @@ def evaluation(run: Run, count: int, greedy: bool, seed: int = 0) -> Evaluation:
 
 
 def _fitting(compiled: Any, count: int) -> Any:
-    """The program of so many episodes. Raises ValueError where it needs more memory than there is."""
+    """The program of `count` episodes. Raises ValueError if it needs more memory than there is."""
     needed, available = health.needed_bytes(compiled), health.available_bytes()
     if needed is not None and available is not None and needed > available:
         raise ValueError(
@@ -88,13 +90,13 @@ def _fitting(compiled: Any, count: int) -> Any:
 def record(argv: Sequence[str]) -> None:
     """`jaxpg record RUN --episodes N --out FILE.npz`: whole episodes. Raises ValueError.
 
-    `jaxpg record ENV --expert ...`: of a scripted expert.
+    `jaxpg record ENV --expert ...` records a scripted expert.
     """
     options = _parser("record", "Record whole episodes of a run's policy, as demonstrations.")
     options.add_argument(
         "--expert", action="store_true", help="RUN is an environment: record its scripted expert"
     )
-    options.add_argument("--settings", help="of the expert's environment, as in size=16")
+    options.add_argument("--settings", help="settings of the expert's environment, as in size=16")
     options.add_argument("--episodes", type=whole(1), metavar="N", required=True)
     _add_out(options, ".npz")
     given = options.parse_args(list(argv))
@@ -115,7 +117,7 @@ def record(argv: Sequence[str]) -> None:
 
 
 class _Actor(NamedTuple):
-    """Who is recorded."""
+    """The policy to record, and its environment."""
 
     env: Env
     agent: Agent
@@ -160,7 +162,7 @@ def render(argv: Sequence[str]) -> None:
 
 
 def film(policy: Policy, environment: str, key: Any) -> tuple[list, float]:
-    """The pictures of one episode, its start and its end among them, and its return."""
+    """The frames of one episode, from its start to its end, and its return."""
     from jaxpg.runs.play.frames import frame
 
     env = policy.env
@@ -232,30 +234,30 @@ def _parser(name, description):
     found = parser(name, description)
     add = found.add_argument
     add("run", metavar="RUN", help="folder of a jaxpg train run")
-    add("--greedy", action="store_true", help="the likeliest action, not a sample")
+    add("--greedy", action="store_true", help="take the likeliest action, not a sample")
     add(
         "--update",
         type=whole(word="best"),
         metavar="N",
-        help="of the checkpoint of N updates, or best; the end of the run",
+        help="load the checkpoint of N updates, or best; default: the end of the run",
     )
-    add("--seed", type=whole(0, 2**32 - 1), default=0, help="of the episodes")
+    add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of the episodes; default: 0")
     return found
 
 
 def _add_out(options, kinds):
-    options.add_argument("--out", metavar="FILE", required=True, help=f"ends in {kinds}")
+    options.add_argument("--out", metavar="FILE", required=True, help=f"file to write, {kinds}")
     options.add_argument(
         "--replica",
         type=whole(word="best"),
         metavar="R",
         default="best",
-        help="a number, or best by the final evaluation",
+        help="number of the agent, or best by the final evaluation; default: best",
     )
 
 
 def _writable(name, suffixes) -> Path:
-    """Raises ValueError before anything is computed."""
+    """The path, checked. Raises ValueError before anything is computed."""
     path = Path(name)
     if path.suffix not in suffixes:
         raise ValueError(f"--out {name} must end in {' or '.join(suffixes)}")

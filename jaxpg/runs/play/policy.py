@@ -1,4 +1,4 @@
-"""Policies that leave the laboratory: what a run has learnt, loaded to act."""
+"""Trained policies: what a run has learnt, loaded to act elsewhere."""
 
 import warnings
 from collections.abc import Callable, Iterable
@@ -26,20 +26,18 @@ from jaxpg.types import Array, Carry, Key
 
 
 class Policy(NamedTuple):
-    """A policy at fixed parameters, on observations as the environment without wrappers gives them.
+    """A policy with fixed parameters, which acts on observations of the environment without wrappers.
 
-    The run's wrappers are inside: entries are kept, histories filled and actions repeated here, one action
-    of that environment a step. step is pure. act hides the carry, of a recurrent network and of wrappers: it
-    remembers what it has seen since an observation that was first, lane by lane (and starts anew when the
-    number of lanes changes), so it is for one stream of observations and not for inside jit.
+    It contains the run's wrappers: it keeps entries, fills histories, repeats actions, and gives one action
+    of the plain environment per step. step is pure. act hides the carry of a recurrent network and of
+    wrappers: it remembers each lane since its last observation with first=True (and starts anew when the
+    number of lanes changes), so use it for one stream of observations, and not inside jit.
     """
 
     initial_carry: Callable[[int], Carry]  # of B lanes
     # (key, obs [B, ...], carry, first [B]) -> (action [B, ...], carry)
     step: Callable[[Key, Array, Carry, Array], tuple[Array, Carry]]
-    act: Callable[
-        ..., Array
-    ]  # (key, obs, first=False): obs of one environment or [B, ...] of several
+    act: Callable[..., Array]  # (key, obs, first=False): obs of one environment, or [B, ...]
     env: Env  # without the run's wrappers
     params: AgentParams
     replica: int
@@ -54,9 +52,9 @@ class Run(NamedTuple):
     grid: Grid
     parts: Parts
     params: AgentParams  # [N, ...] of every replica
-    update: int | None  # of the checkpoint that the parameters are of; None: the last
-    diverged: np.ndarray  # [N] bool: no policy
-    stored: str  # the type of floats that the parameters were stored as
+    update: int | None  # of the checkpoint that held the parameters; None: the end of the run
+    diverged: np.ndarray  # [N] bool: there is no policy
+    stored: str  # the type of float that the parameters were stored as
 
 
 def load_policy(
@@ -66,13 +64,13 @@ def load_policy(
     greedy: bool = False,
     update: int | str | None = None,
 ) -> Policy:
-    """The policy that a run has learnt.
+    """Loads the policy that a run has learnt.
 
     replica: its number in the order of config.json; "best" (and None) is the highest mean return in the
-    final evaluation. greedy: the distribution's mode instead of a sample. update: of which checkpoint, or
+    final evaluation. greedy: the distribution's mode instead of a sample. update: the checkpoint to load, or
     "best" for the one with the highest training return; the end of the run by default. Actions are
-    clipped to the action space. Raises ValueError for what is no run and for what the run has not, and warns
-    of parameters of another precision than jax has here.
+    clipped to the action space. Raises ValueError if this is not a run, or it has no such replica or
+    checkpoint; warns if jax here converts the parameters to another precision.
 
     >>> load_policy("runs/none")
     Traceback (most recent call last):
@@ -85,14 +83,14 @@ def load_policy(
 
 
 def policy_of(run: Run, replica: int | str | None, greedy: bool = False) -> Policy:
-    """`load_policy` of a run that has been read."""
+    """`load_policy` for a run that has been read."""
     chosen = choose(run, replica)
     params = jax.tree.map(lambda x: jnp.asarray(x[chosen]), run.params)
     return _policy(run.parts, params, greedy, chosen, chosen % run.config.seeds)
 
 
 def recast(run: Run) -> str:
-    """What is to be said of a run whose parameters are of another precision than jax has here; else ""."""
+    """A note that jax here converts the run's parameters to another precision; "" if it does not."""
     here = str(jnp.result_type(float))
     if run.stored in ("", here):
         return ""
@@ -103,7 +101,7 @@ def recast(run: Run) -> str:
 
 
 def load(run: str, replica: int = 0) -> Checkpoint:
-    """What a run knows of one of its replicas, for the laboratory. Raises ValueError."""
+    """Loads one of a run's replicas for the laboratory. Raises ValueError."""
     found = read_run(run)
     if said := recast(found):
         say(said)
@@ -116,7 +114,7 @@ def load(run: str, replica: int = 0) -> Checkpoint:
         build_algorithm(config).data.whole_episodes
         and (config.num_steps or env.horizon) < env.horizon
     ):
-        # Where training cuts its episodes, a step has no more ahead of it.
+        # Episodes end where training cut them.
         env, wrapped = env._replace(horizon=config.num_steps), True
     tables = None
     if config.environment in TABULATED and not wrapped:
@@ -133,7 +131,7 @@ def load(run: str, replica: int = 0) -> Checkpoint:
 
 
 def read_run(run: str | Path, update: int | str | None = None) -> Run:
-    """A run with the parameters of all its replicas. Raises ValueError."""
+    """Reads a run with the parameters of all its replicas. Raises ValueError."""
     folder = Path(run)
     config, grid = load_config(folder)
     parts, count = build(config), num_points(grid) * config.seeds
@@ -152,7 +150,7 @@ def read_run(run: str | Path, update: int | str | None = None) -> Run:
         try:
             state, host = checkpoints.restore_run(place, chosen, shapes, count, settings)
         except ValueError:
-            # Training beside us may have removed it for newer ones, of which there is another then.
+            # A process that trains may have removed it for a newer one: choose again.
             if checkpoints.removed(place / str(chosen)):
                 continue
             raise
@@ -164,7 +162,7 @@ def read_run(run: str | Path, update: int | str | None = None) -> Run:
 
 
 def _floats(types: Iterable[str]) -> str:
-    """The type of floats among some types."""
+    """The first type of float among some types; "" if there is none."""
     return next((each for each in types if each.startswith("float")), "")
 
 
@@ -187,14 +185,14 @@ def _chosen(folder: Path, update: int | str | None) -> int:
 
 
 def choose(run: Run, replica: int | str | None) -> int:
-    """A replica's number; "best" and None: of the highest return in the evaluation. Raises ValueError."""
+    """A replica's number; "best" and None: that with the highest evaluated return. Raises ValueError."""
     count = len(jax.tree.leaves(run.params)[0])
     if isinstance(replica, int):
         if not 0 <= replica < count:
             raise ValueError(f"{run.folder} has replicas 0 to {count - 1}, not {replica}")
         if run.diverged[replica]:
             raise ValueError(
-                f"replica {replica} of {run.folder} has diverged, so it is no policy; "
+                f"replica {replica} of {run.folder} has diverged, so it has no policy; "
                 + _others(np.flatnonzero(~run.diverged))
             )
         return replica
@@ -219,7 +217,7 @@ def choose(run: Run, replica: int | str | None) -> int:
 
 def _others(good: np.ndarray) -> str:
     if not len(good):
-        return "nor is any other of this run"
+        return "nor has any other of this run"
     return f"name another, such as {good[0]}"
 
 
@@ -281,7 +279,7 @@ def _policy(parts: Parts, params: AgentParams, greedy: bool, replica: int, seed:
 
 
 def _update_of(run: Run) -> int | None:
-    """How many updates its parameters have made; None where the file of an earlier version does not say."""
+    """The number of updates that made a run's parameters; None if an older file does not say."""
     if run.update is not None:
         return run.update
     about = files.about_params(run.folder / PARAMS)
@@ -289,9 +287,9 @@ def _update_of(run: Run) -> int | None:
 
 
 def _read_params(folder: Path, agent: Agent, grid: Grid, seeds: int) -> tuple[AgentParams, str]:
-    """Of every replica, [N, ...], and how floats were stored.
+    """Reads the parameters of every replica, [N, ...], and the type of float that they were stored as.
 
-    Raises ValueError, naming the array that is not as the run made it.
+    Raises ValueError, naming the array that does not fit the run.
     """
     path, count = folder / PARAMS, num_points(grid) * seeds
     about = files.about_params(path)
@@ -304,15 +302,15 @@ def _read_params(folder: Path, agent: Agent, grid: Grid, seeds: int) -> tuple[Ag
     declared = declared_arrays(path)
     for name, leaf in expected.items():
         shape, found = (count, *leaf.shape), declared.get(name)
-        # Of another precision, they become what is expected.
+        # Another precision is converted to the expected one.
         if found is None or (found.shape, found.dtype.kind) != (shape, leaf.dtype.kind):
             has = "lacks it" if found is None else f"has {found.dtype}{found.shape}"
             raise ValueError(
-                f"{path} does not hold {name} of its own config, {leaf.dtype}{shape}: it {has}"
+                f"{path} does not hold {name} as its config asks, {leaf.dtype}{shape}: it {has}"
             )
     arrays = read_arrays(path, expected)
     evaluation = read_evaluation(folder, count)
-    # One setting that diverges ends its run; in a grid the others went on.
+    # A run of one setting ends when it diverges; in a grid the others go on.
     diverged = np.full(count, num_points(grid) > 1)
     if evaluation is not None:
         diverged = np.array([each is None for each in evaluation["mean_return"]])

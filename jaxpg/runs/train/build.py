@@ -1,4 +1,4 @@
-"""From a configuration to what is trained: environment, agent, algorithm, trainer."""
+"""Builds what a configuration trains: environment, agent, algorithm and trainer."""
 
 import difflib
 import inspect
@@ -35,12 +35,12 @@ class Parts(NamedTuple):
 
 
 def build(config: Config) -> Parts:
-    """The parts of a run. Raises ValueError for names that are unknown and parts that do not fit."""
+    """Builds the parts of a run. Raises ValueError for unknown names and parts that do not fit."""
     row = build_algorithm(config)
-    # Names are looked up before the environment is made, which takes seconds.
+    # Names come first, because making the environment takes seconds.
     known(NETWORKS, "network", config.network)
     known(ACTIVATIONS, "activation", config.activation)
-    # Before it, what gymnax computes in 32 bits becomes 64 where a scan is mapped.
+    # In older versions, gymnax's 32-bit values become 64-bit in a mapped scan.
     if jax.config.read("jax_enable_x64") and not hasattr(jax, "enable_x64"):
         raise ValueError(
             f"64 bits need jax 0.8 or newer, and this is {jax.__version__}; update it, or leave out "
@@ -62,13 +62,13 @@ def build(config: Config) -> Parts:
 
 
 def settings_of(config: Config) -> dict[str, bool | int | float]:
-    """The environment's settings as numbers. Raises ValueError for what is no name=number."""
+    """The environment's settings as numbers. Raises ValueError for a part that is not name=number."""
     settings = {}
     for part in config.settings.split(",") if config.settings else ():
         name, _, value = part.partition("=")
         try:
             settings[name.strip()] = json.loads(value.lower())
-        except ValueError as error:  # no JSON, or a number of too many digits
+        except ValueError as error:  # not JSON, or a number with too many digits
             raise ValueError(
                 f"settings={config.settings}: {shortened(part)!r} is not name=number, as in size=16"
             ) from error
@@ -76,9 +76,9 @@ def settings_of(config: Config) -> dict[str, bool | int | float]:
 
 
 def instructed(parts: Parts, config: Config) -> Parts:
-    """The parts of a run with the demonstrations that its configuration names. Raises ValueError.
+    """Adds the demonstrations that the configuration names to the parts of a run. Raises ValueError.
 
-    Apart from build, because a finished run's policy can be loaded without them.
+    Separate from build, because a finished run's policy can be loaded without them.
     """
     if not config.demonstrations:
         return parts
@@ -94,7 +94,7 @@ def instructed(parts: Parts, config: Config) -> Parts:
 
 
 def wrapped(env: Env, config: Config) -> Env:
-    """The environment as the agent meets it: some entries, actions repeated, a history of what is left."""
+    """The environment as the agent sees it: selected entries, repeated actions, and then a history."""
     if config.keep:
         env = mask_observation(env, config.keep)
     if config.repeat > 1:
@@ -103,7 +103,7 @@ def wrapped(env: Env, config: Config) -> Env:
 
 
 def named(config: Config) -> str:
-    """What `wrapped` makes of an environment: its name, and the flags of its wrappers."""
+    """The name of a wrapped environment: its own, and the flags of its wrappers."""
     parts = [config.environment]
     if config.keep:
         parts.append(f"--keep {','.join(map(str, config.keep))}")
@@ -122,7 +122,7 @@ def build_algorithm(config: Config) -> Algorithm:
             f"{config.algorithm} learns from demonstrations; give --demonstrations FILE, as written "
             "by jaxpg record"
             if not config.imitate
-            else f"imitate={config.imitate} imitates demonstrations; give --demonstrations FILE"
+            else f"imitate={config.imitate} needs demonstrations; give --demonstrations FILE"
         )
     if config.demonstrations and not (row.data.demonstrations or config.imitate):
         raise ValueError(
@@ -142,7 +142,7 @@ def build_algorithm(config: Config) -> Algorithm:
             "leave it out, or use vpg, a2c, ppo or trpo"
         )
     optimizer = known(OPTIMIZERS, "optimizer", config.optimizer)
-    # The natural gradient's rows are their optimizer: the flag is for the critic's then.
+    # A natural-gradient row fixes its policy's optimizer, so the flag sets only the critic's.
     natural_row = row.policy_optimizer in NATURAL_OPTIMIZERS
     estimator, adaptation = row.estimator, row.adaptation
     if config.importance:
@@ -172,8 +172,8 @@ def _schedule(config, whole_episodes):
         return schedule
     if config.reference_batch is None:
         raise ValueError(
-            f"batch_scaling={config.batch_scaling} scales from a batch that the learning rates fit; "
-            "give reference_batch"
+            f"batch_scaling={config.batch_scaling} needs the batch size that the learning rates are "
+            "tuned for; give reference_batch"
         )
     batch = config.num_envs * (1 if whole_episodes else config.num_steps or 128)
     return batch_scaled(schedule, config.batch_scaling, batch, config.reference_batch)

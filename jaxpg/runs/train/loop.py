@@ -25,8 +25,8 @@ from jaxpg.stats.intervals import ANY, attained
 from jaxpg.training.algorithm import unmeasured
 from jaxpg.training.trainer import TrainState, train
 
-CHUNKS = 20  # about so many in a run
-# So that Ctrl-C is soon obeyed; and a long scan may cost more than its length (jax issue 40101).
+CHUNKS = 20  # approximate number in a run
+# Bounded, so that Ctrl-C soon takes effect; a long scan may also cost more per step (jax issue 40101).
 LONGEST_CHUNK = 200
 
 
@@ -44,7 +44,7 @@ class TrainingJob(NamedTuple):
 
 
 class Recorder(NamedTuple):
-    """Where a run is written."""
+    """The destinations that a run is written to."""
 
     sinks: Sequence[Sink]
     table: Table
@@ -52,12 +52,12 @@ class Recorder(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Where a run stands: what a checkpoint says beside the state."""
+    """The progress of a run, which a checkpoint stores with the state."""
 
     updates: int
     env_steps: list[int]  # of each replica; Python integers do not overflow
     seconds: float  # of training, without compilation
-    diverged: dict[int, int]  # of a replica, the update
+    diverged: dict[int, int]  # replica -> update
     lines: int = 0  # of metrics.jsonl
 
 
@@ -69,7 +69,7 @@ def train_chunks(
     recorder: Recorder,
     compile_seconds: float,
 ) -> tuple[TrainState, Status, Progress]:
-    """Chunk after chunk until the end or a signal, and a checkpoint there. Raises health.Diverged."""
+    """Trains chunk after chunk until the end or a signal, and saves there. Raises health.Diverged."""
     config = job.config
     none = np.full((len(points(job.grid)), config.seeds), np.nan)
     base, started, saved = progress.seconds, time.perf_counter(), -math.inf
@@ -99,9 +99,9 @@ def train_chunks(
 
 
 def chunk_length(updates: int, done: int = 0) -> int:
-    """How many updates make about CHUNKS chunks and divide what is left: one compile serves all.
+    """The updates per chunk: about CHUNKS chunks of equal length, so that one compile serves all.
 
-    Of a resumed run, that of the whole where it can be: its program may be in the cache.
+    A resumed run keeps the length of the whole run if it can, because that program may be in the cache.
     """
     chunk = _divisor(updates)
     return chunk if done % chunk == 0 else _divisor(updates - done)
@@ -127,7 +127,7 @@ def _status(config, compile_seconds, progress, returns, attainable=ANY) -> Statu
 
 
 def _records(measured, progress, seconds) -> tuple[Records, Progress]:
-    """The chunk's metrics with its counters, and where the run stands after it."""
+    """The chunk's metrics with its counters, and the run's progress after it."""
     steps = np.asarray(measured.pop("env_steps")).astype(np.int64)
     count = steps.shape[1]
     so_far = np.array(progress.env_steps, np.int64)[:, None] + steps.cumsum(axis=1)
@@ -162,13 +162,13 @@ def _advance(job: TrainingJob, program, state):
 
 
 def _common(job: TrainingJob) -> tuple:
-    """What all replicas are trained with: demonstrations, where there are any."""
+    """The arguments that all replicas share: demonstrations, if there are any."""
     demonstrations = job.parts.demonstrations
     return () if demonstrations is None else (demonstrations,)
 
 
 def _judge(job, recorder, records, progress, before) -> Progress:
-    """Notes replicas that have diverged. Raises health.Diverged where no setting is left to go on."""
+    """Records replicas that have diverged. Raises health.Diverged if no setting is left to go on."""
     found = health.first_divergence(records.update, records.metrics)
     new = {i: each for i, each in enumerate(found) if each[0] and i not in progress.diverged}
     return _diverged(job, recorder, progress, new, before)
@@ -181,7 +181,7 @@ def _diverged(job, recorder, progress, new: dict[int, tuple[int, str]], before) 
     labels = job.replicas.labels
     message = health.diverged_message(labels[replica], replica, update, what)
     diverged = progress.diverged | {i: each[0] for i, each in new.items()}
-    # Seeds of one setting stand or fall together; in a grid the other settings say something still.
+    # One diverged seed ends a run of one setting; in a grid the other settings are still informative.
     if len(points(job.grid)) > 1 and len(diverged) < len(labels):
         job.show(f"{message}; the others go on")
         return progress._replace(diverged=diverged)
@@ -201,7 +201,7 @@ def _last_checkpoint(folder) -> str:
 
 
 def _explained(job, before, replica, update) -> str:
-    """The operation that gave the NaN, from the state before the chunk."""
+    """Finds the operation that gave the NaN, from the state before the chunk."""
     state, numbers = jax.tree.map(lambda x: x[replica], (before, job.replicas.hyperparams))
     good = update - 1 - int(state.num_updates)
     trainer, common = job.parts.trainer, _common(job)
@@ -212,7 +212,7 @@ def _explained(job, before, replica, update) -> str:
 
 
 def _save(job, recorder, state, progress, returns) -> Progress:
-    """A checkpoint, unless the parameters have gone bad."""
+    """Saves a checkpoint. Raises health.Diverged if parameters are not finite and no setting can go on."""
     host = on_host(state)
     bad = set(np.flatnonzero(~health.finite(host.params)).tolist()) - progress.diverged.keys()
     new: dict[int, tuple[int, str]] = dict.fromkeys(bad, (progress.updates, "a parameter"))
@@ -232,7 +232,7 @@ def _save(job, recorder, state, progress, returns) -> Progress:
 
 @contextmanager
 def workers() -> Iterator[Executor]:
-    """Work goes on in threads because a signal reaches Python only while the main thread waits in it."""
+    """Threads for the work, because Python handles a signal only while its main thread is waiting."""
     executor = ThreadPoolExecutor(2)
     try:
         yield executor
@@ -241,19 +241,19 @@ def workers() -> Iterator[Executor]:
 
 
 def on_workers(job: TrainingJob, poll: Callable[[], Any], program: Any, *arguments: Any) -> Any:
-    """What a program gives, on the host."""
+    """Runs a program in a worker thread, and returns its results on the host."""
     return wait_for(job.executor.submit(lambda: jax.device_get(program(*arguments))), poll)
 
 
 def wait_for(future: Future, poll: Callable[[], Any]) -> Any:
-    """The future's result, looking now and then at whether to stop."""
+    """Waits for the future's result, and polls now and then whether to stop."""
     while not wait([future], timeout=0.1).done:
         poll()
     return future.result()
 
 
 def stopper(stopped: Callable[[], int], message: str) -> Callable[[], None]:
-    """A function that raises Interrupted once there was a signal."""
+    """A function that raises Interrupted after a signal."""
 
     def stop():
         if stopped():

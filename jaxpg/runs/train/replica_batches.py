@@ -1,4 +1,4 @@
-"""Batches: replicas by the batch that fits in memory, every batch by the same compiled program."""
+"""Batches of replicas that fit in memory, all run by the same compiled program."""
 
 import math
 from collections.abc import Callable
@@ -41,16 +41,16 @@ class BatchPlan(NamedTuple):
 
     size: int
     programs: Programs
-    bytes: int | None  # that training needs of one device
+    bytes: int | None  # memory that training needs on one device
 
 
 def plan(
     job: SweepJob, totals: list[int], poll: Callable[[], Any], size: int | None = None
 ) -> BatchPlan:
-    """A batch size that fits, by the compiled program's own account, and serves every rung.
+    """Finds a batch size that fits, by the compiled program's own account, and serves every rung.
 
-    totals: the replicas of each rung. size: that with which a sweep began. Training is compiled once, and
-    once more with fewer replicas only where it turned out not to fit. Raises ValueError where one does not.
+    totals: the replicas of each rung. size: the batch size of a resumed sweep. Training is compiled once, and
+    again with fewer replicas only if it does not fit. Raises ValueError if not even one replica fits.
     """
     free, most = health.available_bytes(), _wanted(totals)
     if size is not None:
@@ -59,13 +59,13 @@ def plan(
         if needed is not None and free is not None and needed > free:
             raise ValueError(
                 f"the sweep began in batches of {size} agents, which need {needed / 1e9:.1f} GB of memory, "
-                f"and {free / 1e9:.1f} GB are free; free some, or start anew in another folder"
+                f"and {free / 1e9:.1f} GB are free; free some, or start again in another folder"
             )
         wait_for(programs.init, poll)  # type: ignore[arg-type]
         return BatchPlan(size, programs, needed)
     total = totals[0] if len(totals) == 1 else most
     if free is not None:
-        # Not even to be tried: states that are, before and after, more than there is.
+        # Skip sizes whose input plus output state exceeds free memory.
         most = min(most, max(1, int(SHARE * free / (2 * state_bytes(job.parts)))))
     while True:
         size = _equal(total, most)
@@ -76,7 +76,7 @@ def plan(
         if size == 1:
             raise ValueError(
                 f"one agent needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; "
-                "fewer --num-envs or --num-steps need less"
+                "give fewer --num-envs or --num-steps"
             )
         most = max(1, min(size - 1, int(size * SHARE * free / needed)))
     wait_for(programs.init, poll)  # type: ignore[arg-type]
@@ -84,10 +84,10 @@ def plan(
 
 
 def _wanted(totals: list[int]) -> int:
-    """Replicas at a time, were there memory for any number.
+    """The batch size to use if memory were unlimited.
 
-    With halving, one size for all rungs. A CPU takes as long as there are replicas, so that padding the last
-    rung would cost most; an accelerator hardly notices them, and many short batches would.
+    With halving, one size serves all rungs. On a CPU time grows with the number of replicas, so padding the
+    last rung would cost most; on an accelerator it hardly does, so many small batches would.
     """
     if len(totals) == 1:
         return totals[0]
@@ -102,7 +102,7 @@ def begin(job: SweepJob, programs: Programs, rows: np.ndarray, size: int, states
     """A batch's replicas and its state: new, or given on the host, [n, ...] each."""
     replicas = _replicas(job, rows, size)
     if states is None:
-        assert programs.init is not None  # because the state was said to be fresh
+        assert programs.init is not None  # compiled, because there is no state yet
         return replicas, programs.init.result()(replicas.keys)
     shapes = jax.eval_shape(jax.vmap(job.parts.trainer.init), replicas.keys)
 
@@ -153,7 +153,7 @@ def kept(state, count: int):
 
 
 def write(path: Path, rows: np.ndarray, numbers: dict[str, Any], states: Any) -> None:
-    """A batch as a sweep that was killed goes on with it; states: on the host, or None."""
+    """Writes a batch for a killed sweep to resume from; states: on the host, or None."""
     leaves = {f"state_{i}": x for i, x in enumerate(jax.tree.leaves(states))}
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, lambda file: np.savez(file, rows=rows, **numbers, **leaves))
@@ -162,9 +162,9 @@ def write(path: Path, rows: np.ndarray, numbers: dict[str, Any], states: Any) ->
 def read(
     job: SweepJob, path: Path, rows: np.ndarray, like: dict[str, Any]
 ) -> tuple[dict[str, np.ndarray], Any] | None:
-    """What was written of the batch of these rows, if anything was. Raises ValueError.
+    """Reads the saved batch of these rows; None if there is none. Raises ValueError.
 
-    like: numbers as they are written.
+    like: numbers of the shapes and types that are written.
     """
     if not path.exists():
         return None
@@ -180,7 +180,7 @@ def read(
                 name: ((len(rows), *shape), dtype) for name, (shape, dtype) in leaves.items()
             }
         for name, (shape, dtype) in wanted.items():
-            # Of another precision, they become what is expected.
+            # Another precision is converted to the expected one.
             found = declared.get(name)
             if found is None or (found.shape, found.dtype.kind) != (shape, dtype.kind):
                 has = "lacks it" if found is None else f"has {found.dtype}{found.shape}"
@@ -197,13 +197,13 @@ def read(
 
 
 def state_bytes(parts: Parts) -> int:
-    """Of one replica's state."""
+    """The size of one replica's state."""
     leaves = jax.tree.leaves(jax.eval_shape(parts.trainer.init, jax.random.key(0)))
     return sum(x.size * x.dtype.itemsize for x in leaves)
 
 
 def _equal(total: int, most: int) -> int:
-    """The size of equal batches of at most so many; a multiple of the devices, so that all are used."""
+    """The size of equal batches, at most `most`; a multiple of the devices, so that all are used."""
     devices = jax.device_count()
     if devices <= most:
         most -= most % devices

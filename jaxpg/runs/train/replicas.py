@@ -35,7 +35,7 @@ class Replicas(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """Compiled, or still compiling in the background."""
+    """The programs of a run, compiled or still compiling in the background."""
 
     train: Future  # (state, hyperparams[, demonstrations]) -> state, metrics [N, updates per chunk]
     init: Future | None  # (keys) -> state; None when there is a state already
@@ -43,9 +43,9 @@ class Programs(NamedTuple):
 
 
 def use_cpu_cores() -> None:
-    """Makes a CPU device of every core, before jax is first used; one device keeps one core busy.
+    """Makes every core a CPU device, before jax is first used; one device keeps only one core busy.
 
-    Not where the user has said how many. Raises ValueError where there is no device as asked for.
+    A number of devices that the user has set stays. Raises ValueError if there is no device as asked for.
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -56,13 +56,13 @@ def use_cpu_cores() -> None:
 
 
 def make_replicas(config: Config, points: list[Hyperparams]) -> Replicas:
-    """Every seed at every point."""
+    """A replica for every seed at every point."""
     return replicas_of(config, [(point, seed) for point in points for seed in range(config.seeds)])
 
 
 def replicas_of(config: Config, pairs: Sequence[tuple[Hyperparams, int]]) -> Replicas:
-    """A point and a seed each, laid over as many devices as divide them, or twice as many."""
-    # Named, because the rbg implementation draws all lanes of a vmap from the first key.
+    """A replica for each point and seed, on as many devices as divide their number, or twice as many."""
+    # impl is fixed, because the rbg implementation draws all lanes of a vmap from the first key.
     root = jax.random.key(config.seed, impl="threefry2x32")
     keys, evaluation_keys = _keys(root, np.array([seed for _, seed in pairs]))
     columns = zip(*(point for point, _ in pairs), strict=True)
@@ -72,7 +72,7 @@ def replicas_of(config: Config, pairs: Sequence[tuple[Hyperparams, int]]) -> Rep
     devices = jax.devices()
     used = divisor(total, len(devices))
     mesh = {AXIS: used}
-    # Cores to spare: policy and critic are improved on two.
+    # With cores to spare, policy and critic are improved on two.
     if algorithm(config.algorithm).critic_optimizer and _spare(len(devices), used):
         mesh[PAIR] = 2
     sharding, size = None, math.prod(mesh.values())
@@ -88,7 +88,7 @@ def replicas_of(config: Config, pairs: Sequence[tuple[Hyperparams, int]]) -> Rep
 
 
 def lanes(replicas: Replicas) -> dict[str, int]:
-    """How the replicas are laid out, on which the last digits of their numbers depend."""
+    """The layout of the replicas, on which the last digits of their numbers depend."""
     total, sharding = len(replicas.labels), replicas.sharding
     mesh = {} if sharding is None else dict(sharding.mesh.shape)
     used = mesh.get(AXIS, 1)
@@ -102,7 +102,7 @@ def _spare(devices: int, used: int) -> bool:
 
 @jax.jit
 def _keys(root, index):
-    # fold_in, not split: seed i is the same however many there are.
+    # fold_in, not split: seed i is the same whatever their number.
     return tuple(
         jax.vmap(partial(jax.random.fold_in, key))(index) for key in jax.random.split(root)
     )
@@ -119,7 +119,7 @@ def compile_programs(
 ) -> Programs:
     """Starts to compile the three programs.
 
-    demonstrations: common to all replicas. fresh: the state has to be made, too.
+    demonstrations: common to all replicas. fresh: there is no state yet, so compile init, too.
     """
     common = () if demonstrations is None else (demonstrations,)
 
@@ -136,7 +136,7 @@ def compile_programs(
     init = None
     if fresh:
         making = lower(parts.trainer.init, replicas.keys)
-        # Run once, so optimising it costs the CPU compiler more than it saves; but for a fit.
+        # init runs once, so optimising it costs a CPU more than it saves, unless it fits a policy.
         init = start(lambda: making, None if config.imitate else 0)
         state = making.out_info
     else:
@@ -147,17 +147,17 @@ def compile_programs(
         state,
         replicas.hyperparams,
         common=common,
-        # To look for what gave a NaN, the state before it is needed.
+        # Finding what gave a NaN needs the state before it.
         donate=() if config.debug_nans else (0,),
     )
     evaluating = partial(lower, evaluated, state.params, replicas.evaluation_keys)
-    # In a thread of its own, so that a signal is heeded while it is traced.
+    # Traced in a thread of its own, so that a signal takes effect meanwhile.
     traced = executor.submit(training)
-    # Effort 2 runs as fast as the highest, and compiles in three quarters of the time.
+    # Effort 2 gives a program as fast as the highest, in three quarters of the compile time.
     trained = start(traced.result, 2)
 
     def once_trained():
-        # Everybody waits for training's program; evaluation's is not needed before training ends.
+        # Compile training first: evaluation is not needed before it ends.
         wait([trained])
         return evaluating()
 

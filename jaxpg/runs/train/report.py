@@ -1,4 +1,4 @@
-"""What is said before and after a run."""
+"""The lines printed before and after a run."""
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ def summary(
     diverged: np.ndarray,
     attainable: tuple[float, float],
 ) -> list[str]:
-    """Lines: the table of evaluated returns [N], and what the run took."""
+    """Lines: the table of evaluated returns [N], and the cost of the run."""
     shape = -1, config.seeds
     return [
         f"evaluation: {_count(config.evaluation_episodes, 'fresh episode')} per agent, mean over "
@@ -50,8 +50,8 @@ def table(
 ) -> list[str]:
     """Lines of a table with one row per point of the grid; returns, diverged: [points, seeds].
 
-    Of a large grid, the best rows only. Seeds that diverged are counted, and those that have no return for
-    another reason beside them. attainable: the range of an episode's return.
+    A large grid shows only its best rows. Counts the seeds that diverged and, apart from them, those without
+    a return for another reason. attainable: the range of an episode's return.
     """
     names, at = varying(grid), points(grid)
     diverged = np.zeros(returns.shape, bool) if diverged is None else diverged
@@ -75,7 +75,7 @@ def table(
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
-    """Lines of a table whose columns end together."""
+    """Lines of a table with right-aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  " + "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows

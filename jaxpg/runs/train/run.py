@@ -59,19 +59,19 @@ from jaxpg.stats.intervals import attained
 
 
 class PreparedRun(NamedTuple):
-    """A run that has been checked: nothing about it can be a user's mistake any more."""
+    """A run that has been checked for every mistake that a user can make."""
 
     config: Config
     grid: Grid
     parts: Parts
     folder: Path
-    start: int | None = None  # the updates of the checkpoint to go on from; None: a new run
+    start: int | None = None  # the updates of the checkpoint to resume from; None: a new run
 
 
 def prepare(config: Config, grid: Grid, over: bool = False) -> PreparedRun:
     """Checks everything and makes the run's folder. Raises ValueError, leaving nothing behind.
 
-    over: starts over what was killed before its first checkpoint.
+    over: starts over a run that was killed before its first checkpoint.
     """
     use_cpu_cores()
     grid = completed(config, grid)
@@ -90,9 +90,9 @@ def _parts(config: Config, grid: Grid) -> Parts:
 
 
 def prepare_either(config: Config, grid: Grid) -> PreparedRun | None:
-    """The run of the folder config.run: from its newest checkpoint, or else from its start.
+    """Prepares the run in the folder config.run, from its newest checkpoint or else from its start.
 
-    None where it has finished. Raises ValueError.
+    Returns None if it has finished. Raises ValueError.
     """
     folder = Path(str(config.run))
     found = checkpoint.steps(folder / files.CHECKPOINTS)
@@ -112,9 +112,9 @@ def _evaluated(config: Config, grid: Grid) -> bool:
 
 
 def prepare_resume(config: Config, grid: Grid) -> PreparedRun:
-    """The run of the folder config.run, to go on to config.updates in all. Raises ValueError.
+    """Prepares to resume the run in config.run until it has made config.updates. Raises ValueError.
 
-    config, grid: as the folder's config.json says, but for what a resumed run may change.
+    config, grid: as in the folder's config.json, except for settings that may change on resume.
     """
     use_cpu_cores()
     grid = completed(config, grid)
@@ -144,7 +144,7 @@ def prepare_resume(config: Config, grid: Grid) -> PreparedRun:
 
 
 def _check_schedule(folder: Path, config: Config, grid: Grid) -> None:
-    """Raises ValueError for updates beyond those that the run was to have, in which it would not learn."""
+    """Raises ValueError for updates beyond the end of the schedule, where the learning rate is 0."""
     before, numbers = load_config(folder)
     if len(grid.schedule_updates) != len(numbers.schedule_updates):
         raise ValueError(
@@ -160,10 +160,10 @@ def _check_schedule(folder: Path, config: Config, grid: Grid) -> None:
 
 
 def execute(experiment: PreparedRun, sinks: Sequence[Sink] = ()) -> None:
-    """Trains, evaluates, reports and fills the folder; sinks: further ones of the user's.
+    """Trains, evaluates, reports and fills the folder; sinks: additional ones of the user's.
 
-    Raises Interrupted after SIGINT or SIGTERM, with what was learnt so far saved; health.Diverged; and
-    ValueError when another process has the folder, or a checkpoint cannot be read.
+    Raises Interrupted after SIGINT or SIGTERM, once the run so far is saved; health.Diverged; and
+    ValueError if another process holds the folder, or a checkpoint cannot be read.
     """
     config, grid, parts, folder, _ = experiment
     say = (lambda text: None) if config.quiet else console.say
@@ -189,7 +189,7 @@ def execute(experiment: PreparedRun, sinks: Sequence[Sink] = ()) -> None:
             state = programs.init.result()(replicas.keys)
         train = programs.train.result()
         state, status, progress = train_chunks(job, train, state, progress, recorder, seconds)
-        (folder / files.EVALUATION).unlink(missing_ok=True)  # of other parameters
+        (folder / files.EVALUATION).unlink(missing_ok=True)  # it belongs to other parameters
         about = {"updates": progress.updates, "settings": files.settings(folder)}
         files.write_params(folder / files.PARAMS, state.params, about)
         done = (
@@ -202,7 +202,7 @@ def execute(experiment: PreparedRun, sinks: Sequence[Sink] = ()) -> None:
         evaluate = wait_for(programs.evaluate, stop)
         evaluation = on_workers(job, stop, evaluate, state.params, replicas.evaluation_keys)
         diverged = np.isin(np.arange(len(replicas.labels)), list(progress.diverged))
-        # What has diverged has no return.
+        # A diverged replica has no return.
         returns = np.where(diverged, np.nan, evaluation.mean)
         _write_evaluation(folder, evaluation, returns, replicas, progress)
     attainable = attained(evaluation.smallest, evaluation.largest)
@@ -210,7 +210,7 @@ def execute(experiment: PreparedRun, sinks: Sequence[Sink] = ()) -> None:
 
 
 def _begin(experiment, replicas, say) -> tuple[Any, Progress, dict[str, Any]]:
-    """Writes config.json. Of a resumed run, the state; of a new one, None. And what it computes with."""
+    """Writes config.json. Returns a resumed run's state or None, its progress, and what it computes with."""
     config, grid, parts, folder, start = experiment
     now = files.description(config, grid, replicas.labels) | {"lanes": lanes(replicas)}
     computing = {name: now[name] for name in files.COMPUTING}
@@ -224,7 +224,7 @@ def _begin(experiment, replicas, say) -> tuple[Any, Progress, dict[str, Any]]:
 
 
 def _go_on(experiment, replicas, now: dict, say) -> tuple[Any, Progress]:
-    """The state of the checkpoint, and what differs from when it was made said and noted.
+    """Restores the state of the checkpoint; prints and records what has changed since it was made.
 
     now: the description that a new run would have.
     """
@@ -241,11 +241,11 @@ def _go_on(experiment, replicas, now: dict, say) -> tuple[Any, Progress]:
     entry = {"update": start, "time": now["started"], **_recorded(experiment, saved, record, say)}
     say(f"resuming {folder} after {start} of {config.updates} updates")
     if "lines" not in record:
-        say("its checkpoint was written before they named their settings, which were not compared")
-    # A checkpoint of before does not say what it was made with: as the run began, then.
+        say("its checkpoint is of an older version without settings, so none were compared")
+    # An older checkpoint does not say what it was computed with: assume what the run began with.
     if changed := files.otherwise(host.get("computing", saved), now):
         said = "; ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items())
-        say(f"its numbers will be those of one go to rounding, not bit by bit: {said}")
+        say(f"its numbers will match an unbroken run's to rounding, not bit by bit: {said}")
         entry["changed"] = changed
     for part, name in (("config", "schedule"), ("hyperparameters", "schedule_updates")):
         if json.loads(json.dumps(now[part][name])) != saved[part].get(name):
@@ -261,9 +261,9 @@ def _go_on(experiment, replicas, now: dict, say) -> tuple[Any, Progress]:
 
 
 def _recorded(experiment, saved: dict, record: checkpoint.Record, say) -> dict[str, int]:
-    """Checks and rewinds what was recorded up to the checkpoint; what config.json has to say of it.
+    """Checks the metrics, rewinds them to the checkpoint, and returns what config.json must note of them.
 
-    Raises ValueError, leaving all as it is, where the table has a hole.
+    Raises ValueError, leaving everything as it is, if the table has a hole.
     """
     config, _, _, folder, start = experiment
     lines, table = folder / files.METRICS, folder / files.TABLE
@@ -280,21 +280,21 @@ def _recorded(experiment, saved: dict, record: checkpoint.Record, say) -> dict[s
 
 
 def _as_preset(config) -> bool:
-    """Whether batches and updates are the defaults, which have been tried."""
+    """Whether batches and updates are the defaults, which are known to learn."""
     usual = preset(config.environment, config.algorithm)[0]
     sizes = ("updates", "num_envs", "num_steps")
     return all(getattr(config, name) == getattr(usual, name) for name in sizes)
 
 
 def _compiled(job: TrainingJob, fresh: bool, done: int, say):
-    """The programs, of which evaluation's may still be compiling, and the seconds that they took."""
+    """The programs, and the seconds that they took; evaluation's may still be compiling."""
     config = job.config
     started = time.perf_counter()
     job.show("compiling")
     stop = stopper(job.stopped, "before the first update; nothing was saved")
     if not fresh:
         stop = stopper(
-            job.stopped, f"before it went on; the checkpoint in {job.folder} is untouched"
+            job.stopped, f"before it resumed; the checkpoint in {job.folder} is untouched"
         )
     chunk = chunk_length(config.updates, done)
     programs = compile_programs(
