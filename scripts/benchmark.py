@@ -110,7 +110,7 @@ def laboratory(repeats: int, quick: bool) -> list[Row]:
         "total return": (Estimator(credit.total_return), None),
         "per-decision": (
             Estimator(importance=importance.per_decision),
-            {"logits": a.behaviour_logits},
+            {"logits": a.table.behaviour_logits},
         ),
     }
     env = from_mdp(a.mdp)

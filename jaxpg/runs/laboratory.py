@@ -162,7 +162,7 @@ def _departure(job: LabJob) -> str:
     own, said = settings.checkpoint.hyperparams.gamma, []
     if settings.gamma not in (None, own):
         said = [f"--gamma {settings.gamma:g}, not the run's {own:g}"]
-    return "; ".join([*said, *job.experiment.replaces(settings)])
+    return "; ".join([*said, *job.experiment.replaces(settings, settings.checkpoint)])
 
 
 def _noted(table: dict[str, list], note: str) -> dict[str, list]:

@@ -130,7 +130,7 @@ def test_the_world_of_a_regulator():
     np.testing.assert_allclose(true_gradient(fixed), pair, rtol=1e-6)
     gain = regulator_world(gamma=GAMMA, fixed_std=True)
     assert best_objective(gain) == pytest.approx(-2.068897889713579, rel=1e-5)
-    assert world("LQR", "mlp").regulator is None
+    assert not world("LQR", "mlp").is_regulator
 
 
 # Batch sizes.

@@ -22,7 +22,7 @@ from jaxpg.lab.studies.study import (
     world_of,
 )
 from jaxpg.lab.worlds.world import lifted
-from jaxpg.policies import actor_critic
+from jaxpg.policies import actor_critic, init_params
 from jaxpg.stats.figures import COLOURS, label, line, panels, points
 
 QUALITY, OFFSET = 0.5, 0.3  # of the critic V̂ = quality V + offset
@@ -38,7 +38,7 @@ def gae(settings: Settings, progress: Progress) -> Result:
     chosen = [0.0, 0.5, 0.9, 1.0] if settings.quick else [0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0]
     if settings.checkpoint is not None:
         chosen = sorted({*chosen, float(world.hyperparams.lambda_)})
-    if world.mdp is None:
+    if not world.is_tabular:
         return _gae_measured(world, chosen, settings, progress)
     truth = gradient(world)
     started, grid = time.perf_counter(), np.linspace(0.0, 1.0, 101)
@@ -71,10 +71,9 @@ def _gae_measured(world, chosen, settings, progress) -> Result:
         world = world._replace(env=world.env._replace(horizon=min(world.env.horizon, QUICK_STEPS)))
     kind = "trained" if world.critic is not None else "untrained"
     if world.critic is None:
-        critic = actor_critic(world.env, settings.policy or "mlp").critic
-        assert critic is not None
-        params = critic.init(jax.random.fold_in(key_of(settings), 1))
-        world = world._replace(critic=critic, critic_params=params)
+        agent = actor_critic(world.env, settings.policy or "mlp")
+        params = init_params(agent, jax.random.fold_in(key_of(settings), 1)).critic
+        world = world._replace(critic=agent.critic, critic_params=params)
     aim, forms = form("rtg", world), {x: lambda_form(world, x) for x in chosen}
     key = key_of(settings)
     found = measure(world, [aim, *forms.values()], key, settings.trajectories, (1,), progress)

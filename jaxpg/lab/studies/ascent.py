@@ -56,7 +56,7 @@ def optimizers(settings: Settings, progress: Progress) -> Result:
                 }
                 rows.append(estimated(values, **row))
     summary = {"rewards_times_1000": {n: _largest_gap(rows, n) for n in ("sgd", "adam")}}
-    if world.mdp is not None and world.factor is None:
+    if world.is_tabular and not world.is_projected:
         rows += _exact_rows(world, num_updates)
         matrix = mixing(world.logits.size, settings.seed)
         gaps = {
@@ -134,10 +134,10 @@ def _sampled(world, name, scales, settings, num_updates) -> list[Curves]:
     return [Curves(*each) for each in zip(*parts, strict=True)]
 
 
-def _replaces(settings) -> list[str]:
+def _replaces(settings, checkpoint) -> list[str]:
     others = [f"{each}'s learning rate is the laboratory's" for each in ("sgd", "adam")
               if own_rate(settings, each) is None]  # fmt: skip
-    return [*others, *replaced(settings, BATCH, unlimited=True)]
+    return [*others, *replaced(checkpoint, BATCH, unlimited=True)]
 
 
 def _exact_rows(world, num_updates):

@@ -35,7 +35,7 @@ def clipping(settings: Settings, progress: Progress) -> Result:
     numbers = lag.world.hyperparams
     epsilons = (None, *sorted({0.1, 0.2, 0.3, float(numbers.clip_eps)}))
     lags = (0.5, 1.0, 1.5) if settings.quick else (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-    if lag.world.mdp is None:
+    if not lag.world.is_tabular:
         centred = _centred_returns(lag, settings)
         forms = [_clipped(centred, epsilon, numbers) for epsilon in epsilons]
         return measured_result(lag, forms, lags, settings, progress)

@@ -11,7 +11,6 @@ from jaxpg.lab import exact
 from jaxpg.lab.exact import Moments, enumeration
 from jaxpg.lab.exact.tables import squared_returns, tabulate, visits
 from jaxpg.lab.studies.estimators import Form, form, gradient
-from jaxpg.lab.studies.observability import exact_moments
 from jaxpg.lab.studies.pairs import intervals, norm
 from jaxpg.lab.studies.sampling import measure
 from jaxpg.lab.studies.study import (
@@ -38,7 +37,7 @@ def coupled(settings: Settings, progress: Progress) -> Result:
     world = world_of(settings)
     names = settings.estimators or ("total_own_mean", "total_mean", "rtg_time_mean", STANDARDISED)
     forms = [_form(name, world) for name in names]
-    true = None if world.mdp is None else gradient(world)
+    true = None if not world.is_tabular else gradient(world)
     rows = []
     for index, size in enumerate(QUICK_SIZES if settings.quick else SIZES):
         progress(f"batches of {size}")
@@ -73,7 +72,7 @@ def batch_moments(world: World, estimator: Estimator | None, size: int) -> Momen
 
     The own mean shrinks leave-one-out, sample by sample, by (N-1)/N (Kool et al., 2019).
     """
-    if world.mdp is None or estimator is None or estimator.surrogate is not surrogates.score:
+    if not world.is_tabular or estimator is None or estimator.surrogate is not surrogates.score:
         return None
     shrinkage: dict[Any, float] = {
         baselines.leave_one_out: 1.0,
@@ -124,9 +123,9 @@ def _limit(world, name):
     """N times the trace as N grows: of one trajectory with the baseline E[psi]."""
     constant = {"total_own_mean": "total_constant", "total_mean": "total_constant",
                 "rtg_time_mean": "rtg_time"}  # fmt: skip
-    if world.mdp is None or name not in constant:
+    if not world.is_tabular or name not in constant:
         return None
-    return exact_moments(form(constant[name], world)).trace
+    return form(constant[name], world).moments().trace
 
 
 _STANDARDISED = Estimator(
@@ -179,7 +178,7 @@ def behaviour(settings: Settings, progress: Progress) -> Result:
     """Whose data? Behaviours proportional to pi (|u| |R|)^alpha, alpha = 0 being the policy itself."""
     world = _bandit_world() if settings.env == BANDIT else world_of(settings)
     need_exact(world, "behaviour")
-    if world.factor is not None:
+    if world.is_projected:
         raise ValueError(
             "behaviour needs a table of probabilities; leave out --policy or use tabular"
         )
@@ -215,7 +214,6 @@ def tilted(world: World, alpha: float) -> np.ndarray:
     For one decision alpha = 1 minimises the trace over all behaviours: E_beta |rho u r|^2 is then
     (E_pi |u r|)^2, its lower bound by Jensen's inequality.
     """
-    assert world.mdp is not None and world.logits is not None
     found = tabulate(world.mdp, world.logits)
     _, square = squared_returns(found, world.gamma)
     seen = np.eye(len(world.logits))[found.observation]
@@ -234,7 +232,8 @@ def tilted(world: World, alpha: float) -> np.ndarray:
 def acting(world: World, log_behaviour: np.ndarray) -> World:
     """The world with another behaviour."""
     return world._replace(
-        behaviour_logits=log_behaviour, behaviour_params=table_params(log_behaviour)
+        exact=world.table._replace(behaviour_logits=log_behaviour),
+        behaviour_params=table_params(log_behaviour),
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxpg.lab import exact
 from jaxpg.lab.studies import ascent
-from jaxpg.lab.studies.estimators import batch_moments, form
+from jaxpg.lab.studies.estimators import form
 from jaxpg.lab.studies.forms import regulator_hessian
 from jaxpg.lab.studies.pairs import intervals
 from jaxpg.lab.studies.study import (
@@ -130,9 +130,7 @@ def train_to_target(
     world: World, grid: Grid, settings: Settings, progress: Progress
 ) -> tuple[list[dict[str, Any]], float, list[Trial]]:
     """A row for every batch size and learning rate tried, two for every best one; the target; the runs."""
-    estimator = form("rtg", world).estimator
-    assert estimator is not None
-    slots = Algorithm(estimator, policy_optimizer=sgd)
+    slots = Algorithm(form("rtg", world).sampled, policy_optimizer=sgd)
     rates, num_updates, target, rows = grid.rates, grid.num_updates, np.nan, []
     trials = []
     for index, size in enumerate(grid.sizes):
@@ -277,17 +275,16 @@ def noise_scales(world: World, target: float) -> dict[str, Any]:
 
     simple: tr C / |G|^2; with the Hessian H, where it is known: tr HC / G^T H G, which the law is about.
     """
-    if not has_exact(world) or world.factor is not None:
+    if not has_exact(world) or world.is_projected:
         return {}
     scales = {}
     for name, there in (("start", world), ("target", _on_target(world, target))):
-        found = batch_moments(form("rtg", there), there, 1)
-        assert found is not None
+        found = form("rtg", there).moments()
         square = float(found.mean @ found.mean)
         if square == 0.0:  # noise alone
             continue
         scales[f"noise_scale_at_{name}"] = found.trace / square
-        if there.regulator is not None:
+        if there.is_regulator:
             hessian = regulator_hessian(there)
             curvature = float(found.mean @ hessian @ found.mean)
             scales[f"curved_noise_scale_at_{name}"] = (
@@ -320,7 +317,7 @@ def _target(world: World, scores, fraction) -> float:
 
 def _on_target(world: World, target: float) -> World:
     """The world with the parameters at which exact ascent first reaches the target."""
-    if world.regulator is not None:
+    if world.is_regulator:
         value = jax.jit(jax.value_and_grad(objective_of(world)))
         params = world.params
         for _ in range(2000):
@@ -332,7 +329,7 @@ def _on_target(world: World, target: float) -> World:
     path = ascent.ascend(world, "sgd", 400).reshape(-1, *world.logits.shape)
     there = (exact.objective(world.mdp, logits, world.gamma) >= target for logits in path)
     last = next((i for i, reached in enumerate(there) if reached), len(path) - 1)
-    return world._replace(logits=path[last])
+    return world._replace(exact=world.table._replace(logits=path[last]))
 
 
 def _grid_rows(curves, target, size, rates):
@@ -422,8 +419,11 @@ def drawable(rows):
     return measured, low, high
 
 
-def _replaces(settings) -> list[str]:
-    return ["SGD at learning rates of the laboratory's", *replaced(settings, None, unlimited=True)]
+def _replaces(settings, checkpoint) -> list[str]:
+    return [
+        "SGD at learning rates of the laboratory's",
+        *replaced(checkpoint, None, unlimited=True),
+    ]
 
 
 EXPERIMENTS = {

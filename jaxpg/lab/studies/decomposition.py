@@ -50,7 +50,7 @@ def total_variance(settings: Settings, progress: Progress) -> Result:
     rows, summary = [], {}
     starts = split_by_start(world, forms, k_split, settings.trajectories)
     for each, (start, rest) in zip(forms, starts, strict=True):
-        known = decompositions(world, each.name) if world.factor is None else {}
+        known = decompositions(world, each.name) if not world.is_projected else {}
         found, total, initial = (
             measured[each.name],
             *(known.get(("doob", part, None)) for part in ("total", "initial")),
@@ -77,7 +77,7 @@ def decompositions(world: World, name: str) -> dict[tuple, float]:
     For reward-to-go with a baseline of state and time: Doob's by random draw, and that of a single
     state and action (Tucker et al., 2018).
     """
-    if world.mdp is None or name not in _BASELINES:
+    if not world.is_tabular or name not in _BASELINES:
         return {}
     baseline = _BASELINES[name](world)
     doob = exact.doob_decomposition(world.mdp, world.logits, world.gamma, baseline)
@@ -134,7 +134,7 @@ def horizon(settings: Settings, progress: Progress) -> Result:
     base = world_of(settings)
     rows = []
     grid = QUICK_HORIZONS if settings.quick else HORIZONS
-    cuts = base.regulator is None and (base.mdp is None or base.factor is not None)
+    cuts = not base.is_regulator and (not base.is_tabular or base.is_projected)
     if cuts:
         # Such a world can be cut, and not go on beyond its own end.
         grid = sorted({min(steps, base.env.horizon) for steps in grid})
@@ -172,19 +172,20 @@ def horizon(settings: Settings, progress: Progress) -> Result:
 
 def at_horizon(world: World, steps: int) -> World:
     """The same world with episodes of another length."""
-    if world.regulator is not None:
+    if world.is_regulator:
         regulator = world.regulator._replace(horizon=steps)
         numbers = coefficients(world.policy, world.params)
         critic, table = value_critic(regulator, numbers, world.gamma)
         return world._replace(
-            env=from_lqr(regulator), regulator=regulator, critic=critic, critic_params=table
+            env=from_lqr(regulator), exact=regulator, critic=critic, critic_params=table
         )
-    if world.mdp is None or world.factor is not None:
+    if not world.is_tabular or world.is_projected:
         env = world.env._replace(horizon=steps)
-        return world._replace(env=env, mdp=None, logits=None, factor=None, basis=None)
-    assert world.logits is not None
+        return world._replace(env=env, exact=None)
     mdp = world.mdp._replace(horizon=steps)
-    return tabular_world(world.name, mdp, world.logits, world.behaviour_logits, gamma=world.gamma)
+    return tabular_world(
+        world.name, mdp, world.logits, world.table.behaviour_logits, gamma=world.gamma
+    )
 
 
 def growth(rows) -> dict[str, float]:

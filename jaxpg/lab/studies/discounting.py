@@ -45,7 +45,7 @@ def discount(settings: Settings, progress: Progress) -> Result:
     for gamma in gammas:
         true, other = (measured[forms[gamma, start].name] for start in (True, False))
         pairs = paired(true.levels[1], other.levels[1])
-        known = {} if world.mdp is None else discount_bias(world, gamma)
+        known = {} if not world.is_tabular else discount_bias(world, gamma)
         common = {"gamma": gamma, "trajectories": other.trajectories, "env_steps": other.env_steps}
         for quantity, function in (("relative_bias", _relative), ("cosine", _cosine)):
             row = {"estimator": "without_start", "quantity": quantity, "exact": known.get(quantity)}
@@ -55,7 +55,7 @@ def discount(settings: Settings, progress: Progress) -> Result:
         for name, warning in (("without_start", NO_GRADIENT), ("from_start", "")) if known else ():
             row = {"estimator": name, "quantity": "asymmetry", "gamma": gamma, "warning": warning}
             rows.append(row | {"exact": known[f"asymmetry_{name}"]})
-    known = {} if world.mdp is None else {g: discount_bias(world, g) for g in gammas}
+    known = {} if not world.is_tabular else {g: discount_bias(world, g) for g in gammas}
     found = {r["gamma"]: stated_row(r) for r in rows if r["quantity"] == "relative_bias"}
     summary = {"relative_bias": found, "exact": known}
     return Result(tidy(rows), summary, lambda figure: _draw_discount(figure, rows))
@@ -66,7 +66,6 @@ def discount_bias(world: World, gamma: float) -> dict[str, float]:
 
     The asymmetry is of the Jacobian in the logits, 0 for the gradient of any function.
     """
-    assert world.logits is not None
     size = world.logits.size
     true, other = (
         coordinates(world, exact.Moments(_field(world, gamma, start)(world.logits), np.eye(size)))[
@@ -98,7 +97,6 @@ def _field(world: World, gamma, from_start):
     """The expected gradient [O A] as a function of the logits."""
 
     def field(logits):
-        assert world.mdp is not None
         found = tabulate(world.mdp, logits)
         weight = discounts(gamma if from_start else 1.0, found.horizon)[:, None] * visits(found)
         _, action_value = action_values(found, gamma)

@@ -87,7 +87,7 @@ def available(world: World) -> list[str]:
 
 def gradient(world: World) -> np.ndarray:
     """The exact gradient of J, in worlds.coordinates."""
-    if world.regulator is not None:
+    if world.is_regulator:
         return regulator_gradient(world)
     true = exact.gradient(world.mdp, world.logits, world.gamma)
     return coordinates(world, Moments(true, np.zeros((len(true), len(true))))).mean
@@ -109,8 +109,8 @@ def batch_moments(found: Form, world: World, num_trajectories: int) -> Moments |
         mean, covariance = found.exact()
         return Moments(mean, covariance / num_trajectories)
     credits = {"total_mean": TOTAL, "total_own_mean": TOTAL, "rtg_time_mean": TO_GO}
-    ends_early = world.mdp is not None and np.any(world.mdp.terminal)
-    if world.mdp is None or found.name not in credits or (ends_early and "time" in found.name):
+    ends_early = world.is_tabular and np.any(world.mdp.terminal)
+    if not world.is_tabular or found.name not in credits or (ends_early and "time" in found.name):
         return None
     credit_ = credits[found.name]
     mean, covariance = coordinates(
@@ -154,10 +154,10 @@ def _gae(lambda_) -> Named:
 def _available(named: Named, world: World) -> bool:
     return {
         "": True,
-        "tables": world.mdp is not None,
+        "tables": world.is_tabular,
         "behaviour": world.behaviour_params is not None,
-        "behaviour tables": world.behaviour_logits is not None,
-        "critic": world.mdp is not None or world.critic is not None,
+        "behaviour tables": world.table.behaviour_logits is not None,
+        "critic": world.is_tabular or world.critic is not None,
     }[named.needs]
 
 

@@ -35,6 +35,19 @@ class Form(NamedTuple):
     off_policy: bool = False
     warning: str = ""  # why its mean is not the gradient of J
 
+    @property
+    def sampled(self) -> Estimator:
+        """The slots. Raises ValueError for a form that no data gives."""
+        if self.estimator is None:
+            raise ValueError(f"{self.name} needs what no data holds, so it cannot be sampled")
+        return self.estimator
+
+    def moments(self) -> Moments:
+        """Of one trajectory, in worlds.coordinates. Raises ValueError where they are unknown."""
+        if self.exact is None:
+            raise ValueError(f"the exact moments of {self.name} are unknown here")
+        return self.exact()
+
 
 def value_tables(world: World) -> tuple[np.ndarray, np.ndarray]:
     """V_t(o) [H, O], the best guess from what the policy sees, and the same by state [H, S]."""
@@ -73,9 +86,9 @@ def lambda_form(world: World, lambda_: float, quality: float = 1.0, offset: floa
     estimator = Estimator(LAMBDA, baselines.critic, _start(world, importance.on_policy))
     hyperparams = world.hyperparams._replace(lambda_=lambda_)
     name = f"gae_{lambda_:g}"
-    exact_critic = world.regulator is not None
+    exact_critic = world.is_regulator
     biased = "" if lambda_ == 1.0 or exact_critic else "biased where the critic is wrong"
-    if world.mdp is None:
+    if not world.is_tabular:
         return Form(name, estimator, hyperparams, None, world.critic, world.critic_params,
                     warning=biased)  # fmt: skip
     table, by_state = (quality * each + offset for each in value_tables(world))
@@ -93,11 +106,10 @@ def _start(world: World, slot):
 
 
 def recursion(world: World, found: Form, critic=None) -> Callable[[], Moments] | None:
-    assert found.estimator is not None
-    estimator = found.estimator
+    estimator = found.sampled
     if couples(estimator):
         return None
-    if world.regulator is not None:
+    if world.is_regulator:
         return partial(_regulated, world, found)
     if critic is None and found.critic is not None:
         return None
@@ -107,7 +119,7 @@ def recursion(world: World, found: Form, critic=None) -> Callable[[], Moments] |
         if not found.off_policy:
             return composed(tables(world), estimator, found.hyperparams, critic)
         table = exact.moments(
-            world.mdp, world.logits, estimator, found.hyperparams, world.behaviour_logits
+            world.mdp, world.logits, estimator, found.hyperparams, world.table.behaviour_logits
         )
         return coordinates(world, table)
 
@@ -117,21 +129,18 @@ def recursion(world: World, found: Form, critic=None) -> Callable[[], Moments] |
 def _regulated(world: World, found: Form) -> Moments:
     """Moments of a regulator's gradient by the parameters that its policy has."""
     numbers, own = _regulator_params(world)
-    assert world.regulator is not None and found.estimator is not None
-    mean, covariance = lqr.moments(world.regulator, numbers, found.estimator, found.hyperparams)
+    mean, covariance = lqr.moments(world.regulator, numbers, found.sampled, found.hyperparams)
     return Moments(mean[own], covariance[np.ix_(own, own)])
 
 
 def regulator_gradient(world: World) -> np.ndarray:
     """The exact gradient of J by the parameters that a regulator's policy has."""
-    assert world.regulator is not None
     numbers, own = _regulator_params(world)
     return lqr.gradient(world.regulator, numbers, world.gamma)[own]
 
 
 def regulator_hessian(world: World) -> np.ndarray:
     """The exact Hessian of J by the parameters that a regulator's policy has."""
-    assert world.regulator is not None
     numbers, own = _regulator_params(world)
     return lqr.hessian(world.regulator, numbers, world.gamma)[np.ix_(own, own)]
 
@@ -208,7 +217,7 @@ def control_variate(credit_, field) -> Make:
 
 
 def value_baseline(world):
-    if world.mdp is None:
+    if not world.is_tabular:
         return {"estimator": Estimator(TO_GO, baselines.critic, _start(world, importance.on_policy)),
                 "critic": world.critic, "critic_params": world.critic_params}  # fmt: skip
     return slots(TO_GO, baselines.tabulated(value_tables(world)[0]))(world)
@@ -250,7 +259,7 @@ def off_policy_form(credit_, slot, warning="") -> Make:
 def named_moments(function, warning) -> Make:
     def make(world):
         def moments():
-            found = function(world.mdp, world.logits, world.behaviour_logits, world.gamma)
+            found = function(world.mdp, world.logits, world.table.behaviour_logits, world.gamma)
             return coordinates(world, found)
 
         return {"exact": cache(moments), "off_policy": True, "warning": warning}

@@ -30,7 +30,7 @@ def horizon_is(settings: Settings, progress: Progress) -> Result:
     """
     lag = lag_of(settings)
     longest = 50 if settings.quick else 100
-    tables = lag.world.mdp is not None
+    tables = lag.world.is_tabular
     if not tables:
         longest = min(longest, lag.world.env.horizon)
     horizons = [t for t in (1, 2, 5, 10, 20, 50, 100, 200) if t <= longest]
@@ -61,7 +61,7 @@ def horizon_is(settings: Settings, progress: Progress) -> Result:
         )
     progress("exact traces")
     rows += _traces(lag, horizons, settings.estimators or FORMS)
-    growth = exact.weight_growth(world.mdp, world.logits, world.behaviour_logits)
+    growth = exact.weight_growth(world.mdp, world.logits, world.table.behaviour_logits)
     summary |= {
         f"{world.name}_growth": growth,
         f"{world.name}_second_moment": {str(t): _weights(lag, t).square for t in horizons},
@@ -74,7 +74,7 @@ def horizon_is(settings: Settings, progress: Progress) -> Result:
 def _longer(lag: Lag, horizon: int) -> World:
     """The pair of policies at lag 1, in the world with another horizon."""
     there = lag.at(1.0)
-    if there.mdp is None:
+    if not there.is_tabular:
         return there._replace(env=there.env._replace(horizon=horizon))
     mdp = there.mdp._replace(horizon=horizon)
     return tabular_world(there.name, mdp, there.logits, lag.behaviour, gamma=there.gamma)
@@ -82,7 +82,7 @@ def _longer(lag: Lag, horizon: int) -> World:
 
 def _weights(lag: Lag, horizon: int):
     world = _longer(lag, horizon)
-    return exact.weight_moments(world.mdp, world.logits, world.behaviour_logits)
+    return exact.weight_moments(world.mdp, world.logits, world.table.behaviour_logits)
 
 
 def _gaussian_log_weights(seed, count, horizons) -> list[np.ndarray]:
@@ -155,11 +155,8 @@ def _traces(lag, horizons, names) -> list[dict[str, Any]]:
     for t in horizons:
         world = _longer(lag, t)
         for name in names:
-            moments = form(name, world).exact
-            assert moments is not None
-            rows.append(
-                {"estimator": name, "horizon": t, "quantity": "trace", "exact": moments().trace}
-            )
+            trace = form(name, world).moments().trace
+            rows.append({"estimator": name, "horizon": t, "quantity": "trace", "exact": trace})
     return rows
 
 

@@ -27,7 +27,7 @@ def importance(settings: Settings, progress: Progress) -> Result:
     that leave ratios out stay calm and drift.
     """
     lag = lag_of(settings)
-    tables = lag.world.mdp is not None
+    tables = lag.world.is_tabular
     names = settings.estimators or tuple(n for n in FORMS if tables or n != "is_marginal")
     lags = LAGS[::2] if settings.quick else LAGS
     forms = [form(name, lag.at(1.0)) for name in names]
@@ -43,9 +43,8 @@ def importance(settings: Settings, progress: Progress) -> Result:
         progress(f"exact moments at lag {x:g}")
         there = lag.at(x)
         for name in names:
-            moments = form(name, there).exact
-            assert moments is not None
-            rows += lag_rows(name, x, moments(), gradient(there), found.get(x, {}).get(name))
+            moments = form(name, there).moments()
+            rows += lag_rows(name, x, moments, gradient(there), found.get(x, {}).get(name))
     weights = exact.weight_moments(lag.world.mdp, lag.at(1.0).logits, lag.behaviour)
     at_one = {
         row["estimator"] + " " + row["quantity"]: row["exact"] for row in rows if row["lag"] == 1

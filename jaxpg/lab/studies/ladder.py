@@ -52,7 +52,7 @@ def ladder(settings: Settings, progress: Progress) -> Result:
 
 def _default(world: World) -> tuple[str, ...]:
     names = (*MEASURED, "rtg_value", "gae_0.95") if world.critic is not None else MEASURED
-    if world.mdp is not None:
+    if world.is_tabular:
         names = LADDER if len(world.mdp.initial) <= 8 else SHORT
     own = f"gae_{world.hyperparams.lambda_:g}"  # a run's lambda stands for the usual one
     return tuple(dict.fromkeys(own if name == "gae_0.95" else name for name in names))

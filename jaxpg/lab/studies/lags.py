@@ -12,7 +12,7 @@ from jaxpg.lab.measure.samples import log_probs, roll
 from jaxpg.lab.studies.estimators import form
 from jaxpg.lab.studies.sampling import source_of
 from jaxpg.lab.studies.study import Settings, key_of, world_of
-from jaxpg.lab.worlds.world import World, table_params
+from jaxpg.lab.worlds.world import Table, World, table_params
 
 SPREAD = 0.5  # of an episode's log weight at lag 1, to first order, where the step is random
 PILOT = 256  # episodes that scale it
@@ -29,12 +29,11 @@ class Lag(NamedTuple):
     def at(self, lag: float) -> World:
         """The world whose policy is ahead of its data by a lag."""
         moved = jax.tree.map(lambda x, step: x + lag * step, self.behaviour, self.step)
-        if self.world.mdp is None:
+        if not self.world.is_tabular:
             return self.world._replace(params=moved, behaviour_params=self.behaviour)
         return self.world._replace(
-            logits=moved,
+            exact=Table(self.world.mdp, moved, self.behaviour),
             params=table_params(moved),
-            behaviour_logits=self.behaviour,
             behaviour_params=table_params(self.behaviour),
         )
 
@@ -45,10 +44,11 @@ def lag_of(settings: Settings) -> Lag:
     A network steps in a random direction, and its world is measured only.
     """
     world = measured_world(settings)
-    if world.mdp is None:
+    if not world.is_tabular:
         return _random_lag(world, settings)
-    if world.behaviour_logits is not None:
-        return Lag(world, world.behaviour_logits, world.logits - world.behaviour_logits)
+    behaviour = world.table.behaviour_logits
+    if behaviour is not None:
+        return Lag(world, behaviour, world.logits - behaviour)
     up = exact.gradient(world.mdp, world.logits, world.gamma).reshape(world.logits.shape)
     return Lag(world, world.logits, up / max(np.abs(up).max(), 1e-12))
 
@@ -56,12 +56,12 @@ def lag_of(settings: Settings) -> Lag:
 def measured_world(settings: Settings) -> World:
     """The world, without the tables of a network; short episodes where it has none and time is short."""
     world = world_of(settings)
-    if world.mdp is not None and world.factor is None:
+    if world.is_tabular and not world.is_projected:
         return world
     # Not of a trained policy, whose episodes are alike until long after that.
     if settings.quick and settings.checkpoint is None:
         world = world._replace(env=world.env._replace(horizon=min(world.env.horizon, QUICK_STEPS)))
-    return world._replace(mdp=None, logits=None, factor=None, basis=None)
+    return world._replace(exact=None)
 
 
 def _random_lag(world: World, settings: Settings) -> Lag:

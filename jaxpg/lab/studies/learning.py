@@ -15,7 +15,7 @@ from jaxpg.lab.studies.study import (
     world_of,
 )
 from jaxpg.lab.studies.training import adam_rate, best_objective, learner, replaced
-from jaxpg.lab.worlds.world import has_exact
+from jaxpg.lab.worlds.world import Checkpoint, has_exact
 from jaxpg.optimizers import OPTIMIZERS, adam
 from jaxpg.stats import figures
 from jaxpg.stats.intervals import bootstrap
@@ -73,10 +73,9 @@ def _names(settings: Settings) -> tuple[str, ...]:
     return settings.estimators or (QUICK_NAMES if settings.quick else NAMES)
 
 
-def _replaces(settings: Settings) -> list[str]:
+def _replaces(settings: Settings, checkpoint: Checkpoint) -> list[str]:
     """Batches and schedule; and each row's own epochs and minibatches, where a run has others."""
-    assert settings.checkpoint is not None
-    config, said = settings.checkpoint.origin["config"], []
+    config, said = checkpoint.origin["config"], []
     run = algorithm(config["algorithm"])
     for name in _names(settings):
         row = algorithm(name)
@@ -85,7 +84,7 @@ def _replaces(settings: Settings) -> list[str]:
             theirs = getattr(run, count) if config[count] is None else config[count]
             if own != theirs and (row.critic_optimizer or not count.startswith("critic")):
                 said.append(f"{count} {own} of {name}, not the run's {theirs}")
-    return [*replaced(settings, _batch(settings), unlimited=False), *said]
+    return [*replaced(checkpoint, _batch(settings), unlimited=False), *said]
 
 
 def _batch(settings: Settings) -> int:

@@ -43,7 +43,7 @@ def noise_scale(settings: Settings, progress: Progress) -> Result:
                 f"{each.name} has no noise scale of one trajectory to measure; use total or rtg"
             )
     rows = _over_batches(world, forms, settings, progress)
-    if world.mdp is not None and world.factor is None:
+    if world.is_tabular and not world.is_projected:
         rows += _over_training(world, settings, progress)
     rows += regulated.near_optimum()
     steps, scale = regulated.one_step(settings, progress)
@@ -109,14 +109,12 @@ def _over_training(world: World, settings, progress) -> list[dict[str, Any]]:
     chosen = set(range(0, updates + 1, updates // (2 if settings.quick else 4)))
     rows = []
     for update, each in enumerate(path):
-        there = world._replace(logits=each, params=table_params(each))
+        there = world._replace(exact=world.table._replace(logits=each), params=table_params(each))
         progress(f"exact moments after {update} updates")
         found = run(key_of(settings), there.params) if update in chosen else {}
         value = exact.objective(world.mdp, each, world.gamma)
         for name in ("total", "rtg", "rtg_value", "exact_advantage"):
-            moments = form(name, there).exact
-            assert moments is not None
-            mean, covariance = moments()
+            mean, covariance = form(name, there).moments()
             row = {"estimator": name, "update": update, "objective": value, "quantity": "over training",
                    "exact": float(np.trace(covariance) / (mean @ mean))}  # fmt: skip
             if name in found:

@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxpg.lab.exact import Moments
 from jaxpg.lab.studies.estimators import Form, form, gradient, lambda_form
 from jaxpg.lab.studies.measured import Measured
 from jaxpg.lab.studies.pairs import intervals, norm
@@ -43,7 +42,7 @@ def partial_observability(settings: Settings, progress: Progress) -> Result:
         lambda_ = float(each.hyperparams.lambda_) if each.critic is not None else None
         row = {"estimator": each.name, "lambda": lambda_, "trajectories": found.trajectories}
         row |= {"env_steps": found.env_steps, "warning": _warning(each)}
-        known = exact_moments(each)
+        known = each.moments()
         bias = norm(known.mean - true) / norm(true)
         rows.append(
             estimated(relative_bias(found, true), quantity="relative_bias", exact=bias, **row)
@@ -56,8 +55,7 @@ def partial_observability(settings: Settings, progress: Progress) -> Result:
 
 def aliased(world: World) -> World:
     """The same process seen through fewer observations; logits are those of the first of each group."""
-    assert world.mdp is not None and world.logits is not None
-    if world.factor is not None:
+    if world.is_projected:
         raise ValueError("partial-observability compares tables; leave out --policy or use tabular")
     size = len(world.logits)
     groups = np.array(ALIASES.get(world.name, np.arange(size) // 2))
@@ -74,12 +72,6 @@ def relative_bias(found: Measured, true) -> Estimate:
     return Estimate(value, low, high)
 
 
-def exact_moments(each: Form) -> Moments:
-    """Of one trajectory, in a world with tables."""
-    assert each.exact is not None
-    return each.exact()
-
-
 def _lambda_forms(world: World) -> list[Form]:
     """One critic for all, so that they share their episodes."""
     forms = [lambda_form(world, lambda_) for lambda_ in LAMBDAS]
@@ -90,7 +82,7 @@ def _control(full: World):
     """The same with every state seen: the critic is exact, and no lambda is biased."""
     true = gradient(full)
     for each in (lambda_form(full, lambda_) for lambda_ in LAMBDAS):
-        known, lambda_ = exact_moments(each), float(each.hyperparams.lambda_)
+        known, lambda_ = each.moments(), float(each.hyperparams.lambda_)
         row = {"estimator": f"{each.name}_fully_observed", "lambda": lambda_}
         bias = norm(known.mean - true) / norm(true)
         yield row | {"quantity": "relative_bias", "exact": bias}

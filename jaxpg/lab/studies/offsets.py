@@ -40,9 +40,9 @@ def offset(settings: Settings, progress: Progress) -> Result:
     points the wrong way, and what is left of its variance in float32.
     """
     world = world_of(settings)
-    if settings.quick and world.mdp is None and settings.checkpoint is None:
+    if settings.quick and not world.is_tabular and settings.checkpoint is None:
         world = world._replace(env=world.env._replace(horizon=min(world.env.horizon, QUICK_STEPS)))
-    traces = _exact_traces if world.mdp is not None else _measured_traces
+    traces = _exact_traces if world.is_tabular else _measured_traces
     rows, summary = traces(world, settings, progress)
     progress("signs and precision of the bandit")
     rows += _signs(settings) + _precisions(settings)
@@ -69,8 +69,7 @@ def _exact_traces(world, settings, progress) -> tuple[list[dict[str, Any]], dict
     rows: list[dict[str, Any]] = []
     for each in forms:
         kind, k, _ = named[each.name]
-        assert each.estimator is not None
-        known = composed(tables(world), each.estimator, hyperparams).trace
+        known = composed(tables(world), each.sampled, hyperparams).trace
         measured = found[each.name]
         for kappa in OFFSETS if k is None else (k,):
             rows.append(estimated(

@@ -50,9 +50,8 @@ def one_step(settings: Settings, progress: Progress) -> tuple[list[dict[str, Any
     """
     world = regulator_world(gain=GAIN, gamma=GAMMA, fixed_std=True)
     found = form("rtg_value", world)
-    regulator, estimator = world.regulator, found.estimator
-    assert regulator is not None and estimator is not None and found.exact is not None
-    mean, covariance = found.exact()
+    regulator = world.regulator
+    mean, covariance = found.moments()
     scale = float(covariance[0, 0] / mean[0] ** 2)
     count = 2**17 if settings.quick else 2**19
     progress(f"{count:,} gradients of a regulator")

@@ -162,9 +162,8 @@ def options_for(steps) -> dict[str, Any] | None:
 def source_of(world: World, form: Form, key: Key) -> Source:
     """What the laboratory's functions sample a form from."""
     behaviour = world.behaviour_params if form.off_policy else None
-    assert form.estimator is not None
     return Source(
-        world.env, world.policy, form.estimator, world.params, key, form.hyperparams, behaviour,
+        world.env, world.policy, form.sampled, world.params, key, form.hyperparams, behaviour,
         form.critic, form.critic_params,
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxpg.envs import Mdp, from_mdp
 from jaxpg.estimators import credit
 from jaxpg.lab.studies.sampling import check_episodes, options_for
-from jaxpg.lab.worlds.world import World
+from jaxpg.lab.worlds.world import Table, World
 from jaxpg.policies import Agent, AgentParams, Categorical, Network
 from jaxpg.rollout import init_stream, unroll
 from jaxpg.types import Hyperparams
@@ -52,8 +52,8 @@ def long_short() -> World:
     logits[0, 0] = params["preference"]
     one = np.eye(8)[:, :1]
     return World(
-        LONG_SHORT, from_mdp(mdp), policy, params, Hyperparams(gamma=1.0), mdp, logits,
-        factor=one, basis=np.eye(1),
+        LONG_SHORT, from_mdp(mdp), policy, params, Hyperparams(gamma=1.0),
+        Table(mdp, logits, factor=one, basis=np.eye(1)),
     )  # fmt: skip
 
 

@@ -59,9 +59,8 @@ class Experiment(NamedTuple):
     quick: Settings
     worlds: tuple[str, ...] = ()  # the only ones it runs on, its own first; (): any
     ignores: tuple[str, ...] = ()  # settings that mean nothing to it, so that asking is a mistake
-    replaces: Callable[[Settings], list[str]] = (
-        lambda settings: []
-    )  # of a checkpoint's run, with what
+    # What is measured with other settings than those of the checkpoint's run.
+    replaces: Callable[[Settings, Checkpoint], list[str]] = lambda settings, checkpoint: []
 
 
 def world_of(settings: Settings) -> World:
@@ -120,7 +119,7 @@ def stated_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def need_exact(world: World, experiment: str) -> None:
     """Raises ValueError for a world without tables."""
-    if world.mdp is None:
+    if not world.is_tabular:
         raise ValueError(
             f"{experiment} compares with exact answers, which {world.name} has not; use one of "
             f"{', '.join(TABLES)}"

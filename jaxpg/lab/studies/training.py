@@ -17,7 +17,7 @@ from jaxpg.lab.studies.estimators import form
 from jaxpg.lab.studies.sampling import options_for, source_of
 from jaxpg.lab.studies.study import Settings
 from jaxpg.lab.worlds import regulators
-from jaxpg.lab.worlds.world import World, has_exact
+from jaxpg.lab.worlds.world import Checkpoint, World, has_exact
 from jaxpg.policies import NETWORKS, Agent, AgentParams
 from jaxpg.training.algorithm import Algorithm
 from jaxpg.training.trainer import make_trainer, train
@@ -52,7 +52,7 @@ def learner(
     """
     critic = None
     if algorithm.critic_optimizer is not None:
-        kind = "tabular" if world.mdp is not None else "mlp"
+        kind = "tabular" if world.is_tabular else "mlp"
         critic = world.critic or NETWORKS[kind](world.env.observation, None)
     agent = Agent(world.policy, critic)
     score = objective_of(world) if has_exact(world) else None
@@ -93,9 +93,8 @@ def learner(
 
 def objective_of(world: World) -> Callable[[Params], Array]:
     """J of the world's policy as a function of its parameters, by V_t = sum_a pi (r + gamma P V_{t+1})."""
-    if world.regulator is not None:
+    if world.is_regulator:
         return partial(_of_regulator, world)
-    assert world.mdp is not None
     mdp, dtype = check_mdp(world.mdp), jnp.result_type(float)
     alive = ~mdp.terminal[:, None]
     reward = jnp.asarray(np.where(alive, mdp.reward, 0.0), dtype)
@@ -118,13 +117,12 @@ def objective_of(world: World) -> Callable[[Params], Array]:
 
 
 def _of_regulator(world: World, params: Params) -> Array:
-    assert world.regulator is not None
     return regulators.objective(world.regulator, world.policy, params, world.gamma)
 
 
 def best_objective(world: World) -> float:
     """The best J: of any policy of state and time by dynamic programming, or of a regulator's parameters."""
-    if world.regulator is not None:
+    if world.is_regulator:
         return _best_of_regulator(world)
     mdp, gamma = check_mdp(world.mdp), world.gamma
     alive = ~mdp.terminal[:, None]
@@ -170,13 +168,9 @@ def adam_rate(world: World) -> float:
     return 0.05 if has_exact(world) else 3e-3
 
 
-def replaced(settings: Settings, num_envs: int | None, *, unlimited: bool) -> list[str]:
+def replaced(checkpoint: Checkpoint, num_envs: int | None, *, unlimited: bool) -> list[str]:
     """What training here has otherwise than a checkpoint's run."""
-    assert settings.checkpoint is not None
-    config, limit = (
-        settings.checkpoint.origin["config"],
-        settings.checkpoint.hyperparams.max_grad_norm,
-    )
+    config, limit = checkpoint.origin["config"], checkpoint.hyperparams.max_grad_norm
     said = []
     if num_envs not in (None, config["num_envs"]):
         said.append(f"batches of {num_envs}, not the run's {config['num_envs']}")

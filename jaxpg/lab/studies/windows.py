@@ -79,8 +79,8 @@ def _true_direction(world: World, key, num_trajectories):
     flat, unravel = ravel_pytree(world.params)
     row = {"estimator": "whole_episodes", "quantity": "gradient", "steps": world.env.horizon}
     number = min(num_trajectories, SAMPLED // flat.size)
-    row |= {"num_envs": None, "trajectories": number if world.mdp is None else None}
-    if world.mdp is not None:
+    row |= {"num_envs": None, "trajectories": number if not world.is_tabular else None}
+    if world.is_tabular:
         vector = lifted(world, gradient(world))
         size = float(np.linalg.norm(vector))
         return unravel(jnp.asarray(vector / size, flat.dtype)), row | {"exact": size}

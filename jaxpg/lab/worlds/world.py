@@ -21,28 +21,68 @@ TABULATED = ("FrozenLake-misc", "Catch-bsuite", "DiscountingChain-bsuite")
 TABLES = (*INSTANCES, *TABULATED)
 
 
+class Table(NamedTuple):
+    """Tables of a world and of its policies."""
+
+    mdp: Mdp
+    logits: np.ndarray  # [O, A] of the policy, for every observation
+    behaviour_logits: np.ndarray | None = None  # [O, A]
+    # [O A, R] and [P, R], orthonormal: the gradient by a network's parameters is basis factor^T g.
+    factor: np.ndarray | None = None
+    basis: np.ndarray | None = None
+
+
 class World(NamedTuple):
-    """An environment and a policy at fixed parameters; `mdp` and `logits` wherever exact answers exist."""
+    """An environment and a policy at fixed parameters, with its exact answers where there are any."""
 
     name: str
     env: Env
     policy: Network
     params: Params
     hyperparams: Hyperparams  # of the run that a checkpoint is of; else the defaults and a gamma
-    # None where there are no tables; Any, because whoever reads them has made sure.
-    mdp: Any = None  # Mdp
-    logits: Any = None  # [O, A] what the policy says of every observation
-    behaviour_logits: Any = None  # [O, A]
+    exact: Table | Lqr | None = None  # an Lqr with a gain_policy; None: no exact answers
     behaviour_params: Params = None  # another policy that gathers data; None where there is none
-    factor: np.ndarray | None = None  # [O A, R] and
-    basis: np.ndarray | None = None  # [P, R], orthonormal: a network's gradient is basis factor^T g
     critic: Network | None = None  # a trained one, from a checkpoint, or a regulator's exact one
     critic_params: Params = ()
-    regulator: Lqr | None = None  # whose exact answers are those of a gain_policy
 
     @property
     def gamma(self) -> float:
         return float(self.hyperparams.gamma)
+
+    @property
+    def is_tabular(self) -> bool:
+        return isinstance(self.exact, Table)
+
+    @property
+    def is_regulator(self) -> bool:
+        return isinstance(self.exact, Lqr)
+
+    @property
+    def is_projected(self) -> bool:
+        """Whether a network stands between the parameters and the table."""
+        return self.is_tabular and self.table.factor is not None
+
+    @property
+    def table(self) -> Table:
+        """Raises ValueError for a world without tables."""
+        if not isinstance(self.exact, Table):
+            raise ValueError(f"{self.name} has no tables, so no exact answers")
+        return self.exact
+
+    @property
+    def mdp(self) -> Mdp:
+        return self.table.mdp
+
+    @property
+    def logits(self) -> np.ndarray:
+        return self.table.logits
+
+    @property
+    def regulator(self) -> Lqr:
+        """Raises ValueError for a world that is no regulator."""
+        if not isinstance(self.exact, Lqr):
+            raise ValueError(f"{self.name} is no linear-quadratic regulator")
+        return self.exact
 
 
 class Checkpoint(NamedTuple):
@@ -121,7 +161,8 @@ def tabular_world(
     params = table_params(logits)
     behaviour = None if behaviour_logits is None else table_params(behaviour_logits)
     numbers = Hyperparams(gamma=gamma)
-    return World(name, env, network, params, numbers, mdp, logits, behaviour_logits, behaviour)
+    table = Table(mdp, logits, behaviour_logits)
+    return World(name, env, network, params, numbers, table, behaviour)
 
 
 def regulator_world(
@@ -153,14 +194,14 @@ def regulator_world(
     }
     critic, table = value_critic(regulator, numbers, gamma)
     return World(
-        REGULATOR, env, network, params, Hyperparams(gamma=gamma), critic=critic, critic_params=table,
-        regulator=regulator,
+        REGULATOR, env, network, params, Hyperparams(gamma=gamma), regulator, critic=critic,
+        critic_params=table,
     )  # fmt: skip
 
 
 def has_exact(world: World) -> bool:
     """Whether moments and gradients are known: the world has tables, or is a regulator."""
-    return world.mdp is not None or world.regulator is not None
+    return world.exact is not None
 
 
 def table_params(logits: np.ndarray) -> Params:
@@ -173,10 +214,8 @@ def tables(world: World) -> Tables:
 
     Raises ValueError for a world without tables.
     """
-    if world.mdp is None:
-        raise ValueError(f"{world.name} has no tables, so no exact answers")
-    found = tabulate(world.mdp, world.logits)
-    return found if world.factor is None else found._replace(score=found.score @ world.factor)
+    found, factor = tabulate(world.mdp, world.logits), world.table.factor
+    return found if factor is None else found._replace(score=found.score @ factor)
 
 
 def coordinates(world: World, moments: Moments) -> Moments:
@@ -184,15 +223,16 @@ def coordinates(world: World, moments: Moments) -> Moments:
 
     Norms, traces and cosines are those of the gradient in parameters, which `lifted` gives.
     """
-    if world.factor is None:
+    factor = world.table.factor
+    if factor is None:
         return moments
-    factor = world.factor
     return Moments(factor.T @ moments.mean, factor.T @ moments.covariance @ factor)
 
 
 def lifted(world: World, vector: np.ndarray) -> np.ndarray:
     """A vector in coordinates [R] as one of parameters [P]."""
-    return vector if world.basis is None else world.basis @ vector
+    basis = world.table.basis if world.is_tabular else None
+    return vector if basis is None else basis @ vector
 
 
 def num_params(world: World) -> int:
@@ -259,7 +299,7 @@ def _tabled(found: World, mdp: Mdp) -> World:
     left, size, right = np.linalg.svd(jacobian, full_matrices=False)
     rank = int((size > 1e-6 * size.max()).sum())
     factor, basis = left[:, :rank] * size[:rank], right[:rank].T
-    return found._replace(mdp=mdp, logits=logits, factor=factor, basis=basis)
+    return found._replace(exact=Table(mdp, logits, factor=factor, basis=basis))
 
 
 def tabulated(name: str, **settings) -> Mdp:
