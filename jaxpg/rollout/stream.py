@@ -21,12 +21,13 @@ from jaxpg.rollout.stepping import (
 )
 from jaxpg.types import Array, Key, Params, Trajectory
 
-# Up to this many lanes, pre-draw one reset per lane and step; with more, SHARING lanes share one. On a CPU a
-# reset costs more than finding the lanes that ended, but for few lanes finding them takes longer to compile.
-# On an accelerator a reset costs next to nothing, and asking whether any lane ended is a round trip.
-FEW = {"cpu": 32}
+# Up to this many lanes, each has a start of its own, drawn ahead in every step. Of more, the k-th that ended
+# takes the k-th start, so that few need drawing.
+FEW = 32
 
-SHARING = 8
+# Lanes for each start that is drawn ahead. On an accelerator to draw one costs next to nothing, and to ask
+# how many lanes ended is a round trip to the host: there each is drawn when its lane has ended.
+SHARING = {"cpu": 8}
 
 # Steps that a feed-forward critic evaluates at once after a rollout; on a CPU, more would leave the cache.
 ROWS_AT_ONCE = {"cpu": 2048}
@@ -66,9 +67,11 @@ def unroll(
     waits = critic is not None and not jax.tree.leaves(state.carry.critic)
     keys = step_keys(key, num_steps)
     noise = noise_function(agent, params.policy, state.obs)(keys.action)
-    few = num_envs <= FEW.get(jax.default_backend(), num_envs)
-    pool_size = num_envs if few else num_envs // SHARING
-    pools = jax.vmap(partial(_pool, env, size=pool_size))(keys.reset)
+    sharing = 1 if num_envs <= FEW else SHARING.get(jax.default_backend())
+    pools = None
+    if sharing:
+        places = jnp.arange(num_envs // sharing)
+        pools = jax.vmap(lambda key: _starts(env, key, places))(keys.reset)
 
     def value_of(carry, obs, first):
         if critic is None:
@@ -149,35 +152,34 @@ def _values(critic: Network, params: Params, trajectory: Trajectory) -> Array:
     return jax.lax.map(judge, blocks).reshape(num_steps, num_envs)
 
 
-def _pool(env: Env, key, size):
-    """Draw `size` resets; each has the key of its place, so a larger pool begins with the same ones."""
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(size))
-    return reset_lanes(env, keys)
+def _starts(env: Env, key: Key, places: Array) -> Any:
+    """Fresh starts, each by the key of its place, so that they are the same however many are drawn."""
+    return reset_lanes(env, jax.vmap(partial(jax.random.fold_in, key))(places))
 
 
 def _reset_ended(env: Env, ended, pool, key, env_state, obs):
-    """Reset the lanes whose episode ended, each from its own place in a pool that holds one per lane.
+    """Fresh starts where an episode ended: of few lanes the lane's own, of more the k-th for the k-th to end.
 
-    From a smaller pool, the k-th lane that ended takes the k-th reset; if more have ended than it holds, the
-    key draws one per lane. Every step has its own pool, so resets are independent.
+    They are the same whether or not they were drawn ahead. Every step has starts of its own, so all are
+    independent.
     """
-    num_lanes, size = ended.shape[0], jax.tree.leaves(pool)[0].shape[0]
     before = env_state, obs
 
     def put(fresh):
         return jax.tree.map(partial(select, ended), fresh, before)
 
-    def placed(pool, size):
-        place = jnp.clip(jnp.cumsum(ended) - 1, 0, size - 1)
-        return jax.tree.map(lambda x: x[place], pool)
+    if len(ended) <= FEW:
+        return put(pool)
+    place = jnp.maximum(jnp.cumsum(ended) - 1, 0)
+    if pool is None:
+        return put(_starts(env, key, place))
+    size = jax.tree.leaves(pool)[0].shape[0]
 
     def fresh():
         return jax.lax.cond(
             any_replica(ended.sum()[None] > size),
-            lambda: placed(_pool(env, key, num_lanes), num_lanes),
-            lambda: placed(pool, size),
+            lambda: _starts(env, key, place),
+            lambda: jax.tree.map(lambda x: x[jnp.minimum(place, size - 1)], pool),
         )
 
-    if size == num_lanes:
-        return put(pool)
     return jax.lax.cond(any_replica(ended), lambda: put(fresh()), lambda: before)

@@ -487,7 +487,7 @@ def test_what_training_has_otherwise_than_the_run_is_said(tmp_path, capsys):
     settings = EXPERIMENTS["seeds"].quick._replace(checkpoint=load(str(folder)))
     assert own_rate(settings, "sgd") == pytest.approx(0.3) and own_rate(settings, "adam") is None
     others = EXPERIMENTS["seeds"].replaces(
-        settings._replace(estimators=("reinforce", "ppo", "vpg"))
+        settings._replace(estimators=("reinforce", "ppo", "vpg")), settings.checkpoint
     )
     ppo, vpg = algorithm("ppo"), algorithm("vpg")
     assert others == [

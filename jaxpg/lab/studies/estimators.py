@@ -156,7 +156,7 @@ def _available(named: Named, world: World) -> bool:
         "": True,
         "tables": world.is_tabular,
         "behaviour": world.behaviour_params is not None,
-        "behaviour tables": world.table.behaviour_logits is not None,
+        "behaviour tables": world.is_tabular and world.table.behaviour_logits is not None,
         "critic": world.is_tabular or world.critic is not None,
     }[named.needs]
 

@@ -223,7 +223,7 @@ def coordinates(world: World, moments: Moments) -> Moments:
 
     Norms, traces and cosines are those of the gradient in parameters, which `lifted` gives.
     """
-    factor = world.table.factor
+    factor = world.table.factor if world.is_tabular else None
     if factor is None:
         return moments
     return Moments(factor.T @ moments.mean, factor.T @ moments.covariance @ factor)
