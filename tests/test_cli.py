@@ -126,7 +126,7 @@ def test_a_signal_saves_what_was_learnt(tmp_path, number, status, wait_for):
     assert process.returncode == status
     assert f"jaxpg: stopped by {number.name}" in error
     assert "Traceback" not in error
-    if wait_for == "config.json":  # while compiling: nothing was learnt, so nothing stays
+    if wait_for == "config.json":  # while compiling: there was nothing to keep
         assert list(tmp_path.iterdir()) == []
     else:
         names = {f.name for f in (tmp_path / "r").iterdir()}

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def tree(number=0.0):
-    """Of every kind that a state may hold."""
+    """A tree with a leaf of every kind that a state may hold."""
     return {
         "weights": jnp.linspace(0, 1, 12).reshape(3, 4) + number,
         "keys": jax.random.split(jax.random.key(7, impl="rbg"), 3),
@@ -70,7 +70,7 @@ def test_the_newest_and_the_best_stay(tmp_path):
     saved(tmp_path, 1.0, 9.0, -np.inf, 2.0, np.nan, 3.0)
     assert steps(tmp_path) == [2, 4, 5, 6]
     assert checkpoint.best(tmp_path) == 2
-    # Also when another process goes on, and finds something better.
+    # The same when another process continues, and finds something better.
     saved(tmp_path, 4.0, 10.0, first=7)
     assert steps(tmp_path) == [6, 7, 8]
 
@@ -86,11 +86,11 @@ def files(folder):
     return sorted(f for f in folder.rglob("*") if f.is_file())
 
 
-# Read when a checkpoint is: what else orbax writes may be cut without harm.
+# Files needed to read a checkpoint; the others that orbax writes may be cut without harm.
 NEEDED = {"metadata", "_METADATA", "manifest.ocdbt"}
 
 
-# tensorstore's threads go on after a failure, and find nobody waiting.
+# tensorstore's threads go on after a failure, and their errors reach nobody.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("failed_reads")
@@ -122,7 +122,7 @@ def test_a_damaged_file_never_passes_for_a_whole_one(tmp_path):
 
 
 def test_values_that_rot_on_the_disk_are_seen(tmp_path, monkeypatch):
-    """Large arrays lie in files that have no checksum of their own."""
+    """Large arrays are in files without a checksum of their own."""
     monkeypatch.setattr(checkpoint, "_checksum", lambda array: 1)
     saved(tmp_path, 0.0)
     monkeypatch.undo()
@@ -176,7 +176,7 @@ def test_an_older_layout_and_foreign_folders_are_refused(tmp_path, monkeypatch):
     assert (tmp_path / "c" / "7" / "weights.pt").exists()
 
 
-# tensorstore's threads go on after a failure, and find nobody waiting.
+# tensorstore's threads go on after a failure, and their errors reach nobody.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("failed_reads")
@@ -186,7 +186,7 @@ def test_a_full_disk_is_an_oserror_and_leaves_the_last_checkpoint(tmp_path):
 
     saved(tmp_path, 0.0)
     checkpoints = open_checkpoints(tmp_path)
-    noise = np.random.default_rng(0).random((100, 1000))  # which cannot be compressed
+    noise = np.random.default_rng(0).random((100, 1000))  # cannot be compressed
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     # A write beyond the limit fails as on a full disk: Python ignores the signal.
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -198,7 +198,7 @@ def test_a_full_disk_is_an_oserror_and_leaves_the_last_checkpoint(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert steps(tmp_path) == [1]
     assert same(restore(tmp_path, 1, shapes())[0], tree(1))
-    # And when there is room again, the next one is saved.
+    # Once there is room again, the next checkpoint is saved.
     saved(tmp_path, 1.0, first=3)
     assert steps(tmp_path) == [1, 3]
 
@@ -237,4 +237,4 @@ def test_a_kill_in_the_middle_of_a_save_leaves_whole_checkpoints(tmp_path):
         assert host["record"] == {"n": newest}
         assert (found["x"] == newest).all()
         shutil.rmtree(tmp_path / "c")
-    assert torn  # at least one save was cut, or this has tested nothing
+    assert torn  # if no save was cut, this has tested nothing

@@ -20,7 +20,7 @@ from jaxpg.types import HYPERPARAMS, Hyperparams
 
 TRAINABLE = [
     name for name, row in ALGORITHMS.items() if not row.data.demonstrations
-]  # which need demonstrations
+]  # the others need demonstrations
 
 
 def test_a_grid_has_every_combination_once():
@@ -97,7 +97,7 @@ def test_flags_fill_both_types_in_any_order(order):
 
 
 def test_flags_wrap_the_environment():
-    """CartPole, every action twice; of every observation two entries, with the action before, three times."""
+    """CartPole with actions taken twice; observations are 3 steps of 2 entries and the previous action."""
     flags = "CartPole-v1 --keep 0,2 --repeat 2 --history 3 --normalise"
     config, grid = parse(flags.split(), "jaxpg train")
     assert (config.keep, config.repeat, config.history, config.normalise) == ((0, 2), 2, 3, True)
@@ -142,7 +142,7 @@ def test_64_bits_on_a_jax_that_loses_32_is_refused(x64, monkeypatch):
 
 @pytest.mark.parametrize("flags", [("--config", ""), ("--resume=",), ("CartPole-v1", "--run", "")])
 def test_an_empty_name_is_a_flag_without_its_value(flags):
-    """As of a variable of a shell that is not set: not this folder."""
+    """An unset shell variable gives an empty name, which must not stand for the current folder."""
     with pytest.raises(ValueError, match=f"^{flags[-2:][0].strip('=')} lacks its value"):
         request(flags, "jaxpg train")
 

@@ -1,4 +1,4 @@
-"""What a command says, where it says it, and what it heeds of its process's environment."""
+"""What a command prints, where it prints it, and which environment variables it respects."""
 
 import errno
 import io
@@ -22,7 +22,7 @@ from jaxpg.runs.host.cache import use_compilation_cache
 from jaxpg.runs.store import checkpoint
 from jaxpg.runs.train import replicas
 
-# Without a home, or a folder to keep programs in.
+# An environment without a home, or a folder to keep programs in.
 HIDDEN = ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR", "NO_COLOR", "TERM")
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in HIDDEN} | {
     "PYTHONPATH": str(ROOT),
@@ -41,7 +41,7 @@ def test_an_unknown_command_lists_all_of_them(capsys):
 
 @pytest.fixture
 def left(monkeypatch):
-    """What ends the process at once raises SystemExit instead."""
+    """Replaces an immediate end of the process by SystemExit."""
 
     def leave(status):
         raise SystemExit(status)
@@ -64,7 +64,7 @@ HEARD = [
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device")
 @pytest.mark.parametrize("full", [True, False])
 def test_output_that_nobody_takes_is_no_traceback(full, monkeypatch, capsys):
-    """A full device is said in a line; a reader that has left wants to hear nothing."""
+    """A full device is reported in one line; a reader that has left is told nothing."""
     for arguments in HEARD:
         reader, writer = os.pipe()
         os.close(reader)
@@ -72,7 +72,7 @@ def test_output_that_nobody_takes_is_no_traceback(full, monkeypatch, capsys):
             monkeypatch.setattr(sys, "stdout", out)
             with pytest.raises(SystemExit) as exit_:
                 main(arguments.split())
-            # Whatever it has kept it would try to write again.
+            # Python would try to write again what is still in its buffer.
             os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         if full:
             os.close(writer)
@@ -84,7 +84,7 @@ def test_output_that_nobody_takes_is_no_traceback(full, monkeypatch, capsys):
 @pytest.mark.usefixtures("left")
 @pytest.mark.parametrize(("number", "status"), [(errno.EPIPE, 141), (errno.ENOSPC, 1)])
 def test_training_whose_output_nobody_takes_is_saved(number, status, monkeypatch, capsys, tmp_path):
-    """After its first chunk the reader has left, or the disk is full: no signal, and not called one."""
+    """The reader leaves, or the disk fills, after the first chunk: neither is reported as a signal."""
 
     class Out(io.StringIO):
         def write(self, text):
@@ -126,7 +126,7 @@ def test_a_lack_of_memory_or_threads_is_said(error, monkeypatch, capsys, tmp_pat
     if known:
         assert raised.value.args == (1,) and said.count("\n") == 1
         assert "this process ran out of memory or threads: " in said
-    # Nor is it said of a checkpoint that it cannot be written, or with what orbax's tasks would add.
+    # Nor is it reported as a checkpoint that cannot be written, or with the logs of orbax's tasks.
     with cli._only_own_exceptions():
         assert not logging.getLogger("asyncio").isEnabledFor(logging.ERROR)
     assert logging.getLogger("asyncio").isEnabledFor(logging.ERROR)
@@ -141,7 +141,7 @@ class Screen(io.StringIO):
 
 @pytest.mark.parametrize("term", ["xterm-256color", "dumb"])
 def test_lines_that_change_need_a_terminal_that_can(term, monkeypatch):
-    """And NO_COLOR takes the colours from it; otherwise, lines follow each other."""
+    """A capable terminal redraws lines, without colours under NO_COLOR; others get one line after another."""
     screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", term)
@@ -156,7 +156,7 @@ def test_lines_that_change_need_a_terminal_that_can(term, monkeypatch):
     assert "half of [it]" in text
     assert ("\x1b" in text) == (term != "dumb")
     assert not re.search(r"\x1b\[[0-9;]*m", text)
-    # Where standard error is closed or full, nobody is told, and the experiment goes on.
+    # If standard error is closed or full, progress is lost and the experiment goes on.
     with open(os.devnull) as closed:
         for nobody in (None, closed):
             monkeypatch.setattr(sys, "stderr", nobody)
@@ -165,7 +165,7 @@ def test_lines_that_change_need_a_terminal_that_can(term, monkeypatch):
 
 
 def on_a_terminal(program, **environment):
-    """What a child prints on a terminal of 80 columns."""
+    """The output of a child process on a terminal of 80 columns."""
     import pty
 
     own, its = pty.openpty()
@@ -177,7 +177,7 @@ def on_a_terminal(program, **environment):
     )
     os.close(its)
     found = b""
-    with suppress(OSError):  # the end, as Linux says it
+    with suppress(OSError):  # how Linux signals the end
         while part := os.read(own, 65536):
             found += part
     os.close(own)
@@ -222,7 +222,7 @@ def test_without_a_home_nothing_is_kept(monkeypatch):
         jax.config.update("jax_compilation_cache_dir", before)
 
 
-# A notebook's shell, without a home or a name for its user.
+# A notebook's shell whose user has neither a home nor a name.
 NOTEBOOK = """
 import pwd, jax
 def unknown(uid):

@@ -1,6 +1,6 @@
 """Damaged files and hostile flags, for every command: refused in one line, and nothing is half-written.
 
-Nothing is trained, rolled out or drawn here: where that would begin, an example has passed every check.
+Nothing is trained, rolled out or drawn here: an example that gets that far has passed every check.
 """
 
 import io
@@ -43,12 +43,12 @@ from jaxpg.runs.train import replica_batches, run
 
 SWEEP = f"sweep {FLAGS} --updates 2 --gamma .9,.99 --checkpoint-seconds 0 --run s --resume-or-start"
 DEMONSTRATIONS = "demonstrations.npz"
-EXAMPLES = int(os.environ.get("JAXPG_FUZZ", "1"))  # so many times as many, and others
-SIZE = 4  # of the sweep's batches
-ROOM = 2**32  # of address space
+EXAMPLES = int(os.environ.get("JAXPG_FUZZ", "1"))  # multiplies their number, and draws other ones
+SIZE = 4  # agents in a batch of the sweep
+ROOM = 2**32  # bytes of address space
 
 
-# Where the studies begin to draw, behind the bounds of their sizes.
+# Where the studies begin to sample, after the checks of their sizes.
 DRAWING = [
     (sampling, "_group"), (horizons, "roll"), (decomposition, "roll"), (lags, "roll"),
     (streams, "init_stream"), (windows, "gradient_samples"), (regulated, "gradient_samples"),
@@ -97,7 +97,7 @@ def written_and_killed(*arguments, write=replica_batches.write):
 
 @contextmanager
 def halted():
-    """Where numbers would be computed, Begun is raised."""
+    """Raises Begun where numbers would be computed."""
     with pytest.MonkeyPatch.context() as patch:
         for place, name in (
             (run, "_compiled"), (replica_batches, "begin"), (playback, "evaluation"), (playback, "episodes"),
@@ -107,7 +107,7 @@ def halted():
         plan = replica_batches.BatchPlan(SIZE, None, None)
         patch.setattr(replica_batches, "plan", lambda *each: plan)
         patch.setattr(artifacts, "write_figure", lambda *each: True)
-        patch.setattr(files, "revision", lambda: None)  # two processes each
+        patch.setattr(files, "revision", lambda: None)  # it starts two processes
         patch.setattr(cli, "os", SimpleNamespace(_exit=left))
         yield
 
@@ -128,7 +128,7 @@ def contents(place):
 
 @contextmanager
 def bounded():
-    """Room for so much more of the address space; XLA aborts where it is not enough."""
+    """Limits the growth of the address space to ROOM; XLA aborts if that is not enough."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, limits[1]))
@@ -139,7 +139,7 @@ def bounded():
 
 
 def judged(command, place, names=()):
-    """Runs a command there. names: what its message must name, one of them."""
+    """Runs a command in a folder. names: its message must contain one of them."""
     before, out, error = contents(place), io.StringIO(), io.StringIO()
     status = 0
     with (
@@ -189,7 +189,7 @@ def places(tree, at=()):
 
 
 def changed(tree, draw):
-    """The tree with one node changed, gone or doubled."""
+    """The tree with one node changed, removed or doubled."""
     at = draw(st.sampled_from(list(places(tree))))
     if not at:
         return draw(VALUES)
@@ -259,7 +259,7 @@ def of_arrays(path, draw):
         with np.errstate(all="ignore"):
             try:
                 found[name] = draw(ARRAYS)(array)
-            except (IndexError, TypeError, ValueError):  # no such array of a string
+            except (IndexError, TypeError, ValueError):  # the change does not fit a string
                 found[name] = np.array("x")
     np.savez(path, **found)
 
@@ -292,7 +292,7 @@ DAMAGES = {
 
 
 def damage(draw, place, wanted):
-    """Damages a file below the folder, and says which."""
+    """Damages a file below the folder, and returns its path."""
     found = sorted(x for x in place.rglob("*") if x.is_file() and wanted(x.relative_to(place)))
     path = draw(st.sampled_from(found))
     kinds = next((v for k, v in DAMAGES.items() if path.name.endswith(k)), (of_bytes,))
@@ -309,7 +309,7 @@ def fresh(made, tmp_path, name):
     return place
 
 
-# What a command does on a run, on a sweep that was killed, and on demonstrations.
+# Commands on a run, on a sweep that was killed, and on demonstrations.
 COMMANDS = {
     "r": (
         "train --resume r --updates 4", "train --config r",
@@ -326,7 +326,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
-# Which read the arrays of a checkpoint, of the newest or of an earlier one.
+# Commands that read the arrays of a checkpoint, the newest or an earlier one.
 OF_ARRAYS = (
     "train --resume r --updates 4", f"train {FLAGS} --updates 4 --run r --resume-or-start",
     "evaluate r --update 2", "evaluate r --update 1", "render r --out f.gif --replica 1 --update best",
@@ -334,11 +334,11 @@ OF_ARRAYS = (
 
 
 def damaged(draw, made, tmp_path, name, arrays=False):
-    """arrays: of a checkpoint, which are orbax's files; otherwise of any other file."""
+    """Runs a command on a damaged file. arrays: damage the arrays of a checkpoint; otherwise any others."""
     place = fresh(made, tmp_path, name)
     command = draw(st.sampled_from(OF_ARRAYS if arrays else COMMANDS[name]))
     path = damage(draw, place, lambda x: ("state" in x.parts) == arrays and ".lock" not in x.name)
-    # A checkpoint is named by its folder.
+    # A message names a checkpoint by its folder.
     parts = path.relative_to(place).parts
     names = ["/".join(parts[:i]) for i in range(2, len(parts) + 1)] or list(parts)
     return command.split(), place, [*names, f"no {path.name}", f"{parts[0]} is not empty"]
@@ -357,7 +357,7 @@ def test_damaged_files(name, made, tmp_path):
     check()
 
 
-# tensorstore's threads go on after a failure, and find nobody waiting.
+# tensorstore's threads go on after a failure, and their errors reach nobody.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("failed_reads")
 def test_damaged_arrays(made, tmp_path):
@@ -371,7 +371,7 @@ def test_damaged_arrays(made, tmp_path):
     for command in OF_ARRAYS:
         assert judged(command.split(), fresh(made, tmp_path, "r")) != 2
     check()
-    assert 2 in seen  # or nothing that is read was damaged
+    assert 2 in seen  # otherwise no file that is read was damaged
 
 
 TEXTS = st.sampled_from([
@@ -413,7 +413,7 @@ def hostile(draw, made, tmp_path, flags_of):
     flag, text = draw(st.sampled_from(flags_of[command])), draw(TEXTS)
     added = [f"{flag}={text}"] if draw(st.booleans()) else [flag, text]
     name = flag.strip("-").replace("-", "_")
-    # After a flag that takes none, a value is taken for an environment.
+    # A value after a flag without one is taken for an environment.
     shown = re.split("[\n,]", text)[0][:40]
     names = (flag, name, shown, ascii(shown), "environment", "--resume")
     return [*command.split(), *added], fresh(made, tmp_path, "r"), names

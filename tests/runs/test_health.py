@@ -1,4 +1,4 @@
-"""What goes wrong in a run is said in one line, and costs no more than it must. Tested by doing it."""
+"""Whatever goes wrong in a run is reported in one line, and costs no more than it must."""
 
 import json
 import os
@@ -28,12 +28,12 @@ from jaxpg.runs.train.report import table
 from jaxpg.training.algorithm import algorithm
 from jaxpg.training.data import episode_metrics
 
-TOO_FAST = ("--critic-learning-rate", "1e30")  # the critic's square is beyond float32
+TOO_FAST = ("--critic-learning-rate", "1e30")  # the critic's squared error exceeds float32
 
 
 MANY = ",".join(
     f"{x / 1000}" for x in range(1000)
-)  # whose grid nobody may list before it is counted
+)  # the size of its grid must be checked before the grid is listed
 
 
 def command(arguments, cwd, program="from jaxpg.cli import main; main()"):
@@ -75,7 +75,7 @@ def test_one_setting_that_diverges_stops_and_keeps_the_last_good_checkpoint(tmp_
     start(folder, "--updates", "4")
     saved = json.loads((folder / "config.json").read_text())
     saved["hyperparameters"]["critic_learning_rate"] = [1e30]
-    # A run that diverges late is made of two, which a resumed one would refuse.
+    # A late divergence is made by changing a setting halfway, which a resumed run would refuse.
     monkeypatch.setattr(checkpoint, "check_settings", lambda *each: None)
     (folder / "config.json").write_text(json.dumps(saved))
     with pytest.raises(health.Diverged) as error:
@@ -102,7 +102,7 @@ def test_a_grid_goes_on_without_what_diverged(tmp_path, capsys):
     assert None not in evaluation["mean_return"][:2]
     printed = capsys.readouterr().out
     assert "2 of 2" in printed and "0 of 2" in printed
-    # The others are what they are alone.
+    # The others have the same returns as alone.
     start(tmp_path / "alone", "--updates", "20", "--critic-learning-rate", "1e-3")
     alone = json.loads((tmp_path / "alone" / "evaluation.json").read_text())
     assert alone["mean_return"] == evaluation["mean_return"][:2]
@@ -137,13 +137,13 @@ def test_a_nan_of_the_environment_is_said_to_be_its_own(what):
 
 
 def test_what_is_named_is_jaxpgs_own_wherever_its_checkout_lies(monkeypatch):
-    """A checkout called jaxpg may hold the environment with jax; a frame of jax's is not jaxpg's."""
+    """A checkout called jaxpg may contain the installed jax; frames in jax must not count as jaxpg's."""
     checkout = Path("/home/me/jaxpg")
     monkeypatch.setattr(health, "PACKAGE", checkout / "jaxpg")
     monkeypatch.setattr(health, "JAX", checkout / ".venv/lib/jax")
 
     def nested(*files):
-        """A function whose frames lie in these files, the last of which gives a NaN."""
+        """A function with a frame in each of these files; the last one gives a NaN."""
         found = {"FloatingPointError": FloatingPointError}
         for name in reversed(files):
             inner = "inner()" if "inner" in found else "raise FloatingPointError('a nan')"
@@ -175,7 +175,7 @@ def test_a_table_counts_what_diverged():
     assert lines[0].split()[-1] == "diverged"
     assert [line.split()[-3:] for line in lines[1:]] == [["1", "of", "2"], ["0", "of", "2"]]
     assert "diverged" not in table(grid, np.ones((2, 2)))[0]
-    # What has no return for another reason has not diverged.
+    # A seed without a return for another reason has not diverged.
     lines = table(grid, returns)
     assert lines[0].endswith("max  no return") and lines[1].split()[-3:] == ["1", "of", "2"]
 
@@ -203,7 +203,7 @@ def test_two_processes_cannot_have_one_folder(tmp_path):
         process.kill()
         process.wait()
         process.stdout.close()
-    # Its lock died with it, though its file did not.
+    # The lock ended with its process, although its file is still there.
     assert (tmp_path / ".lock").exists()
     with locked(tmp_path):
         assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"

@@ -1,4 +1,4 @@
-"""What is measured is kept per seed and update, and every sink gets it."""
+"""Measurements are kept per seed and update, and reach every sink."""
 
 import json
 import os
@@ -98,7 +98,7 @@ def test_ratios_are_of_averages():
 
 
 def events(folder):
-    """(tag, step, value) of an event file: records of length, checksum, data, checksum."""
+    """Reads (tag, step, value) from an event file: records of length, checksum, data, checksum."""
     proto = pytest.importorskip("tensorboardX.proto.event_pb2")
     (path,) = folder.iterdir()
     data, found = path.read_bytes(), []
@@ -153,7 +153,7 @@ def test_a_users_own_sink_gets_every_update_once(tmp_path, capsys):
     np.testing.assert_array_equal(steps, np.tile(16 * np.arange(1, 41), (2, 1)))
     seconds = np.concatenate([r.seconds for r in got])
     assert (np.diff(seconds) > 0).all()
-    # The same numbers, bit by bit, are in the table, and their means in the lines.
+    # The table has the same numbers, bit by bit, and the lines have their means.
     table = parquet.read_table(tmp_path / "r" / "metrics.parquet").to_pandas()
     table = table.sort_values(["replica", "update"])
     for name in got[0].metrics:
@@ -169,7 +169,7 @@ def test_a_users_own_sink_gets_every_update_once(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_what_a_method_does_not_measure_is_not_logged(tmp_path):
-    """One step from its own data has a KL of 0 and an effective share of 1 by construction."""
+    """A single step on on-policy data has a KL of 0 and an effective share of 1 by construction."""
     assert unmeasured(algorithm("reinforce")) == ["ess", "kl"]
     assert unmeasured(algorithm("trpo")) == ["ess"], "it measures the KL of the whole update"
     assert unmeasured(algorithm("ppo")) == unmeasured(algorithm("impala")) == []

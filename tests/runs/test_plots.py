@@ -1,4 +1,4 @@
-"""Pictures of runs: what is read from folders, what is drawn of it, and the plot command's errors."""
+"""Figures of runs: reading folders, drawing, and the errors of the plot command."""
 
 import json
 from dataclasses import asdict
@@ -42,7 +42,7 @@ def write_run(
     measured=None,
     **more,
 ):
-    """A run folder as jaxpg train leaves it, in one chunk of updates after the other."""
+    """A run folder as jaxpg train leaves it, written chunk by chunk."""
     config, grid = preset(world, algorithm)
     grid = Grid(*grid)._replace(learning_rate=rates)
     labels = [{"seed": i, **p._asdict()} for p in points(grid) for i in range(SEEDS)]
@@ -99,7 +99,7 @@ def test_both_files_tell_the_same_run(tmp_path, parquet):
     np.testing.assert_allclose(other.metrics["episode_return"], returns_of(0.2, 4))
     np.testing.assert_array_equal(np.isnan(one.metrics["kl"]), [[True] + [False] * 3] * SEEDS)
     np.testing.assert_allclose(one.final, 10 + np.arange(SEEDS))
-    # Over all updates of a run that has fewer than ten: 16 is num_envs of the preset.
+    # A run of fewer than ten updates is averaged over all of them; 16 is num_envs of the preset.
     np.testing.assert_allclose(one.ratios["noise_scale"].value, [np.nan] * 3 + [16 * 3.0])
 
 
@@ -115,7 +115,7 @@ def test_long_runs_are_averaged_over_windows(tmp_path):
 
 
 def test_the_noise_scale_is_a_ratio_of_averages_or_a_bound(tmp_path):
-    """Over seeds and ten updates; where the signal is not clear of 0 only a bound is drawn."""
+    """Averages over seeds and ten updates; if the signal is not clear of 0, only a bound is drawn."""
     rng = np.random.default_rng(0)
     updates, clear = 40, np.arange(40) < 20
     noise = rng.gamma(9.0, size=(SEEDS, updates))
@@ -131,7 +131,7 @@ def test_the_noise_scale_is_a_ratio_of_averages_or_a_bound(tmp_path):
             assert found.low[update - 1] < 16 * above / below < found.high[update - 1]
         else:
             assert np.isnan(found.value[update - 1]) and found.high[update - 1] == np.inf
-            # The smallest that the intervals of both allow.
+            # The smallest ratio that both intervals allow.
             n, reach = 10 * SEEDS, stats.t.ppf(0.975, 10 * SEEDS - 1)
             low = above - reach * noise[:, some].std(ddof=1) / n**0.5
             high = below + reach * signal[:, some].std(ddof=1) / n**0.5
@@ -144,7 +144,7 @@ def test_the_noise_scale_is_a_ratio_of_averages_or_a_bound(tmp_path):
     heights = np.concatenate([each.get_ydata() for each in axis.get_lines()])
     assert np.nanmin(heights) > 0 and np.isfinite(found.low[30:]).all()
     assert {*found.low[30:]} <= {*heights} and max(axis.get_ylim()) > found.low[30:].max()
-    # What the run itself writes has no number there either, in lines or in events.
+    # The run's own lines and events have no number there either.
     record = metrics.Records(np.arange(30, 40), np.zeros((SEEDS, 10)), np.arange(10.0), {
         name: each[:, 30:] for name, each in measured.items()
     })  # fmt: skip
@@ -153,7 +153,7 @@ def test_the_noise_scale_is_a_ratio_of_averages_or_a_bound(tmp_path):
 
 
 def test_what_was_recorded_in_vain_is_not_drawn(tmp_path):
-    """Earlier versions recorded a KL of 0 and a share of 1 of one step from a policy's own data."""
+    """Earlier versions recorded a KL of 0 and a share of 1 for a single step on on-policy data."""
     recorded = {"ess": np.ones((SEEDS, 4))}
     for name, kept in (("ppo", {"kl", "ess"}), ("trpo", {"kl"}), ("vpg", set())):
         (series,) = read([write_run(tmp_path / name, name, rates=(0.1,), measured=recorded)])
@@ -171,7 +171,7 @@ def test_labels_are_what_differs(tmp_path):
         "vpg, seed=0",
         "ppo, seed=3",
     ]
-    # Nothing differs but the folder; what a run prints and logs makes no other series.
+    # Only the folder differs; settings of what a run prints and logs do not distinguish series.
     twin = write_run(tmp_path / "twin", rates=(0.1,), quiet=True)
     assert [
         s.label.endswith(name) for s, name in zip(read([ppo, twin]), ("ppo", "twin"), strict=True)
@@ -190,7 +190,7 @@ def test_labels_say_every_difference_and_updates_last(tmp_path):
         "num_envs=16, learning_rate=0.1, updates=400",
         "num_envs=8, learning_rate=0.2, updates=100",
     ]
-    # What another algorithm has as its own default follows from its name; what was asked does not.
+    # Another algorithm's own defaults follow from its name; settings that were asked for do not.
     vpg = write_run(tmp_path / "vpg", "vpg", rates=(0.3,))
     assert [s.label for s in read([other, vpg])] == [
         "ppo, num_envs=8, learning_rate=0.2",
@@ -211,7 +211,7 @@ def test_curves_are_the_interquartile_mean_at_mean_steps(run):
     (axis,) = figure.axes
     for line, s, rate in zip(axis.get_lines(), series, (0.1, 0.2), strict=True):
         expected = stats.trim_mean(returns_of(rate, 4), 0.25, axis=0)
-        # Five seeds: a quarter is one and a quarter of them, which this trims to one.
+        # A quarter of five seeds is 1.25, which trim_mean rounds down to one.
         middle = np.sort(returns_of(rate, 4), axis=0)
         weights = np.array([0, 0.75, 1, 0.75, 0])[:, None]
         np.testing.assert_allclose(line.get_ydata(), (weights * middle).sum(axis=0) / 2.5)
@@ -266,7 +266,7 @@ def test_comparison_of_two_runs(tmp_path):
 
 
 def test_long_names_fit(tmp_path):
-    """Rows that name many settings do not run into each other, nor does a legend leave the picture."""
+    """Rows that name many settings do not overlap, and a legend stays inside the figure."""
     settings = {"schedule": "constant", "hidden": [64, 64], "entropy_coef": 0.123456789}
     runs = [
         write_run(tmp_path / f"{i}", name, rates=(0.1 * (i + 1),), num_envs=4 * (i + 1), **more)
@@ -344,7 +344,7 @@ def test_the_command_writes_pictures(tmp_path, monkeypatch, capsys):
 
 
 def test_a_picture_that_fails_costs_nothing_that_came_before_it(tmp_path, monkeypatch, capsys):
-    """Neither plot's table, nor the numbers of an experiment of the laboratory."""
+    """Both the table of plot and the numbers of a laboratory experiment survive."""
 
     def fail(*arguments, **options):
         raise OSError(28, "No space left on device")
@@ -402,7 +402,7 @@ def test_an_unfinished_run_has_curves_and_no_comparison(tmp_path, capsys):
 
 
 def test_what_diverged_is_named_and_the_rest_is_drawn(tmp_path, capsys):
-    """One setting of three diverges as a whole at update 1, one in a seed at update 3."""
+    """Of three settings, one diverges in all seeds at update 1 and one in a single seed at update 3."""
     loss = np.ones((3 * SEEDS, 4))
     loss[:SEEDS], loss[SEEDS, 2:] = np.nan, np.inf
     folder = write_run(tmp_path / "r", rates=(0.1, 0.2, 0.3), measured={"objective": loss})

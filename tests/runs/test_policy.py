@@ -1,4 +1,4 @@
-"""A loaded policy acts as the trained one does; its evaluation, records and films show that."""
+"""A loaded policy acts like the trained one, as its evaluation, recordings and films show."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def run(tmp_path_factory):
 
 
 def probabilities(run, replica, obs):
-    """By hand: the statistics, two layers, a softmax."""
+    """Computed by hand: the statistics, two layers, a softmax."""
     with np.load(run / "params.npz") as file:
         p = {k: v[replica] for k, v in file.items() if k.startswith("policy")}
     seen, mean, squares = (p[f"policy/statistics/{k}"] for k in ("seen", "mean", "squares"))
@@ -84,7 +84,7 @@ def test_the_end_is_the_last_checkpoint_and_others_can_be_named(run, tmp_path):
     before = read_run(run, 19).params
     assert not all(map(np.array_equal, jax.tree.leaves(end), jax.tree.leaves(before)))
     assert read_run(run, "best").update in range(1, 21)
-    # Of a run that was killed there is only the checkpoint.
+    # A run that was killed has only its checkpoint.
     copy = shutil.copytree(run, tmp_path / "run")
     (copy / "params.npz").unlink()
     assert read_run(copy).update == 20
@@ -134,7 +134,7 @@ def test_parameters_are_those_of_the_run(run, tmp_path, change, message):
 
 
 def test_what_has_diverged_is_no_policy(run, tmp_path, capsys):
-    """It neither acts nor is recorded, drawn, measured or best, and its evaluation says so."""
+    """It cannot act, or be recorded, drawn, measured or best, and its evaluation says so."""
     folder = shutil.copytree(run, tmp_path / "run")
     evaluation = json.loads((folder / "evaluation.json").read_text())
     best = int(np.argmax(evaluation["mean_return"]))
@@ -179,12 +179,12 @@ def test_a_recurrent_policy_remembers_until_an_episode_is_first():
     for t, obs in enumerate(rows):
         action = policy.act(jax.random.fold_in(key, t), obs, first=t in (0, 3))
         assert int(action) == expected[t][0]
-    # The same observation, before and after: the carry matters, and first forgets it.
+    # The same observation gives another distribution later: the carry matters, and first resets it.
     again, _ = policy.step(key, rows[:1], carry, jnp.array([True]))
     fresh, _ = policy.step(key, rows[:1], policy.initial_carry(1), jnp.array([True]))
     assert again == fresh
     assert not np.allclose(expected[2][1], expected[3][1])
-    # Both kinds of key draw the same.
+    # Typed and raw keys draw the same.
     typed, raw = (
         (
             policy.step(make(3), rows, policy.initial_carry(5), jnp.ones(5, bool)),
@@ -197,7 +197,7 @@ def test_a_recurrent_policy_remembers_until_an_episode_is_first():
 
 @pytest.mark.slow
 def test_a_policy_takes_the_wrappers_of_its_run_with_it():
-    """The wrapped environment with the run's network; beside it the plain one, with act and with step."""
+    """Compares the run's network in the wrapped environment with act and step in the plain one."""
     limit, repeat, decisions = 5, 2, 3  # the last repetition is cut
     config = Config(
         "Pendulum-v1", settings=f"max_steps_in_episode={limit}", network="gru", hidden=(4,),
@@ -208,7 +208,7 @@ def test_a_policy_takes_the_wrappers_of_its_run_with_it():
     rows = jax.random.normal(jax.random.key(3), (20, 1, *parts.env.observation.shape))
     assert network.observe is not None
     seen = params._replace(policy=network.observe(params.policy, rows, jnp.ones((20, 1))))
-    # A larger last layer: an action tells of every number that it depends on.
+    # A larger last layer makes an action sensitive to every number that it depends on.
     params = jax.tree.map(lambda x: x * (20 if x.shape == (64, 1) else 1), seen)
     policy = policies._policy(parts, params, False, 0, 0)
     assert policy.env.observation.shape == (3,) and policy.env.horizon == limit
@@ -297,7 +297,7 @@ def test_a_checkpoint_that_training_removes_meanwhile_gives_way(run, tmp_path, m
     monkeypatch.setattr(checkpoint, "_read", removed)
     assert read_run(folder, update).update in {*kept} - {*gone}
     assert gone and {*checkpoint.steps(folder / "checkpoints")} == {*kept} - {*gone}
-    # One that was named is not replaced by another.
+    # A checkpoint asked for by number is not replaced by another.
     named = kept[1]
     gone.clear()
     with pytest.raises(ValueError, match=f"has no checkpoint of {named} updates; it has "):
@@ -322,7 +322,7 @@ def test_a_film_has_a_frame_for_each_step_and_they_differ(run, tmp_path, capsys)
     assert 9 <= len(frames) <= 501
     assert frames[0].shape == (260, 320, 3)
     assert len({f.tobytes() for f in frames}) == len(frames)
-    # Also without the caption, which counts steps, though the first ones move by less than a pixel.
+    # They differ without the caption, which counts steps, too; the first ones move by less than a pixel.
     assert len({f[:240].tobytes() for f in frames}) > len(frames) / 2
 
 
@@ -393,5 +393,5 @@ def test_a_drawing_follows_the_state(name):
             obs = result.obs
         pictures.append(np.asarray(frame(name, *jax.device_get((state, obs)), caption="")))
     assert len({p.tobytes() for p in pictures}) > 1
-    # On a quiet ground, something is drawn.
+    # Something is drawn on a plain background.
     assert all(len(np.unique(p.reshape(-1, 3), axis=0)) >= 2 for p in pictures)

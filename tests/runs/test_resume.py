@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or extended goes on as if nothing had happened."""
+"""A run that was stopped, killed or extended resumes as if nothing had happened."""
 
 import json
 import os
@@ -32,7 +32,7 @@ from jaxpg.runs.train.run import prepare_resume
 
 
 def leaves(folder):
-    """The newest state, by the leaf, as bits."""
+    """The newest state: the bits of each leaf."""
     config, grid = load_config(folder)
     shapes = jax.eval_shape(
         jax.vmap(build(config).trainer.init), make_replicas(config, points(grid)).keys
@@ -55,7 +55,7 @@ def curves(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """run(8) in one go."""
+    """A run of 8 updates in one go."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     start(folder, "--updates", "8")
     return folder
@@ -63,7 +63,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
-    """run(4), to be copied."""
+    """A run of 4 updates, to be copied."""
     folder = tmp_path_factory.mktemp("half") / "run"
     start(folder, "--updates", "4", "--checkpoint-seconds", "0")
     return folder
@@ -81,7 +81,7 @@ def test_twice_half_is_the_whole_bit_by_bit(whole, copy):
     after = leaves(copy)
     assert after == leaves(whole)
     assert len(after) > 20
-    # The negative control: four updates change what is compared.
+    # Negative control: four updates change the compared values.
     assert {k for k in after if "params" in k and after[k] != before[k]}
     assert curves(copy) == curves(whole)
     assert (copy / "params.npz").read_bytes() == (whole / "params.npz").read_bytes()
@@ -98,7 +98,7 @@ def test_twice_half_is_the_whole_bit_by_bit(whole, copy):
 
 
 def test_what_a_crash_left_after_the_checkpoint_is_done_again(whole, copy):
-    shutil.rmtree(copy / "checkpoints" / "4")  # the kill came before it was whole
+    shutil.rmtree(copy / "checkpoints" / "4")  # killed before it was whole
     with open(copy / "metrics.jsonl", "a") as file:
         file.write('{"update": 5, "env_')
     (copy / ".lock").write_text("999999\n")
@@ -111,7 +111,7 @@ def test_what_a_crash_left_after_the_checkpoint_is_done_again(whole, copy):
     assert not (copy / ".lock").exists()
 
 
-# tensorstore's threads go on after a failure, and find nobody waiting.
+# tensorstore's threads go on after a failure, and their errors reach nobody.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("failed_reads")
@@ -134,7 +134,7 @@ def contents(folder):
 
 
 def changed(folder, **values):
-    """Its config.json with other settings."""
+    """Writes other settings into the folder's config.json."""
     saved = json.loads((folder / "config.json").read_text())
     for name, value in values.items():
         saved["config" if name in saved["config"] else "hyperparameters"][name] = value
@@ -142,7 +142,7 @@ def changed(folder, **values):
 
 
 def go_on(folder, *flags):
-    """What is said where a run is resumed, before anything is compiled."""
+    """The lines printed when a run is resumed, before anything is compiled."""
     config, grid, _ = request(["--resume", str(folder), *flags], "jaxpg train")
     found, said = prepare_resume(config, grid), []
     replicas = make_replicas(config, points(found.grid))
@@ -220,7 +220,7 @@ def test_what_the_host_noted_is_checked(copy):
 def test_what_may_change_is_not_compared_and_what_changes_bits_is_said(copy):
     said = go_on(copy, "--updates", "8", "--checkpoint-seconds", "7", "--debug-nans")
     assert said == [f"resuming {copy} after 4 of 8 updates"]
-    # What the checkpoint was made with counts; how the run began does not.
+    # The comparison is with what made the checkpoint, not with how the run began.
     host, config = copy / "checkpoints" / "4" / "host" / "metadata", copy / "config.json"
     began, saved = json.loads(config.read_text()), json.loads(host.read_text())
     config.write_text(json.dumps(began | {"xla_flags": "--xla_before"}))
@@ -302,7 +302,7 @@ def test_a_schedule_that_has_ended_is_stretched_only_where_that_is_asked(copy):
     assert saved["hyperparameters"]["schedule_updates"] == [6.0]
     assert saved["replicas"][1]["schedule_updates"] == 6.0
     assert saved["config"]["schedule"] == "linear" and "schedule" not in saved["resumed"][-1]
-    # That which ends before the updates from the start goes on as it began.
+    # A schedule that was always to end before the last update may do so.
     changed(copy, updates=8)
     assert go_on(copy) == [f"resuming {copy} after 4 of 8 updates"]
     assert go_on(copy, "--updates", "9", "--schedule", "constant")
@@ -383,7 +383,7 @@ def test_a_config_is_run_again_and_flags_after_it_override(half):
     other, numbers, _ = request([*flags, "Acrobot-v1"], "jaxpg train")
     assert other == replace(config, seeds=3, environment="Acrobot-v1")
     assert numbers == grid._replace(gamma=(0.5,))
-    # Not the presets': those of the command have other defaults.
+    # Its settings are not those of the presets, which differ.
     assert preset("CartPole-v1", "ppo")[0].hidden != other.hidden == (4,)
 
 
@@ -404,7 +404,7 @@ WIDE = pytest.mark.skipif(not hasattr(jax, "enable_x64"), reason="a run of 64 bi
 
 @WIDE
 def test_a_run_of_64_bits_goes_on_in_32_and_again_in_64(tmp_path, capsys, monkeypatch):
-    """The command itself in 64 bits; what it leaves is cast, and every command says so."""
+    """Runs the command itself in 64 bits; its results are cast to 32, and every command says so."""
     folder = tmp_path / "run"
     done = subprocess.run(
         [sys.executable, "-m", "jaxpg", "train", *FLAGS.split(), "--updates", "2", "--run", folder],
@@ -441,7 +441,7 @@ def test_a_run_of_64_bits_goes_on_in_32_and_again_in_64(tmp_path, capsys, monkey
     assert "precision" not in go_on("6")
     jax.config.update("jax_enable_x64", True)
     try:
-        # What the run began with, but not what this checkpoint was made with.
+        # The run began in 64 bits, but this checkpoint was made in 32.
         assert "precision dtype was float32, is float64" in go_on("8")
     finally:
         jax.config.update("jax_enable_x64", False)
@@ -468,9 +468,9 @@ def test_a_run_of_32_bits_is_read_in_64(whole, x64):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
     flags = f"{FLAGS} --updates 20 --checkpoint-seconds 0"
-    # A cache of its own, in which the kill may leave half an entry for the next process to clear away.
+    # A cache of its own: the kill may leave half an entry, which the next process must clear away.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
-    # Bits are promised of the programs that users get, which are compiled otherwise than a test's.
+    # Equal bits are promised for the programs that users get, which tests compile differently.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""} | cache
 
     def command(*arguments):
@@ -505,7 +505,7 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
     assert 0 < checkpoint.steps(place)[-1] < 20
     assert not (tmp_path / "r" / "evaluation.json").exists()
     finish("--resume", "r", "--checkpoint-seconds", "30")
-    # In a process alike: this one may have fewer devices, and so another program.
+    # In a process like the others: this one may have fewer devices, and so another program.
     finish(*flags.split(), "--run", "whole")
     assert leaves(tmp_path / "r") == leaves(tmp_path / "whole")
     assert curves(tmp_path / "r") == curves(tmp_path / "whole")
@@ -547,7 +547,7 @@ def either(folder, *flags):
 def test_one_command_starts_goes_on_and_has_finished(half, tmp_path, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
-    # As killed before the first checkpoint: one is being written, and so is a line of what was measured.
+    # A kill before the first checkpoint: half a checkpoint and a line of metrics are there.
     shutil.copy(half / "config.json", folder)
     (folder / "metrics.jsonl").write_text("{}\n")
     (folder / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
@@ -570,7 +570,7 @@ def test_one_command_starts_goes_on_and_has_finished(half, tmp_path, capsys):
     either(folder)
     assert capsys.readouterr().out == f"{folder} has finished its 4 updates\n"
     assert contents(folder) == before
-    # As killed after a checkpoint.
+    # A kill after a checkpoint.
     shutil.rmtree(folder / "checkpoints" / "4")
     (folder / "evaluation.json").unlink()
     either(folder)

@@ -1,4 +1,4 @@
-"""Stored and given settings have one schema: what does not fit is one line that names its place."""
+"""Stored and given settings have one schema: a misfit is one line that names its place."""
 
 import io
 import json
@@ -132,7 +132,7 @@ def test_demonstrations_are_what_they_are_called(name, change, message, tmp_path
 
 
 def test_what_float64_holds_is_taken_in_64_bits(run, tmp_path, x64):
-    """A number that is beyond float32, and one that float32 rounds to 0."""
+    """A number beyond float32, and one that float32 rounds to 0."""
     saved = json.loads((run / "config.json").read_text())
     saved["config"]["initial_std"] = 1e39
     saved["hyperparameters"] |= {"value_clip_eps": [1e39], "max_grad_norm": [1e-50]}
@@ -163,7 +163,7 @@ def test_a_flipped_byte_is_said(tmp_path):
 
 
 def declared(length, shape):
-    """An archive whose one array is of so many zeros, and said to be of a shape."""
+    """An archive of one array with this many zeros, whose header declares a shape."""
     header, stream = io.BytesIO(), io.BytesIO()
     described = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, described)

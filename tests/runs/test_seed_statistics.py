@@ -1,4 +1,4 @@
-"""Statistics over seeds: against the definition, and where values are missing."""
+"""Statistics over seeds agree with their definitions, also where values are missing."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def test_one_seed_has_no_interval_and_none_has_no_value():
 
 
 def test_robust_over_tasks_is_stratified():
-    # Tasks a hundred apart: their difference is no noise.
+    # Tasks differ by a hundred, which must not count as noise.
     scores = np.random.default_rng(1).normal(size=(16, 4)) + 100.0 * np.arange(4)
     apart, mixed = robust(scores), robust(scores.ravel())
     assert apart.value == pytest.approx(mixed.value)

@@ -43,10 +43,10 @@ SMALL = (
     "--updates 8 --evaluation-episodes 8 --schedule constant --quiet"
 )
 GRID = f"{SMALL} --learning-rate 1e-3:1:log3 --gamma .5,.9"
-DEVICES = jax.device_count()  # elsewhere than in these tests, jax may have been given several
+DEVICES = jax.device_count()  # may be several outside this test suite
 
 
-COMPILED = []  # the names of programs, by a listener that older jax cannot unregister
+COMPILED = []  # names of programs, from a listener that older jax cannot unregister
 
 
 def _listen(event, duration_secs, **rest):
@@ -59,7 +59,7 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 @contextmanager
 def compilations():
-    """The names of the programs that are compiled within."""
+    """Yields a list that receives the names of the programs compiled inside the block."""
     names, before = [], len(COMPILED)
     try:
         yield names
@@ -128,7 +128,7 @@ def test_a_further_compilation_would_be_seen():
 
 
 def test_every_point_is_what_training_it_alone_gives(grid):
-    """Against jaxpg's own functions for one agent, without any of the machinery of sweeps."""
+    """Compares a sweep with jaxpg's functions for a single agent, without the machinery of sweeps."""
     found, _, record, _ = grid
     config, parts = found.config, found.parts
     wanted = found.search.points[3]  # the second learning rate, the second gamma
@@ -151,7 +151,7 @@ def test_halving_goes_on_from_where_it_stood(grid, halved):
         np.testing.assert_allclose(thinned[at]["returns"], plain[at]["returns"], rtol=1e-6)
     dropped = [point for point in thinned.values() if point["updates"] == 3]
     assert [point["evaluated"] for point in dropped] == [False] * 4
-    # Those that went on are ranked first, whatever the others had earned by then.
+    # Points that went on rank first, whatever the others had earned by then.
     assert sorted(point["rank"] for point in dropped) == [3, 4, 5, 6]
 
 
@@ -181,7 +181,7 @@ def test_the_table_is_ranked_with_intervals(grid):
 @pytest.mark.parametrize("totals", [[1], [7], [60], [1000], [270, 90, 30, 10], [36, 12, 4]])
 @pytest.mark.parametrize("free", [None, 1e3, 7e3, 1e5, 1e9])
 def test_batches_fit_the_memory_that_there_is(monkeypatch, totals, free):
-    """Programs whose needs are known: 30 bytes, and 200 for every agent, of which the state is 40."""
+    """Fakes programs that need 30 bytes plus 200 per agent, including a state of 40."""
     tried = []
     done = futures.Future()
     done.set_result(None)
@@ -203,7 +203,7 @@ def test_batches_fit_the_memory_that_there_is(monkeypatch, totals, free):
     if room >= wanted:
         assert tried == [-(-wanted // DEVICES) * DEVICES]
     else:
-        # As many as fit, but for what makes batches equal and uses every device.
+        # As many agents as fit, apart from making batches equal and using every device.
         fewest = -(-totals[0] // plan.size)
         assert fewest <= -(-totals[0] // max(1, int(0.95 * room) // DEVICES * DEVICES))
 
@@ -250,7 +250,7 @@ def test_a_killed_sweep_goes_on_and_trains_nothing_twice(halved, tmp_path, monke
         pass
 
     def attempt(most):
-        """Killed after so many writes: a batch of 3 updates makes three, one of 5 six with its evaluation."""
+        """Kills a sweep after `most` writes: a batch of 3 updates makes 3, one of 5 and evaluation 6."""
         before = len(written)
 
         def counted(path, *rest):
@@ -265,7 +265,7 @@ def test_a_killed_sweep_goes_on_and_trains_nothing_twice(halved, tmp_path, monke
     shown = []
     monkeypatch.setattr(sweep, "display", lambda quiet: nullcontext(shown.append))
     before = os.environ.get("XLA_FLAGS", "")
-    # Within a batch, at its end, within another, within the last rung.
+    # Kills within a batch, at its end, within another batch, and within the last rung.
     for most, flags, changed in (
         (2, "", False),
         (1, " -x", True),
@@ -277,7 +277,7 @@ def test_a_killed_sweep_goes_on_and_trains_nothing_twice(halved, tmp_path, monke
         with pytest.raises(Killed):
             attempt(most)
         assert not (folder / "sweep.json").exists()
-        # Against what saved last, not against the beginning alone.
+        # The comparison is with the last process that saved, not only with the first.
         said = f"xla_flags was {before}{'' if flags else ' -x'}, is {before}{flags}"
         assert any(said in str(each) for each in shown) == changed
     for other in (command.replace("--updates 8", "--updates 16"), command.replace(".9", ".8")):
@@ -303,7 +303,7 @@ def test_a_damaged_batch_is_said(tmp_path):
         replica_batches.read(job, tmp_path / "0-0.npz", np.arange(2), {})
 
 
-# Without any training
+# Tests without training
 
 
 @pytest.mark.parametrize(
@@ -428,17 +428,17 @@ def test_a_sweep_with_ties_and_divergence(tmp_path, monkeypatch):
     (ring,) = [x for x in figure.axes[0].lines if x.get_markerfacecolor() == "none"]
     assert (ring.get_xdata()[0], ring.get_ydata()[0]) == (pytest.approx(0.2), 500)
     assert "ring: best of 2 that tie, by area" in " ".join(x.get_text() for x in figure.texts)
-    # Even where nothing else trained so long, or earned anything, what diverged is not best.
+    # A diverged point is never best, even if every point has diverged.
     config, search, found = swept([nan, nan], [nan, nan], [1, 2])
     assert not any("best" in line for line in ranking.report(config, search, found, costs))
-    # All equal: that, too, is said.
+    # The report also says when all points are equal.
     config, search, found = swept([5, 5, 5], [2, 2, 2], [0, 0, 0])
     said = " ".join(" ".join(ranking.report(config, search, found, costs)).split())
     assert "ties with 2 other points at 5.0; the areas under their learning curves tie too" in said
 
 
 def test_a_sweep_that_diverges_everywhere_says_so_and_exits_1(tmp_path, monkeypatch, capsys):
-    """In process: all but training itself."""
+    """Runs everything but training itself, in this process."""
     found = sweep.prepare([*GRID.split(), "--run", str(tmp_path / "r")])
 
     def climb(job, search, outcomes, *rest):

@@ -1,4 +1,4 @@
-"""Files of episodes: what is written is read, and what is wrong is said in one line."""
+"""Files of episodes are read as they were written, and errors are one line."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def recorded():
 
 
 def arrays(**changes):
-    """A file's fields of two-action episodes of the clock, changed."""
+    """The fields of a file of episodes of the two-action clock, with changes."""
     _, trajectory = recorded()
     names = ("obs", "action", "reward", "discount", "mask", "log_prob")
     fields = {name: np.array(getattr(trajectory, name)) for name in names}
@@ -62,7 +62,7 @@ def test_fixed_and_unbounded_entries_of_an_action_are_read_back(tmp_path):
 
 
 def test_episodes_are_those_of_a_runs_wrappers(tmp_path, monkeypatch):
-    """What the agent met is recorded, and only a run that meets the same may learn from it."""
+    """Recordings are of what the agent saw, and only a run that sees the same may learn from them."""
     met = Config("CartPole-v1", hidden=(4,), seeds=1, keep=(0, 2), repeat=2, history=3)
     parts = build(met)
     params = jax.vmap(lambda key: init_params(parts.agent, key))(
@@ -77,7 +77,7 @@ def test_episodes_are_those_of_a_runs_wrappers(tmp_path, monkeypatch):
     assert found == name
     obs, action = np.asarray(trajectory.obs), np.asarray(trajectory.action)
     assert obs.shape[2:] == (3 * (2 + 2),) == parts.env.observation.shape
-    # A window's last row: the action that led there, one-hot, and the two entries that are kept.
+    # A window's last row has the action that led there, one-hot, and the two kept entries.
     led = obs[1:, :, -4:-2].argmax(-1)
     assert (led == action[:-1])[np.asarray(trajectory.mask)[1:]].all()
 
@@ -149,7 +149,7 @@ def test_episodes_longer_than_the_environments_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_the_optimal_expert_is_optimal():
-    """Against the table's own finite-horizon optimum, and never short of support."""
+    """Agrees with the finite-horizon optimum of the table, and has full support."""
     env = from_gymnax("DeepSea-bsuite", size=6, max_steps_in_episode=6)
     agent = Agent(expert("DeepSea-bsuite", env, size=6, max_steps_in_episode=6))
     trajectory, _ = episodes(
@@ -159,7 +159,7 @@ def test_the_optimal_expert_is_optimal():
     found = (np.asarray(trajectory.reward).sum(axis=0) > 0.5).mean()
     assert abs(found - straight) < 5 * (straight * (1 - straight) / 400) ** 0.5
     assert np.asarray(trajectory.log_prob).min() == pytest.approx(np.log(SLIP / 2), abs=1e-4)
-    # FrozenLake slips two times in three; blind, with actions of its own that slip too.
+    # FrozenLake slips two times in three, and the expert's own actions slip too.
     mdp = mdp_from_gymnax("FrozenLake-misc")
     lake = from_mdp(mdp)
     agent = Agent(expert("FrozenLake-misc", lake))
@@ -175,7 +175,7 @@ def test_the_optimal_expert_is_optimal():
 
 
 def best_chance(mdp):
-    """Of the optimal policy that even sees the hidden coin, by backward induction: an upper bound."""
+    """The success of a policy that also sees the hidden coin, by backward induction: an upper bound."""
     value = np.zeros(len(mdp.initial))
     for _ in range(mdp.horizon):
         quality = np.asarray(mdp.reward) + np.asarray(mdp.transition) @ value
