@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 
 def output(*command: str, **environment: str) -> str:
-    """What a process says; where it fails, so does this."""
+    """The output of a process; if it fails, this program ends with its messages."""
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
@@ -41,7 +41,7 @@ def python(code: str) -> float:
 
 
 def startup(repeats: int, quick: bool) -> list[Row]:
-    """What `import jaxpg` adds to its libraries, in alternation; and the command's help."""
+    """The time that `import jaxpg` adds to its libraries', in alternation; and that of the command's help."""
     every = "; import jaxpg.training.trainer, jaxpg.policies, jaxpg.envs"
     libraries, package, console = [], [], []
     for _ in range(repeats):
@@ -198,7 +198,7 @@ def _timed(run: Any, repeats: int) -> Row:
 
 
 def runs(repeats: int, quick: bool) -> list[Row]:
-    """Of the command: a cold and a warm cache, and resuming; of 64 agents: a checkpoint, and recording."""
+    """Time the command with a cold and a warm cache and on resuming; time a checkpoint and recording."""
     rows = []
     with tempfile.TemporaryDirectory() as parent:
         updates = 40 if quick else 200
@@ -220,7 +220,7 @@ def runs(repeats: int, quick: bool) -> list[Row]:
 
 
 def _recording(parent: Path, repeats: int, updates: int) -> list[Row]:
-    """Training with all that is written and shown, against the bare program."""
+    """Training with everything that is written and shown, against the bare program."""
     import jax
 
     from jaxpg.runs.config.config import points
@@ -238,7 +238,7 @@ def _recording(parent: Path, repeats: int, updates: int) -> list[Row]:
     bare, recorded, saves, inside, shares = [], [], [], [], []
 
     def paired(state, hyperparams):
-        """A chunk of the recorded run, after one of a twin that nobody records."""
+        """Run a chunk of the recorded run, after one of an unrecorded twin."""
         started = time.perf_counter()
         twin[0] = jax.block_until_ready(train(twin[0], hyperparams)[0])
         between = time.perf_counter()
@@ -276,7 +276,7 @@ def _recording(parent: Path, repeats: int, updates: int) -> list[Row]:
         {
             "case": f"{updates} updates of 64 agents with metrics, progress and two checkpoints",
             "seconds": statistics.median(recorded),
-            # Against a twin without, chunk by chunk in alternation.
+            # Against an unrecorded twin, chunk by chunk in alternation.
             "share_added": statistics.median(added),
             "lowest": min(added),
             "highest": max(added),
@@ -291,7 +291,7 @@ def _recording(parent: Path, repeats: int, updates: int) -> list[Row]:
 
 
 def rounding(repeats: int, quick: bool) -> Iterator[Row]:
-    """How far a seed's parameters come apart when other seeds are trained beside it: no time is measured."""
+    """How far a seed's parameters drift when other seeds are trained with it: no time is measured."""
     import jax
     import numpy as np
 
@@ -323,7 +323,7 @@ def training(repeats: int, quick: bool) -> Iterator[Row]:
 
 
 def peers(repeats: int, quick: bool) -> Iterator[Row]:
-    """See benchmark_training.py. Makes the peers' environments, so only when asked for."""
+    """See benchmark_training.py. Installs the peers' environments, so it runs only when asked for."""
     from benchmark_training import peers
 
     return peers(repeats, quick)
@@ -341,14 +341,16 @@ CASES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/benchmark", description=__doc__)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows, versions included")
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)}; default: all"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the rows and versions to FILE")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--quick", action="store_true", help="small sizes, to try the script itself"
     )
     parser.add_argument(
-        "--peers", action="store_true", help="rejax and stable-baselines3 beside jaxpg's PPO"
+        "--peers", action="store_true", help="compare PPO with rejax and stable-baselines3"
     )
     chosen = parser.parse_args()
     unknown = set(chosen.cases) - set(CASES)

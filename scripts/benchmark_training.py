@@ -1,7 +1,7 @@
 """Speed of training: cases against a floor measured in the same run, and against peers.
 
-The floor of a step is what nobody can leave out, each part alone at its best: the environment's bare
-transition, the policy's forward pass and one draw, and one gradient pass in blocks of the best size.
+The floor of a step is the work that cannot be left out, each part timed alone at its best: the environment's
+bare transition, the policy's forward pass and one draw, and one gradient pass in blocks of the best size.
 """
 
 import json
@@ -40,7 +40,7 @@ PEERS = {"rejax": ("rejax==0.1.3", "gymnax<1"), "sb3": ("stable-baselines3",)}
 def measured(run: Callable, *arguments, repeats: int) -> Row:
     """Compile seconds, steady seconds of several runs after a first, and the memory that the program needs.
 
-    repeats: 0 counts the first run itself, for what takes minutes.
+    repeats: with 0 the first run itself counts, for programs that take minutes.
     """
     started = time.perf_counter()
     compiled = jax.jit(run).lower(*arguments).compile()
@@ -74,7 +74,7 @@ def floor(env: Env, agent: Agent, params: Any, lanes: int, passes: int, repeats:
         return jax.tree.map(lambda x: x[0], distribution).sample(key)
 
     def step(state, action):
-        # The keys of one step for all lanes, which an environment without chance never reads.
+        # One step's keys for all lanes, which a deterministic environment never reads.
         keys = jax.random.split(jax.random.key(0), lanes)
         return jax.vmap(env.step)(keys, state, action)[0], None
 
@@ -82,7 +82,7 @@ def floor(env: Env, agent: Agent, params: Any, lanes: int, passes: int, repeats:
         return jax.lax.scan(lambda s, _: step(s, action), state, length=length)[0]
 
     def forwards(obs, key):
-        # The observation depends on the action, or nothing would have to be computed.
+        # The observation depends on the action, or the compiler would drop the computation.
         def once(obs, t):
             action = act(obs, jax.random.fold_in(key, t))
             return obs + 1e-3 * action.reshape(lanes, *[1] * (obs.ndim - 1)), None
@@ -119,7 +119,7 @@ def floor(env: Env, agent: Agent, params: Any, lanes: int, passes: int, repeats:
 def trained(
     row: Algorithm, env: Env, agent: Agent, num_envs: int, num_steps: int | None, updates: int
 ) -> tuple[Callable, Any]:
-    """(state, numbers) -> (state, metrics) of so many updates, and a fresh state."""
+    """(state, numbers) -> (state, metrics) after this many updates, and a fresh state."""
     trainer = make_trainer(env, agent, row, num_envs=num_envs, num_steps=num_steps)
     return partial(train, trainer, num_updates=updates), trainer.init(jax.random.key(0))
 
@@ -141,7 +141,7 @@ def report(name: str, found: Row, steps: float, base: Row | None = None) -> Row:
 def training(repeats: int, quick: bool) -> Iterator[Row]:
     """Rollout, REINFORCE in large batches, PPO in the peers' setting, many agents, MinAtar.
 
-    On an accelerator also what only that is for; with --quick those cases run everywhere, in small.
+    Cases for accelerators alone run only on one; with --quick they run everywhere, at small sizes.
     """
     env = from_gymnax("CartPole-v1")
     agent = actor_critic(env, hidden=(64, 64))
@@ -169,7 +169,7 @@ def training(repeats: int, quick: bool) -> Iterator[Row]:
 
 
 def _wide(env: Env, agent: Agent, repeats: int, quick: bool) -> Iterator[Row]:
-    """Batches, agents and agents on MinAtar in numbers that fill an accelerator."""
+    """Batches, agents, and agents on MinAtar, as many as fill an accelerator."""
     for lanes in (128,) if quick else (2**14, 2**16, 2**18):
         run, state = trained(algorithm("a2c"), env, agent, lanes, STEPS, 3)
         found = measured(run, state, numbers(1e-3), repeats=repeats)
@@ -191,7 +191,7 @@ def _reinforce(env, agent, repeats, counts) -> Iterator[Row]:
     length = float(metrics["episode_length"][-1])
     base = floor(env, bare, state.params, 1024, 1, repeats)
     for count in counts:
-        # Several, as in training: the first update of a program pays for memory that the others use again.
+        # Several updates, as in training: the first pays for memory that the others use again.
         run, fresh = trained(row, env, bare, count, None, 4 if count <= 10_000 else 1)
         start = fresh._replace(params=state.params)
         often = 0 if count == LARGE[-1] and jax.default_backend() == "cpu" else repeats
@@ -233,16 +233,16 @@ def peers(repeats: int, quick: bool) -> Iterator[Row]:
     yield from _from_cold(1 if quick else repeats)
 
 
-SEEDS, ENOUGH = 8, 475  # agents and the return that each is to reach
+SEEDS, ENOUGH = 8, 475  # agents, and the return that each must reach
 BUDGETS = (100_000, 150_000, 200_000, 300_000, 400_000, 600_000)  # steps per agent, for a peer
 
 
 def _from_cold(repeats: int) -> Iterator[Row]:
     """Whole processes from start to the returns of 8 seeds, all at 475, in alternation.
 
-    jaxpg: the default command, which also fills a run's folder. A peer: its own setting for CartPole, the
-    smallest of BUDGETS at which all its seeds arrive, which a user would have to know; training and one
-    evaluation only.
+    jaxpg runs its default command, which also fills a run's folder. A peer trains and evaluates once, in its
+    own setting for CartPole, with the smallest of BUDGETS at which all its seeds reach 475; a user would have
+    to know it.
     """
     with tempfile.TemporaryDirectory() as parent:
         folder, found = Path(parent), {}
@@ -309,7 +309,7 @@ def _process(command: list[str], cache: Path) -> tuple[float, str]:
 
 def _against(name, python, lanes, updates, repeats) -> Row:
     theirs, ours, found, mine = [], [], {}, {}
-    # A hundred times slower: a part of the budget, and its return is not comparable.
+    # Much slower, so it gets a part of the budget, and its return is not comparable.
     fewer = max(1, updates // 20) if name == "sb3" else updates
     for _ in range(repeats):
         found = _speed(python, name, lanes, fewer)
@@ -332,7 +332,7 @@ def _against(name, python, lanes, updates, repeats) -> Row:
 
 
 def _speed(python: str, name: str, lanes: int, updates: int) -> Row:
-    """Of one run, the first after its compilation, in a process of its own."""
+    """The speed of one run, the first after its compilation, in a process of its own."""
     script = str(Path(__file__).with_name("peers.py"))
     command = [python, script, name, str(lanes), str(updates), "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -340,7 +340,7 @@ def _speed(python: str, name: str, lanes: int, updates: int) -> Row:
 
 
 def peer_environment(name: str) -> str | None:
-    """The interpreter of the peer's own environment, made at first use; None where it cannot be."""
+    """The interpreter of the peer's own environment, made at first use; None if that fails."""
     import venv
 
     folder = Path(__file__).resolve().parent.parent / f".venv-{name}"
@@ -358,7 +358,7 @@ def peer_environment(name: str) -> str | None:
 
 
 def _extra() -> str:
-    """What makes pip install jax for the device that this process computes on."""
+    """The extra with which pip installs jax for the device that this process computes on."""
     if jax.default_backend() == "tpu":
         return "[tpu]"
     plugins = {"jax-cuda12-plugin": "[cuda12]", "jax-cuda13-plugin": "[cuda13]"}

@@ -32,7 +32,7 @@ def front() -> str:
 
 
 def with_files(package: ModuleType) -> None:
-    """Adds the docstrings of a package's files to its own, because a page has only what `__all__` names."""
+    """Add the docstrings of a package's files to its own, because a page has only what `__all__` names."""
     for found in pkgutil.iter_modules(getattr(package, "__path__", ())):
         module = import_module(f"{package.__name__}.{found.name}")
         if hasattr(package, "__all__") and found.name not in package.__all__:
@@ -40,7 +40,7 @@ def with_files(package: ModuleType) -> None:
 
 
 def with_fields(cls: Any) -> None:
-    """Makes the comment beside a NamedTuple's field its docstring, or the help in its annotation."""
+    """Give each field of a NamedTuple its comment, or the help in its annotation, as docstring."""
     said = dict(
         re.findall(r"^    (\w+): [^\n#]*(?:# *(.*))?$", inspect.getsource(cls), re.MULTILINE)
     )
@@ -67,7 +67,7 @@ def main() -> None:
                 with_fields(cls)
     jaxpg.__doc__ = front()
     pdoc.render.configure(math=True)
-    # A NamedTuple that names itself, as envs.Env does.
+    # pdoc warns of a NamedTuple that refers to itself, as envs.Env does.
     warnings.filterwarnings("ignore", "Error parsing type annotation")
     pdoc.pdoc(*PAGES, output_directory=folder)
     print(folder / "index.html")

@@ -1,4 +1,4 @@
-"""PPO of jaxpg and of its peers, measured alike: run by scripts/benchmark --peers, each in its environment.
+"""PPO of jaxpg and its peers, measured alike; scripts/benchmark --peers runs each in its environment.
 
 Each prints one line of JSON:
 python peers.py jaxpg|rejax|sb3 NUM_ENVS UPDATES REPEATS    speed in one setting
@@ -13,7 +13,7 @@ STEPS, EPOCHS, PARTS, RATE, ENTROPY, EVALUATION = 128, 4, 4, 1e-3, 0.01, 128
 
 
 def jaxpg(num_envs: int, updates: int, repeats: int) -> dict:
-    """On two cores where there are two, as the command trains one agent."""
+    """Train on two cores if there are two, as the command does for one agent."""
     from functools import partial
 
     import jax
@@ -108,7 +108,7 @@ def sb3(num_envs: int, updates: int, repeats: int) -> dict:
 
 
 def rejax_seeds(seeds: int, steps: int, seed: int) -> dict:
-    """The setting of rejax's configs/gymnax/cartpole.yaml, all seeds in one program, one evaluation."""
+    """The setting of rejax's configs/gymnax/cartpole.yaml; all seeds run in one program, evaluated once."""
     import jax
     from rejax import get_algo
     from rejax.evaluate import evaluate
@@ -169,7 +169,7 @@ def sb3_seed(seed: int, steps: int) -> float:
 
 
 def sb3_seeds(seeds: int, steps: int, seed: int) -> dict:
-    """One process on each core, each with one thread."""
+    """Run one process per core, each with one thread."""
     import multiprocessing
     import os
 

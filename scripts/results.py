@@ -1,4 +1,4 @@
-"""What each method learns, on fresh episodes: every case is one `jaxpg train` command.
+"""Measure what each method learns, on fresh episodes: every case is one `jaxpg train` command.
 
 scripts/results [CASE ...] [--out DIR] [--quick]
 """
@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 class Case(NamedTuple):
     arguments: str  # of jaxpg train, beyond seeds and episodes
-    target: float | None  # that the mean should reach; None: a control, which should not
+    target: float | None  # the mean should reach it; None: a control, which should not
     digits: int = 1
     record: str | None = None  # arguments of jaxpg record, which makes demonstrations.npz first
 
@@ -75,7 +75,7 @@ CASES = {
 
 
 def run(name: str, quick: bool) -> Row:
-    """One case in a process of its own."""
+    """Run one case in a process of its own."""
     case = CASES[name]
     small = ["--updates", "2", "--seeds", "2", "--evaluation-episodes", "4"]
     full = ["--seeds", str(SEEDS), "--evaluation-episodes", str(EPISODES)]
@@ -94,7 +94,7 @@ def run(name: str, quick: bool) -> Row:
         "command": f"jaxpg train {case.arguments}",
         "returns": evaluation["mean_return"],
         "episodes": evaluation["episodes"],
-        # Of the environment itself, where one decision is several of its steps.
+        # Steps of the environment itself, where one decision takes several.
         "steps": max(last["env_steps"]) * config["repeat"],
         "seconds": last["seconds"],
         "machine": f"{os.cpu_count()} CPU cores; {', '.join(versions)}",
@@ -110,7 +110,7 @@ def _jaxpg(folder: str, *arguments: str) -> None:
 
 
 def cells(name: str, row: Row) -> list[str]:
-    """Of the table's line."""
+    """The cells of the table's line for this case."""
     _, target, digits, _ = CASES[name]
     returns = np.array(row["returns"])
     mean, middle = summarise(returns, attained(returns)), robust(returns)
@@ -128,30 +128,30 @@ def cells(name: str, row: Row) -> list[str]:
 COLUMNS = ["command", "target", "mean", "interquartile mean", "worst seed", "steps", "seconds"]
 PAGE = """# What each method learns
 
-`scripts/results` writes this page; `scripts/results CASE` renews a line of it.
+`scripts/results` writes this page; `scripts/results CASE` updates one line of it.
 
 {table}
 
-Mean undiscounted return over {episodes} fresh episodes of each of {seeds} seeds, actions sampled. In brackets
-are 95 % intervals over seeds: Student's t for the mean where it stays within the range of the seeds, and
-otherwise bootstrap, as for the interquartile mean. Steps are those of the environment that one agent trained
-on. Seconds are those in which all seeds trained together, without compilation. {machines}.
+Returns are undiscounted, averaged over {episodes} fresh episodes for each of {seeds} seeds, with sampled
+actions. Brackets hold 95 % intervals over seeds: Student's t for the mean where it stays within the range of
+the seeds, and the bootstrap otherwise and for the interquartile mean. Steps are the environment steps of one
+agent. Seconds are the time to train all seeds together, without compilation. {machines}.
 
-Every command takes what it does not say from the presets, which `jaxpg train ENV --help` shows; with
-`--seeds {seeds}` it repeats its line.
+Settings that a command leaves out come from the presets, which `jaxpg train ENV --help` shows; with
+`--seeds {seeds}` it reproduces its line.
 
 - **MountainCar** pays -1 a step until the goal. Its preset normalises observations (`--normalise`), because
   velocities are in hundredths: unscaled, no seed finds the goal. `--repeat 8` takes every action 8
-  times, which explores farther, and spends more steps of the environment.
+  times, which explores farther and uses more environment steps.
 - **MountainCarContinuous** fines every action and pays at the goal only, so standing still is a trap. The
-  preset repeats actions 8 times, so that noise adds up, besides normalising; single actions are the control.
+  preset normalises and repeats actions 8 times, so that noise adds up; single actions are the control.
 - **MemoryChain** shows a bit at the start and asks for it five steps later. A GRU (the preset) and a
-  history of six observations know it; without memory, a guess is worth 0.
-- **CartPole without velocities** (`--keep 0,2`) needs several observations; the control sees the last one.
+  history of six observations remember it; without memory, a guess is worth 0.
+- **CartPole without velocities** (`--keep 0,2`) needs several observations; the control sees only the last.
   With `--seed 1`, `2` and `3`, three observations bring 28 of the 30 seeds above 475; their mean is 494.
-- **DeepSea** of 12 rows pays 1 for one path of 2^12 and fines every step of it. `demonstrations.npz` is made
-  by `jaxpg record {teach} --out demonstrations.npz`:
-  an expert who slips once in four episodes. Alone, REINFORCE never sees the reward in the same steps;
+- **DeepSea** of 12 rows pays 1 for one of 2^12 paths and fines every step of it. `demonstrations.npz` comes
+  from `jaxpg record {teach} --out demonstrations.npz`,
+  an expert that slips once in four episodes. REINFORCE alone never sees the reward in as many steps;
   imitation slips as the expert does; guided does better than its teacher.
 """
 
@@ -170,9 +170,11 @@ def page(rows: dict[str, Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/results", description=__doc__)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all")
     parser.add_argument(
-        "--out", metavar="DIR", help="where results.json and results.md are renewed"
+        "cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)}; default: all"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder of results.json and results.md to update"
     )
     parser.add_argument(
         "--quick", action="store_true", help="tiny runs, to try the script itself; needs --out"
@@ -182,7 +184,7 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown case {min(unknown)!r}; use {', '.join(CASES)}")
     if chosen.quick and not chosen.out:
-        parser.error("--quick must not renew the page of this repository; give --out DIR")
+        parser.error("--quick must not overwrite the page of this repository; give --out DIR")
     out = Path(chosen.out or ROOT / "scripts")
     stored = out / "results.json"
     rows = json.loads(stored.read_text()) if stored.exists() else {}
