@@ -44,8 +44,8 @@ def _any_of_replicas(axis_size, in_batched, flags):
 def in_groups(function: Callable, most: int | None = None) -> Callable:
     """Run the function on groups of replicas, one after another, under vmap; the results are the same.
 
-    most: upper limit of replicas in a group (by default by backend); groups are as large as divides them all.
-    The function takes and returns arrays.
+    most: upper limit of replicas in a group (by default by backend); the size is the largest divisor of their
+    number up to it. The function takes and returns arrays.
     """
 
     function = jax.jit(function)  # so that it is traced once, here and for the groups

@@ -24,7 +24,7 @@ from jaxpg.types import TimeStep
 # gymnax imports these, which takes nearly two seconds.
 _DRAWING = ("matplotlib", "matplotlib.pyplot", "matplotlib.colors", "seaborn")
 _NARROW = {f"{kind}64": f"{kind}32" for kind in ("int", "uint", "float")}
-MOST_SIZE = 2**12  # of a constructor's argument, which is the size of tables
+MOST_SIZE = 2**12  # of a constructor's argument, which sets the size of tables
 
 
 def from_gymnax(environment, params=None, **settings) -> Env:

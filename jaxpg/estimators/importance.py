@@ -76,7 +76,7 @@ def trajectory(log_ratio: Array, trajectory: Trajectory, hyperparams: Hyperparam
 
 @slot(whole_episodes=True)
 def per_decision(log_ratio: Array, trajectory: Trajectory, hyperparams: Hyperparams) -> Weights:
-    """step_t = prod_{k<=t} rho_k, trace = rho: ratios up to a reward weight it (Precup et al., 2000).
+    """step_t = prod_{k<=t} rho_k, trace = rho: only ratios up to a reward multiply it (Precup et al., 2000).
 
     sum_t u_t sum_{k>=t} gamma^(k-t) r_k prod_{j<=k} rho_j, every ratio once; unbiased on whole episodes.
     With a critic's values this is the doubly robust form (Jiang and Li, 2016).

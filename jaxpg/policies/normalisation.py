@@ -23,7 +23,7 @@ class Statistics(NamedTuple):
 
 
 def normalised(network: Network, observation: Space) -> Network:
-    """The network on (obs - mean) / std, clipped to +- 10, with statistics of all earlier updates.
+    """The network on (obs - mean) / std, clipped to +- 10, over all observations in earlier updates.
 
     Params: {"network": ..., "statistics": Statistics}. The statistics have gradient 0; `observe` updates
     them, only between updates, so that log-probs at the update equal those at the rollout. Before the first

@@ -21,12 +21,12 @@ from jaxpg.rollout.stepping import (
 )
 from jaxpg.types import Array, Key, Params, Trajectory
 
-# Up to this many lanes, each has a start of its own, drawn ahead in every step. Of more, the k-th that ended
-# takes the k-th start, so that few need drawing.
+# Up to this many lanes, pre-draw one start per lane and step. With more, the k-th lane that ended takes the
+# k-th start, so that few need drawing.
 FEW = 32
 
-# Lanes for each start that is drawn ahead. On an accelerator to draw one costs next to nothing, and to ask
-# how many lanes ended is a round trip to the host: there each is drawn when its lane has ended.
+# Lanes per pre-drawn start. On an accelerator drawing one costs next to nothing, and asking how many lanes
+# ended is a round trip to the host, so none are pre-drawn there: every step draws one per lane.
 SHARING = {"cpu": 8}
 
 # Steps that a feed-forward critic evaluates at once after a rollout; on a CPU, more would leave the cache.
@@ -153,14 +153,14 @@ def _values(critic: Network, params: Params, trajectory: Trajectory) -> Array:
 
 
 def _starts(env: Env, key: Key, places: Array) -> Any:
-    """Fresh starts, each by the key of its place, so that they are the same however many are drawn."""
+    """Draw fresh starts, each with its place's key, so that they are the same however many are drawn."""
     return reset_lanes(env, jax.vmap(partial(jax.random.fold_in, key))(places))
 
 
 def _reset_ended(env: Env, ended, pool, key, env_state, obs):
-    """Fresh starts where an episode ended: of few lanes the lane's own, of more the k-th for the k-th to end.
+    """Reset lanes whose episode ended: few lanes to their own starts, more to the k-th start for the k-th.
 
-    They are the same whether or not they were drawn ahead. Every step has starts of its own, so all are
+    Starts are the same whether or not they were pre-drawn. Every step has its own starts, so all are
     independent.
     """
     before = env_state, obs

@@ -1,4 +1,4 @@
-"""Drawing: one style for all figures. Each series has its own marker and line style, so grey is readable."""
+"""Drawing: one style for all figures, readable in grey: each series has its own marker and line style."""
 
 from typing import Any
 
