@@ -1,6 +1,6 @@
 """Where data comes from: memories of batches, mixtures with demonstrations, and adaptation."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +26,34 @@ NUMBERS = Hyperparams(gamma=0.9, ess_floor=0.0)
 
 
 def world():
+    return world_in(jax.config.jax_enable_x64)
+
+
+@cache
+def world_in(x64):
+    """Its tables are numbers of the precision in which it was made."""
+    del x64
     env = from_mdp(random_mdp(0, horizon=4))
     return env, Agent(tabular(env.observation, env.action))
+
+
+@jax.jit
+def rollout(params, key):
+    return episodes(*world(), params, key, B)[0]
+
+
+def recalled(memory, slot, params, numbers, count):
+    def recall(*arguments):
+        memory, *rest = arguments
+        return sources.recalled(memory, K, slot, world()[1].policy, *rest)
+
+    return jax.jit(recall)(memory, params, numbers, jnp.int32(count))
 
 
 def batch_of(env, agent, logits, seed):
     params = init_params(agent, jax.random.key(0))
     params = params._replace(policy={"logits": jnp.asarray(logits)})
-    return episodes(env, agent, params, jax.random.key(seed), B)[0]
+    return rollout(params, jax.random.key(seed))
 
 
 def remembered(env, agent, tables):
@@ -50,13 +70,17 @@ def own_data(trajectory, carry):
 
 
 def gradient(env, agent, estimator, data, logits, hyperparams=NUMBERS):
-    batch = assess(estimator, data.trajectory, data.log_prob, hyperparams)
-    batch = sources.corrected(batch, data, whole=True)
+    @jax.jit
+    def found(params, data):
+        batch = assess(estimator, data.trajectory, data.log_prob, hyperparams)
+        batch = sources.corrected(batch, data, whole=True)
 
-    def value(params):
-        return objective(estimator, agent.policy, params, (), batch, hyperparams)[0]
+        def value(params):
+            return objective(estimator, agent.policy, params, (), batch, hyperparams)[0]
 
-    return np.asarray(jax.grad(value)({"logits": jnp.asarray(logits)})["logits"])
+        return jax.grad(value)(params)
+
+    return np.asarray(found({"logits": jnp.asarray(logits)}, data)["logits"])
 
 
 @pytest.mark.slow
@@ -80,7 +104,7 @@ def test_at_lag_zero_every_form_is_the_on_policy_gradient(name, x64):
     logits = np.random.default_rng(1).normal(size=(3, 2))
     memory = remembered(env, agent, [logits] * 4)
     slot, params = IMPORTANCES[name], {"logits": jnp.asarray(logits)}
-    data = sources.recalled(memory, K, slot, agent.policy, params, NUMBERS, jnp.int32(3))
+    data = recalled(memory, slot, params, NUMBERS, 3)
     metrics = data.metrics
     assert metrics["batches"] == K
     for lag in (1, 2):
@@ -93,9 +117,7 @@ def test_at_lag_zero_every_form_is_the_on_policy_gradient(name, x64):
     found = gradient(env, agent, estimator, data, logits)
     assert np.allclose(found, gradient(env, agent, plain, own, logits), atol=1e-6)
     # Control: with the weights of another policy it is not.
-    other = sources.recalled(
-        memory, K, slot, agent.policy, {"logits": params["logits"] * 3.0}, NUMBERS, jnp.int32(3)
-    )
+    other = recalled(memory, slot, {"logits": params["logits"] * 3.0}, NUMBERS, 3)
     assert not np.allclose(gradient(env, agent, estimator, other, logits), found, atol=1e-3)
 
 
@@ -113,7 +135,7 @@ def test_what_is_far_or_not_there_yet_does_not_count(name, x64):
     def recall(tables):
         memory = remembered(env, agent, tables)
         count = jnp.int32(len(tables) - 1)
-        return sources.recalled(memory, K, slot, agent.policy, params, numbers, count)
+        return recalled(memory, slot, params, numbers, count)
 
     newest = batch_of(env, agent, logits, 2)
     alone = own_data(newest, initial_carry(agent, B))
@@ -137,9 +159,7 @@ def test_the_newest_batch_is_never_dropped():
     memory = remembered(env, agent, np.random.default_rng(3).normal(size=(3, 3, 2)) * 3)
     params = {"logits": jnp.zeros((3, 2))}
     numbers = NUMBERS._replace(ess_floor=1.0)
-    data = sources.recalled(
-        memory, K, importance.trajectory, agent.policy, params, numbers, jnp.int32(2)
-    )
+    data = recalled(memory, importance.trajectory, params, numbers, 2)
     assert data.trajectory.mask[:, 2 * B :].any() and not data.trajectory.mask[:, : 2 * B].any()
 
 

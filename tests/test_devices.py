@@ -112,7 +112,8 @@ assert mesh(seeds=1, algorithm="reinforce") is None
 
 
 def test_policy_and_critic_are_fitted_on_a_device_each():
-    environment = os.environ | {"XLA_FLAGS": ""}
+    flags = [x for x in os.environ["XLA_FLAGS"].split() if "device_count" not in x]
+    environment = os.environ | {"XLA_FLAGS": " ".join(flags)}
     subprocess.run([sys.executable, "-c", APART], check=True, env=environment)
 
 

@@ -1,6 +1,6 @@
 """The gradients of blocks, and those of an epoch's minibatches, add up to the gradient of the whole."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +29,14 @@ def take(i, x):
     return x[i]
 
 
+@cache
 def data(num_episodes=30):
     env = from_gymnax("CartPole-v1", max_steps_in_episode=24)
     policy = mlp(env.observation, env.action, (8,))
     params = policy.init(jax.random.key(0))
     agent = Agent(policy)
-    trajectory, _ = episodes(env, agent, AgentParams(params, ()), jax.random.key(1), num_episodes)
+    rollout = jax.jit(partial(episodes, env, agent, num_episodes=num_episodes))
+    trajectory, _ = rollout(AgentParams(params, ()), jax.random.key(1))
     # No episode reaches the last rows, so that there are blocks to skip.
     trajectory = trajectory._replace(mask=trajectory.mask.at[-8:].set(False))
     elsewhere = jax.tree.map(lambda x: x + 0.1, params)

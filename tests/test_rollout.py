@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +37,7 @@ def test_episodes_truncated_by_the_clock(limit):
     env = clock(limit)
     agent = clock_agent(env)
     params = init_params(agent, jax.random.key(0))
-    traj, sums = episodes(env, agent, params, jax.random.key(1), 3)
+    traj, sums = jax.jit(partial(episodes, env, agent, num_episodes=3))(params, jax.random.key(1))
     assert traj.obs.shape == (limit, 3, 2) and traj.mask.all()
     assert (traj.first.sum(0) == 1).all() and traj.first[0].all()
     assert (traj.last.sum(0) == 1).all() and traj.last[-1].all()
@@ -53,7 +55,7 @@ def test_episodes_masked_after_death(limit, death):
     env = clock(limit, death)
     agent = clock_agent(env)
     params = init_params(agent, jax.random.key(0))
-    traj, _ = episodes(env, agent, params, jax.random.key(1), 2)
+    traj, _ = jax.jit(partial(episodes, env, agent, num_episodes=2))(params, jax.random.key(1))
     assert (traj.mask.sum(0) == death).all() and traj.mask[:death].all()
     assert traj.last[death - 1].all() and (traj.discount[death - 1] == 0).all()
     for field in (traj.action, traj.log_prob, traj.reward, traj.value, traj.next_value):
@@ -176,16 +178,18 @@ def test_log_probs_at_update_equal_log_probs_at_rollout(network, kind):
     env = from_gymnax("CartPole-v1", max_steps_in_episode=30)
     agent = actor_critic(env, network)
     params = init_params(agent, jax.random.key(0))
+    gather = jax.jit(partial(unroll, env, agent), static_argnames="num_steps")
     if kind == "episodes":
         carry = agent.policy.initial_carry(4)
-        traj, _ = episodes(env, agent, params, jax.random.key(1), 4)
+        rollout = jax.jit(partial(episodes, env, agent, num_episodes=4))
+        traj, _ = rollout(params, jax.random.key(1))
     else:
         state = init_stream(env, agent, jax.random.key(2), 4)
         # A second window, so that it opens in the middle of episodes.
-        state, _ = unroll(env, agent, params, state, jax.random.key(1), 17)
+        state, _ = gather(params, state, jax.random.key(1), num_steps=17)
         carry = state.carry.policy
-        _, (traj, _) = unroll(env, agent, params, state, jax.random.key(1), 40)
-    _, again = agent.policy.apply(params.policy, carry, traj.obs, traj.first)
+        _, (traj, _) = gather(params, state, jax.random.key(1), num_steps=40)
+    _, again = jax.jit(agent.policy.apply)(params.policy, carry, traj.obs, traj.first)
     difference = jnp.where(traj.mask, again.log_prob(traj.action) - traj.log_prob, 0.0)
     assert np.abs(difference).max() < 1e-5
 

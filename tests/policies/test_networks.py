@@ -23,6 +23,8 @@ BOX = Box(-np.ones((2, 3), np.float32), np.ones((2, 3), np.float32))
 TORQUE = Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 1.0], np.float32))
 
 
+# These programs run longer than they take to compile, so they are compiled as for users.
+WELL = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 SHAPES = [(8, 8), (4, 16), (16, 4), (5, 1), (8, 8)]
 
 
@@ -56,7 +58,7 @@ def test_orthogonal_matrices_are_uniform_and_independent():
 def test_orthogonal_does_not_hang_under_vmap():
     """QR under vmap hangs for ever on two cores with jaxlib 0.10: 16 seeds, 400 times."""
     gains = jnp.ones((64, 64))
-    init = jax.jit(jax.vmap(lambda key: orthogonal(key, gains)))
+    init = jax.jit(jax.vmap(lambda key: orthogonal(key, gains)), compiler_options=WELL)
     for i in range(400):
         matrices = init(jax.random.split(jax.random.key(i), 16))
     product = np.einsum("nij,nik->njk", matrices, matrices)
@@ -67,7 +69,7 @@ def test_orthogonal_does_not_hang_under_vmap():
 @pytest.mark.timeout(120)
 def test_recurrent_initialisation_does_not_hang_under_vmap():
     network = gru(BOX, Discrete(2), (64,), features=64)
-    init = jax.jit(jax.vmap(network.init))
+    init = jax.jit(jax.vmap(network.init), compiler_options=WELL)
     for i in range(50):
         params = init(jax.random.split(jax.random.key(i), 16))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
@@ -87,8 +89,12 @@ def test_shapes_and_near_uniform_start(build, observation):
         (None, None),
     ):
         network = build(observation, action)
-        params = network.init(jax.random.key(0))
-        carry, out = network.apply(params, network.initial_carry(3), obs, first)
+
+        @jax.jit
+        def start(key, network=network):
+            return network.apply(network.init(key), network.initial_carry(3), obs, first)
+
+        carry, out = start(jax.random.key(0))
         assert jax.tree.structure(carry) == jax.tree.structure(network.initial_carry(3))
         if kind is None:
             assert out.shape == (4, 3)

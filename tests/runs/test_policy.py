@@ -378,9 +378,10 @@ DRAWN = (*DRAWERS, "Catch-bsuite", "Breakout-MinAtar", "DiscountingChain-bsuite"
 def test_a_drawing_follows_the_state(name):
     assert name in gymnax_names()
     env = from_gymnax(name)
+    reset, take = jax.jit(env.reset), jax.jit(env.step)
     pictures = []
     for i in range(4):
-        state, obs = env.reset(jax.random.key(i))
+        state, obs = reset(jax.random.key(i))
         for t in range(3):
             k_act, k_step = jax.random.split(jax.random.key(10 * i + t))
             space = env.action
@@ -389,7 +390,7 @@ def test_a_drawing_follows_the_state(name):
                 if hasattr(space, "low")
                 else jax.random.randint(k_act, (), 0, space.n)
             )
-            state, result = env.step(k_step, state, action)
+            state, result = take(k_step, state, action)
             obs = result.obs
         pictures.append(np.asarray(frame(name, *jax.device_get((state, obs)), caption="")))
     assert len({p.tobytes() for p in pictures}) > 1
