@@ -23,9 +23,9 @@ commands:
   train ENV    train policies on an environment (jaxpg train ENV --help: the
                flags, with their defaults for that environment)
   sweep ENV    rank points of a grid or a random search (jaxpg sweep --help)
-  evaluate RUN fresh episodes of what was learnt
-  record RUN   episodes into a file of demonstrations (.npz)
-  render RUN   one episode as a film (.gif, .mp4)
+  evaluate RUN evaluate trained policies over fresh episodes
+  record RUN   record episodes as a file of demonstrations (.npz)
+  render RUN   draw one episode as a film (.gif, .mp4)
   plot RUN...  draw learning curves, diagnostics and comparisons of runs
   lab NAME     measure gradients (jaxpg lab list: the experiments)
 
@@ -35,7 +35,7 @@ options:
 
 example: jaxpg train CartPole-v1 --learning-rate 1e-3,3e-3
 """
-# In what Python, NumPy and jax raise where a process may have no more.
+# Signs in errors of Python, NumPy and jax that a process has run out of memory or threads.
 EXHAUSTED = (
     "MemoryError",
     "can't start new thread",
@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Exits with 0; 2 after a user's mistake; 1 when it could not write; 130, 141 or 143 after a signal.
     """
-    # What is left at exit needs no collecting, which would take half a second.
+    # Skip garbage collection at exit, which would take half a second.
     atexit.register(gc.freeze)
-    # Nor does what is imported and traced: looking after every 700 objects took a twelfth of the whole.
+    # Collect rarely before it, too: doing so every 700 objects took a twelfth of the whole time.
     gc.set_threshold(200_000)
     argv = sys.argv[1:] if argv is None else list(argv)
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (MemoryError, RuntimeError, ImportError) as error:
         if not any(sign in repr(error) for sign in EXHAUSTED):
             raise
-        why = str(error).partition("\n")[0] or "no more memory is to be had"
+        why = str(error).partition("\n")[0] or "no memory is left"
         _leave(
             f"error: this process ran out of memory or threads: {why}; give it more, or smaller sizes",
             1,
@@ -164,9 +164,9 @@ def _sweep(argv):
 
 @contextmanager
 def _only_own_exceptions():
-    """Tracebacks of the main thread alone: after a failed write, tensorstore's threads print theirs.
+    """Prints no tracebacks but the main thread's: after a failed write, tensorstore's threads print theirs.
 
-    And asyncio logs those of orbax's tasks.
+    Also silences asyncio, which logs those of orbax's tasks.
     """
     log = logging.getLogger("asyncio")
     level = log.level
@@ -216,7 +216,7 @@ def _lab(argv):
 
     def terminate(number, frame):
         del number, frame
-        # Again in a second: what is raised inside a callback, such as the garbage collector's, is lost.
+        # Raise again in a second: an exception inside a callback, such as a garbage collector's, is lost.
         signal.signal(signal.SIGALRM, terminate)
         signal.alarm(1)
         raise _Terminated

@@ -1,4 +1,4 @@
-"""The console: what every command says, where it says it, and how it refuses what it cannot read."""
+"""The console: how every command prints, warns, and reads its arguments."""
 
 import argparse
 import re
@@ -23,7 +23,7 @@ def say(*lines: str) -> None:
 
 
 def flush() -> None:
-    """Of what others have printed. Raises Unheard."""
+    """Flushes what others have printed. Raises Unheard."""
     if sys.stdout is not None:
         with heard():
             sys.stdout.flush()
@@ -31,28 +31,28 @@ def flush() -> None:
 
 @contextmanager
 def heard() -> Iterator[None]:
-    """Around what prints to standard output, also what others print. Raises Unheard."""
+    """Wraps code that prints to standard output, also that of others. Raises Unheard."""
     try:
         yield
     except OSError as error:
-        if error.filename is not None:  # of a file
+        if error.filename is not None:  # the error is about a file
             raise
         raise Unheard(error.strerror or error) from error
 
 
 def warn(message: object) -> None:
-    """One line on standard error, after which the command goes on."""
+    """Prints a warning on standard error, after which the command goes on."""
     tell(f"warning: {message}")
 
 
 def tell(message: object) -> None:
-    """One line on standard error, in which very long words are cut short."""
+    """Prints one line on standard error, with very long words cut short."""
     words = (shortened(word, LONGEST_WORD) for word in str(message).split())
     note(f"jaxpg: {' '.join(words)}")
 
 
 def note(line: str) -> None:
-    """A line on standard error. Where that is closed or full, nobody can be told."""
+    """Prints a line on standard error, or nothing if that is closed or full."""
     if sys.stderr is not None:
         with suppress(OSError):
             print(line, file=sys.stderr, flush=True)
@@ -63,16 +63,16 @@ def shortened(text: str, most: int = 60) -> str:
 
 
 def terminal() -> Console | None:
-    """Standard error where its lines can be drawn again; None for files, pipes and TERM=dumb.
+    """Standard error if its lines can be redrawn; None for files, pipes and TERM=dumb.
 
-    Colours are rich's, which heeds NO_COLOR.
+    rich chooses the colours, and respects NO_COLOR.
     """
     console = Console(stderr=True)
     return console if console.is_interactive and sys.stderr.isatty() else None
 
 
 def whole(least: int = 0, most: int = 2**31 - 1, word: str = "") -> Callable[[str], Any]:
-    """Reads a whole number, also 1e6 and 2**20, or one word instead; for `type` of a parser's argument."""
+    """A `type` for a parser's argument: reads a whole number, also 1e6 and 2**20, or one word instead."""
 
     def read(text: str) -> int | str:
         if word and text == word:
@@ -80,7 +80,7 @@ def whole(least: int = 0, most: int = 2**31 - 1, word: str = "") -> Callable[[st
         what = f"a whole number from {least} to {most}{word and f', or {word}'}"
         try:
             base, power, exponent = text.partition("**")
-            # In floating point, which is quick about what is far too large.
+            # Floating point is quick even for numbers that are far too large.
             value = float(base) ** float(exponent) if power else float(text)
             if text.strip().lstrip("+-").isdecimal():
                 value = int(text)  # with every digit
@@ -88,7 +88,7 @@ def whole(least: int = 0, most: int = 2**31 - 1, word: str = "") -> Callable[[st
                 if least <= value <= most:
                     return int(value)
                 what = f"at least {least}" if value < least else f"at most {most}"
-        except (ValueError, ArithmeticError, TypeError):  # the last of a complex number
+        except (ValueError, ArithmeticError, TypeError):  # TypeError: a complex number
             pass
         raise argparse.ArgumentTypeError(f"{shortened(text)} must be {what}")
 
@@ -96,10 +96,10 @@ def whole(least: int = 0, most: int = 2**31 - 1, word: str = "") -> Callable[[st
 
 
 def parser(name: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    """Of `jaxpg NAME`. Raises ValueError for arguments that it cannot read, and exits after --help."""
+    """The parser of `jaxpg NAME`: raises ValueError for arguments it cannot read, exits after --help."""
 
     def refuse(message: str) -> NoReturn:
-        # What `whole` says begins with the flag.
+        # A message of `whole` continues after the flag: "--seed -1 must be ...".
         message = re.sub(r"^argument (\S+): (?=\S+ must be )", r"\1 ", message)
         raise ValueError(f"{message} (see jaxpg {name} --help)")
 
@@ -107,6 +107,6 @@ def parser(name: str, description: str, epilog: str | None = None) -> argparse.A
         prog=f"jaxpg {name}", description=description, epilog=epilog, allow_abbrev=False
     )
     found.error = refuse  # type: ignore[method-assign]
-    # Its own hides that it was not heard.
+    # argparse's own print_help hides that a write failed.
     found.print_help = lambda file=None: say(*found.format_help().splitlines())
     return found
