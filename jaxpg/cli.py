@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-from jaxpg.runs.console import Unheard, flush, say, shortened, tell
+from jaxpg.runs.console import Ended, Unheard, flush, say, shortened, tell
 
 HELP = """\
 usage: jaxpg COMMAND ...
@@ -43,6 +43,11 @@ EXHAUSTED = (
     "Out of memory",
     "failed to map segment",
 )
+STOPPED = {
+    "train": " before the first update; nothing was saved",
+    "sweep": " before the first update; nothing was saved",
+    "lab": "; the running experiment was not saved",
+}
 COMMANDS = ("train", "sweep", "evaluate", "record", "render", "plot", "lab")
 
 
@@ -62,9 +67,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             _run(command, rest)
         finally:  # after help too, whose writer exits
             flush()
-    except KeyboardInterrupt:  # before training, which handles it itself
-        trains = command in ("train", "sweep")
-        _leave("stopped" + trains * " before the first update; nothing was saved", 130)
+    except KeyboardInterrupt as stop:  # but not of training, which handles it itself
+        _leave(str(stop) or f"stopped{STOPPED.get(command, '')}", getattr(stop, "status", 130))
+    except Ended as end:
+        _leave(f"{'error: ' * (end.status == 1)}{end}", end.status)
     except (Unheard, BrokenPipeError) as lost:
         if BrokenPipeError in (type(lost), type(lost.__cause__)):  # `jaxpg train ... | head`
             _leave("", 141)
@@ -111,8 +117,6 @@ def _train(argv):
 
     asked = request(argv, prog="jaxpg train")
     from jaxpg.runs.host.cache import use_compilation_cache
-    from jaxpg.runs.host.health import Diverged
-    from jaxpg.runs.host.interrupt import Interrupted
     from jaxpg.runs.train.run import execute, prepare, prepare_either, prepare_resume
 
     begin = {True: prepare_resume, False: prepare, None: prepare_either}[asked.resume]
@@ -120,19 +124,10 @@ def _train(argv):
     if experiment is None:
         say(f"{asked.config.run} has finished its {asked.config.updates} updates")
         return
-    try:
-        if asked.config.compilation_cache:
-            use_compilation_cache()
-        with _only_own_exceptions():
-            execute(experiment)
-    except ValueError as error:  # a folder in use, a damaged checkpoint
-        _leave(f"error: {error}", 2)
-    except Diverged as error:
-        _leave(f"error: {error}", 1)
-    except Interrupted as stop:
-        _leave(stop, stop.status)
-    except OSError as error:  # a full disk, a folder that went away
-        _leave(f"error: cannot write {experiment.folder}: {error.strerror or error}", 1)
+    if asked.config.compilation_cache:
+        use_compilation_cache()
+    with _writing(f" {experiment.folder}", at_once=True), _only_own_exceptions():
+        execute(experiment)
 
 
 def _sweep(argv):
@@ -142,24 +137,16 @@ def _sweep(argv):
         say(*SWEEP_HELP.splitlines())
         return
     from jaxpg.runs.host.cache import use_compilation_cache
-    from jaxpg.runs.host.health import Diverged
-    from jaxpg.runs.host.interrupt import Interrupted
     from jaxpg.runs.sweep.sweep import execute, prepare
 
     sweep = prepare(argv)
     if sweep.done:
         say(f"the sweep in {sweep.folder} has finished")
         return
-    try:
-        if sweep.config.compilation_cache:
-            use_compilation_cache()
+    if sweep.config.compilation_cache:
+        use_compilation_cache()
+    with _writing(f" {sweep.folder}"):
         execute(sweep)
-    except Diverged as error:
-        _leave(f"error: {error}", 1)
-    except Interrupted as stop:
-        _leave(stop, stop.status)
-    except OSError as error:
-        _fail(f"cannot write {sweep.folder}: {error.strerror or error}", status=1)
 
 
 @contextmanager
@@ -203,10 +190,8 @@ def _plot(argv):
     from jaxpg.runs.plot.command import execute, prepare
 
     request = prepare(argv)
-    try:
+    with _writing(f" {request.out}"):
         execute(request)
-    except OSError as error:
-        _fail(f"cannot write: {error.strerror or error}: {request.out}", status=1)
 
 
 def _lab(argv):
@@ -222,17 +207,30 @@ def _lab(argv):
         raise _Terminated
 
     signal.signal(signal.SIGTERM, terminate)  # which would leave a folder with nothing in it
-    try:
+    with _writing():
         execute(prepare(argv))
-    except KeyboardInterrupt as stop:
-        status = 143 if isinstance(stop, _Terminated) else 130
-        _leave(str(stop) or "stopped; the running experiment was not saved", status)
-    except OSError as error:
-        _fail(f"cannot write: {error.strerror or error}", status=1)
 
 
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, which is heeded like Ctrl-C."""
+
+    status = 143
+
+
+@contextmanager
+def _writing(place: str = "", at_once: bool = False):
+    """Says in one line that the place cannot be written; at_once: without waiting for other threads."""
+    try:
+        yield
+    except OSError as error:  # a full disk, a folder that went away
+        message, status = f"cannot write{place}: {error.strerror or error}", 1
+    except ValueError as error:  # a folder in use, a damaged checkpoint
+        message, status = error, 2
+    else:
+        return
+    if at_once:
+        _leave(f"error: {message}", status)
+    _fail(message, status)
 
 
 def _fail(message: object, status: int = 2) -> NoReturn:

@@ -12,6 +12,12 @@ from rich.console import Console
 LONGEST_WORD = 320  # characters
 
 
+class Ended(Exception):
+    """Ends a command: the message is its last line, `status` its exit status."""
+
+    status = 1
+
+
 class Unheard(Exception):
     """Standard output takes nothing more: its reader has left, or its device is full."""
 

@@ -356,7 +356,7 @@ def test_a_picture_that_fails_costs_nothing_that_came_before_it(tmp_path, monkey
         main(["plot", str(folder)])
     said = capsys.readouterr()
     assert exit_.value.code == 1 and "learning_rate=0.2" in said.out
-    assert "error: cannot write: none of 3 figures could be drawn: " in said.err
+    assert "figures: none of 3 figures could be drawn\n" in said.err
     assert said.err.count("warning: cannot draw") == 3 and said.err.count("\n") == 4
 
     def only_curves(figure, file, **options):
@@ -451,7 +451,7 @@ BAD = {
     "garbled": "cannot read garbled/config.json",
     "foreign": "cannot read foreign/config.json: config is missing",
     "sweep": "sweep is a sweep; its figures are in sweep/figures",
-    "good --out file/x": "cannot write: Not a directory",
+    "good --out file/x": "cannot write file/x: Not a directory",
 }
 
 

@@ -13,6 +13,7 @@ from jaxpg.envs import Env
 from jaxpg.rollout.stepping import reset_lanes, step_lanes
 from jaxpg.runs.config.config import Config
 from jaxpg.runs.config.rows import counts_of
+from jaxpg.runs.console import Ended
 from jaxpg.training.algorithm import algorithm
 from jaxpg.training.data import episodes
 
@@ -24,7 +25,7 @@ PACKAGE, JAX = Path(__file__).parents[2], Path(jax.__file__).parent
 MANY_STEPS = 100_000  # steps of one agent, enough for FEW_UPDATES or more
 
 
-class Diverged(Exception):
+class Diverged(Ended):
     """A loss or a parameter is no longer finite."""
 
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from jaxpg.runs.console import Unheard, terminal
+from jaxpg.runs.console import Ended, Unheard, terminal
 
 # Signals within this many seconds are one: `timeout` and schedulers signal a process, then its group.
 SAME = 0.5
 
 
-class Interrupted(Exception):
+class Interrupted(Ended):
     """Training stopped at a signal; `status` is the exit status that shells expect."""
 
     def __init__(self, number: int, message: str):
