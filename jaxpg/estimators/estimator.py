@@ -4,6 +4,7 @@
 >>> policy = jaxpg.policies.tabular(jaxpg.envs.Discrete(1), jaxpg.envs.Discrete(2))
 >>> params = policy.init(None)
 >>> trajectory = jaxpg.lab.enumeration.enumerate_trajectories(mdp, np.zeros((1, 2))).trajectory
+>>> check_lanes(trajectory, trajectory.log_prob)
 >>> batch = assess(Estimator(), masked(trajectory), trajectory.log_prob, numbers)
 >>> gradient = jax.grad(lambda theta: objective(Estimator(), policy, theta, (), batch, numbers)[0])
 >>> gradient(params)["logits"].tolist(), trajectory.action.tolist()

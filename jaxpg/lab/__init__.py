@@ -2,13 +2,13 @@
 
 >>> env = jaxpg.envs.from_mdp(exact.bandits.bandit([0.0, 1.0]))
 >>> policy, estimator = jaxpg.policies.tabular(env.observation, env.action), jaxpg.estimators.Estimator()
->>> source = env, policy, estimator, policy.init(None), jax.random.key(0)
->>> gradient_samples(*source, 3, jaxpg.Hyperparams()).shape
+>>> source = Source(env, policy, estimator, policy.init(None), jax.random.key(0), jaxpg.Hyperparams())
+>>> gradient_samples(source, 3).shape
 (3, 2)
->>> found = gradient_statistics(*source, 1024, jaxpg.Hyperparams())
+>>> found = gradient_statistics(source, 1024)
 >>> isinstance(found, GradientStatistics), bool(found.trace.low < 0.125 < found.trace.high)
 (True, True)
->>> isinstance(gradient_trace(*source, 1024, jaxpg.Hyperparams(), route="jvp"), Estimate)
+>>> isinstance(gradient_trace(source, 1024, route="jvp"), Estimate)
 True
 >>> enumeration.count_trajectories(exact.bandits.bandit([0.0, 1.0]))
 2
