@@ -10,7 +10,7 @@ from jaxpg.lab.exact.tables import Moments
 
 
 class SelfNormalised(NamedTuple):
-    """Of sum_i w_i f_i / sum_i w_i over N draws."""
+    """Exact moments of sum_i w_i f_i / sum_i w_i over N draws."""
 
     mean: float
     variance: float
@@ -21,8 +21,8 @@ class SelfNormalised(NamedTuple):
 def bandit(rewards, variances=None) -> Mdp:
     """The softmax bandit: one state, one step, [A] mean rewards, [A] variances of Gaussian noise.
 
-    Every exact function applies: grad_k J = pi_k (r_k - J), F = diag(pi) - pi pi^T. At two logits that
-    differ by theta it is the sigmoid bandit, seen with two parameters.
+    Every exact function applies: grad_k J = pi_k (r_k - J), F = diag(pi) - pi pi^T. With two logits that
+    differ by theta, it is the sigmoid bandit written in two parameters.
     """
     rewards = np.asarray(rewards, np.float64)
     noise = np.zeros_like(rewards) if variances is None else np.asarray(variances, np.float64)
@@ -32,7 +32,7 @@ def bandit(rewards, variances=None) -> Mdp:
 
 
 def sigmoid_moments(probability, rewards, baseline=0.0, variances=(0.0, 0.0)) -> Moments:
-    """Of u (r - b) with p = sigmoid(theta), u = 1-p for the first arm and -p for the second, [1] and [1, 1].
+    """Moments [1] and [1, 1] of u (r - b), p = sigmoid(theta): u = 1-p for the first arm, else -p.
 
     mean = p(1-p)(r_1 - r_0); variance p(1-p)((1-p)(r_1-b) + p(r_0-b))^2 without noise: a square, so
     exactly 0 at the optimum even for rewards of 10^6.
@@ -45,7 +45,7 @@ def sigmoid_moments(probability, rewards, baseline=0.0, variances=(0.0, 0.0)) ->
 
 
 def sigmoid_optimal_baseline(probability, rewards) -> float:
-    """b* = (1-p) r_1 + p r_0, the arms' probabilities swapped: where E[r] is p r_1 + (1-p) r_0."""
+    """b* = (1-p) r_1 + p r_0, which is E[r] = p r_1 + (1-p) r_0 with the probabilities swapped."""
     return float((1 - probability) * rewards[0] + probability * rewards[1])
 
 

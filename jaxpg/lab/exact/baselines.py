@@ -1,4 +1,4 @@
-"""Baselines: the exact minimisers of the trace, and what each leaves of it.
+"""Baselines: the exact minimisers of the trace, and the moments with a baseline per parameter.
 
 The functions phi_{t,s} = c_t u_t 1(s_t = s) are uncorrelated across (t, s), parameter by parameter
 (martingale differences), so every least-squares baseline is a ratio of sums of the same two arrays:
@@ -17,14 +17,14 @@ from jaxpg.lab.exact.tables import Moments, Tables, action_values, discounts, ta
 
 
 class OptimalBaselines(NamedTuple):
-    """Minimisers of tr Cov, each of its kind; 0 where nothing depends on it."""
+    """The minimiser of tr Cov of each kind; 0 where the trace does not depend on it."""
 
     scalar: float  # one number
     per_parameter: np.ndarray  # [P]
     per_time: np.ndarray  # [H]
     per_time_per_parameter: np.ndarray  # [H, P]
     per_state_time: np.ndarray  # [H, S]
-    local: np.ndarray  # [H, S] E[|u|^2 psi | s] / E[|u|^2 | s]: without the terms between steps
+    local: np.ndarray  # [H, S] E[|u|^2 psi | s] / E[|u|^2 | s]: ignores the terms between steps
     peters_schaal: np.ndarray  # [H, P] optimal for each reward alone (Peters and Schaal, 2008)
 
 
@@ -39,7 +39,7 @@ def optimal_baselines(mdp: Mdp, logits, credit, gamma) -> OptimalBaselines:
 
 
 def minimisers(world: Tables, credit, gamma) -> OptimalBaselines:
-    """optimal_baselines of tables."""
+    """`optimal_baselines` for given tables."""
     total = _is_total(credit)
     covariance, variance, expected = projections(world, total, gamma)
 
@@ -62,14 +62,14 @@ def minimisers(world: Tables, credit, gamma) -> OptimalBaselines:
 def control_variate_moments(mdp: Mdp, logits, credit, gamma, baseline) -> Moments:
     """sum_t c_t u_t (psi_t - b_t) elementwise, with a baseline per parameter: [P] or [H, P].
 
-    c_t = 1 for total_return and gamma^t for reward_to_go. Unbiased for any numbers known before the data.
+    c_t = 1 for total_return and gamma^t for reward_to_go. A baseline fixed before the data is unbiased.
     Raises ValueError for another credit.
     """
     return controlled(tabulate(mdp, logits), credit, gamma, baseline)
 
 
 def controlled(world: Tables, credit, gamma, baseline) -> Moments:
-    """control_variate_moments of tables."""
+    """`control_variate_moments` for given tables."""
     total = _is_total(credit)
     start = 1.0 if total else discounts(gamma, world.horizon)[:, None, None]
     table = np.broadcast_to(baseline, (world.horizon, world.score.shape[-1]))
@@ -89,8 +89,8 @@ def _is_total(credit) -> bool:
 def projections(world: Tables, total, gamma):
     """E[G phi] and E[phi^2] [H, S, P], and E[psi_t | s, a] [H, S, A].
 
-    E[G phi_t] has three terms: the step's own score, those before it (whose sum Z_t is known at s_t),
-    and those after it (whose part E[G_{t+1} | s_{t+1}] is all that the action can have changed).
+    E[G phi_t] has three terms: the step's own score; the earlier ones, with their sum Z_t known at s_t;
+    and the later ones, which the action changes only through E[G_{t+1} | s_{t+1}].
     """
     pi, score, start = world.policy, world.score, discounts(gamma, world.horizon)
     weight = np.ones_like(start) if total else start

@@ -13,12 +13,12 @@ from jaxpg.types import Hyperparams
 
 
 class _Factors(NamedTuple):
-    """What an importance slot does at (t, s, a); the step weight of the slot is step_t prod carry."""
+    """The factors of an importance slot at (t, s, a); its step weight is step_t prod carry."""
 
     step: Any
     carry: Any = 1.0
     trace: Any = 1.0
-    weighted: bool = False  # everything times the whole episode's ratio
+    weighted: bool = False  # whether the whole episode's ratio multiplies everything
 
 
 def moments(
@@ -33,14 +33,14 @@ def moments(
     """Exact mean and covariance of one whole episode's gradient under an Estimator of slots.
 
     logits, behaviour_logits: [O, A]; parameters are flattened state-major. critic: V(s) [S] or
-    V_t(s) [H, S], what `value` and `next_value` hold; where a slot names the critic and none is given,
-    the exact values of `logits`. Raises ValueError naming a slot that the recursions do not cover.
+    V_t(s) [H, S] for `value` and `next_value`; if a slot reads a critic and none is given, the exact
+    values of `logits`. Raises ValueError naming a slot that the recursions do not cover.
     """
     return composed(tabulate(mdp, logits, behaviour_logits), estimator, hyperparams, critic)
 
 
 def composed(world: Tables, estimator: Estimator, hyperparams: Hyperparams, critic=None) -> Moments:
-    """moments of tables."""
+    """`moments` for given tables."""
     coefficients, weighted = compose(world, estimator, hyperparams, critic)
     recursion = whole if describe(estimator.credit) == "total_return" else paired
     mean, covariance = recursion(world, coefficients, weighted)
@@ -51,7 +51,7 @@ def composed(world: Tables, estimator: Estimator, hyperparams: Hyperparams, crit
 def compose(
     world: Tables, estimator: Estimator, hyperparams: Hyperparams, critic=None
 ) -> tuple[Coefficients, bool]:
-    """The coefficients of an estimator's recursion, and whether the episode's ratio weighs it all."""
+    """The coefficients of an estimator's recursion, and whether the episode's ratio multiplies it all."""
     gamma = float(hyperparams.gamma)
     factors = _importance(estimator.importance, world, gamma)
     value = _critic(world, estimator, gamma, critic)
@@ -62,7 +62,7 @@ def compose(
 
 
 def _critic(world, estimator, gamma, critic):
-    """V_t(s) [H, S], 0 where the episode has ended and where nobody asks for a critic."""
+    """V_t(s) [H, S]; 0 after the episode's end, and everywhere if no slot reads a critic."""
     if critic is None:
         asked = any(facts_of(x).reads_critic for x in (estimator.credit, estimator.baseline))
         value = action_values(world, gamma)[0][:-1] if asked else np.zeros(1)
@@ -133,7 +133,7 @@ def _importance(slot, world, gamma) -> _Factors:
 
 
 def _surrogate(slot, world, hyperparams, c, factors) -> Coefficients:
-    """The gradient of the gain is multiplier u (step psi - shift), less the penalty's own term."""
+    """Multiply u (step psi - shift) by the surrogate's slope, 1 or rho, and subtract the penalty's term."""
     if float(hyperparams.entropy_coef) != 0.0:
         raise ValueError(
             f"entropy_coef={hyperparams.entropy_coef} is not covered by the recursions; use 0, or "

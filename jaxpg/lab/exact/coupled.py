@@ -1,4 +1,4 @@
-"""Batches: estimates whose trajectories are not independent, and the quality of a mean over N."""
+"""Batches: estimates that couple their trajectories, and the direction of a mean over N."""
 
 from typing import NamedTuple
 
@@ -20,10 +20,10 @@ from jaxpg.lab.exact.tables import (
 
 
 class Cosine(NamedTuple):
-    """Expected cosine of a mean over N trajectories, were it Gaussian (central limit theorem)."""
+    """Expected cosine of a mean over N trajectories, taken as Gaussian (central limit theorem)."""
 
     to_truth: float  # with the mean of the estimator
-    between_batches: float  # with an independent one
+    between_batches: float  # with another such mean
 
 
 def leave_one_out_moments(mdp: Mdp, logits, credit, gamma, num_trajectories) -> Moments:
@@ -37,7 +37,7 @@ def leave_one_out_moments(mdp: Mdp, logits, credit, gamma, num_trajectories) -> 
     n = num_trajectories
     if n < 2:
         raise ValueError(
-            f"leave one out compares each trajectory with others: {n} must be at least 2"
+            f"leave_one_out compares each trajectory with the others: num_trajectories={n} must be at least 2"
         )
     if credit not in (credits.total_return, credits.reward_to_go):
         raise ValueError(

@@ -49,7 +49,7 @@ def doob_decomposition(
     action, transition = [], []
     for t in range(world.horizon):
         own = weight[t] * score
-        # What a_t reveals: of the rewards behind the scores so far, its own score, and those to come.
+        # The action reveals rewards that credit earlier scores (gain), its own and later ones (now).
         now = own * (action_value[t] - b[t][:, None])[..., None]
         now = now + world.successor(ahead[t + 1]) - ahead[t][:, None]
         gain = (action_value[t] - value[t][:, None])[..., None]
@@ -58,7 +58,7 @@ def doob_decomposition(
             parts + 2 * ((before[:, None] * gain * now).sum(-1)) + _norm(now) * visited[t][:, None]
         )
         action.append(world.policy_mean(parts).sum())
-        # What s_{t+1} and the reward noise reveal, given (s_t, a_t).
+        # The same for s_{t+1} and the reward noise, given (s_t, a_t).
         joint = before[:, None] + visited[t][:, None, None] * own
         joint_square = square[:, None] + 2 * (before[:, None] * own).sum(-1)
         joint_square = joint_square + visited[t][:, None] * _norm(own)
@@ -75,7 +75,7 @@ def doob_decomposition(
 
 
 def tucker_decomposition(mdp: Mdp, logits, gamma, baseline=None) -> TuckerDecomposition:
-    """The trace of u_t (R_t - b_t(s_t)) at a uniform t, by what is random after, in and before a_t.
+    """The trace of u_t (R_t - b_t(s_t)) at a uniform t, split into randomness after, in and before a_t.
 
     baseline: a number, or [H, S]; V unless given. Steps after an episode's end count, with score 0.
     """

@@ -1,7 +1,7 @@
-"""Enumeration: every trajectory of a small world through the very slots that training uses.
+"""Enumeration: run every trajectory of a small world through the slots that training uses.
 
-The second route to exact moments: any composition, batch-coupled ones too, in worlds so small that all
-trajectories (or all batches of them) can be listed. Precise to float64 where jax_enable_x64 is set.
+This is a second route to exact moments, for any composition, coupled ones too, in worlds small enough to
+list all trajectories (or all batches of them). Float64 precision needs jax_enable_x64.
 """
 
 import math
@@ -23,7 +23,7 @@ CHUNK = 8192  # gradients computed at a time
 
 
 class Enumeration(NamedTuple):
-    """All trajectories of a world, [H, N], and how likely the behaviour is to produce each."""
+    """All trajectories of a world, [H, N], and their probabilities under the behaviour."""
 
     trajectory: Trajectory
     probability: np.ndarray  # [N]
@@ -43,7 +43,7 @@ def enumerate_trajectories(mdp: Mdp, behaviour_logits, critic=None) -> Enumerati
     world = tabulate(mdp, behaviour_logits)
     if world.variance.any():
         raise ValueError(
-            "reward noise has a continuum of trajectories; use lab.exact, or set it to 0"
+            "reward noise gives a continuum of trajectories; use lab.exact, or set it to 0"
         )
     count = _count(world)
     if count > LIMIT:
@@ -92,7 +92,7 @@ def _zeros(mdp):
 
 
 def _count(world: Tables) -> int:
-    """Python integers, so that a long horizon gives its true number."""
+    """The number of trajectories, in Python integers, which do not overflow on a long horizon."""
     num_actions = world.reward.shape[1]
     ways = [num_actions] * len(world.initial)  # at the last step the successor does not matter
     for _ in range(world.horizon - 1):
@@ -108,13 +108,13 @@ def _count(world: Tables) -> int:
 
 
 def _paths(world: Tables):
-    """States, actions and life [H, N], and probabilities [N]: one step more for every path so far."""
+    """States, actions and alive flags [H, N], and probabilities [N]; paths grow step by step."""
     start = np.flatnonzero(world.initial)
     now, probability = start, world.initial[start]
     rows = []  # of (state, action, alive), each [N so far]
     for t in range(world.horizon):
         alive = ~world.terminal[now]
-        # The action and, unless nothing follows, the successor; an ended path goes on as it is.
+        # Branch on the action and, before the last step, on the successor; an ended path stays put.
         joint = world.behaviour[now][..., None] * world.transition[now]
         if t == world.horizon - 1:
             joint = np.concatenate([world.behaviour[now][..., None], joint[..., 1:] * 0], axis=-1)
@@ -166,7 +166,7 @@ def _batches(probability, batch_size):
         grown = np.repeat(index, more, axis=0)
         offset = np.arange(len(grown)) - np.repeat(np.cumsum(more) - more, more)
         index = np.concatenate([grown, (grown[:, -1] + offset)[:, None]], axis=1)
-    # Of batch_size! orders, those that swap equal trajectories are one.
+    # Of batch_size! orders, count once those that only swap equal trajectories.
     run = np.ones(len(index))
     repeats = np.ones(len(index))
     for i in range(1, batch_size):

@@ -1,6 +1,6 @@
 """Forms: estimators that no data can compute, or that are wrong on purpose, as exact moments.
 
-All weigh the step at t by gamma^t, so that the right ones estimate grad J of the discounted return.
+All weight the step at t by gamma^t, so that the right ones estimate grad J of the discounted return.
 Each is one row of coefficients of the pair recursion.
 """
 
@@ -28,8 +28,8 @@ def surrogate_moments(
 ) -> Moments:
     """sum_t gamma^t rho_t u_t A_t with the exact advantages A = Q - V of the behaviour, on its data.
 
-    With clip_eps, steps whose gradient the clipped surrogate stops (A > 0 and rho > 1 + eps, or A < 0
-    and rho < 1 - eps) count 0 (Schulman et al., 2017).
+    With clip_eps, steps where clipping stops the gradient (A > 0 and rho > 1 + eps, or A < 0 and
+    rho < 1 - eps) count 0 (Schulman et al., 2017).
     """
     world = tabulate(mdp, logits, behaviour_logits)
     value, action_value = action_values(tabulate(mdp, behaviour_logits), gamma)
@@ -43,7 +43,7 @@ def surrogate_moments(
 
 
 def all_action_moments(mdp: Mdp, logits, gamma) -> Moments:
-    """sum_t gamma^t sum_a grad pi(a|s_t) Q_t(s_t,a): every action, weighed by its probability."""
+    """sum_t gamma^t sum_a grad pi(a|s_t) Q_t(s_t,a): every action, weighted by its probability."""
     world = tabulate(mdp, logits)
     _, action_value = action_values(world, gamma)
     local = np.einsum("sa,sap,tsa->tsp", world.policy, world.score, action_value)

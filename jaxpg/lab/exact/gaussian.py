@@ -1,4 +1,4 @@
-"""Gaussian: what is known in closed form about Gaussian actions."""
+"""Gaussian: closed forms for Gaussian actions."""
 
 import math
 from typing import NamedTuple
@@ -9,12 +9,12 @@ from jaxpg.lab.exact.weights import WeightMoments
 class ClippedActionGradients(NamedTuple):
     """d/dmu E[clip(a)] of a Gaussian action that the environment clips."""
 
-    true: float  # what the score at the sampled action estimates
-    at_clipped: float  # what the score at the clipped action estimates: wrong
+    true: float  # estimated by the score at the sampled action
+    at_clipped: float  # estimated, wrongly, by the score at the clipped action
 
 
 def gaussian_chain(shift, horizon) -> WeightMoments:
-    """Of W between unit Gaussian policies whose means differ by delta at each of T steps.
+    """Moments of W between unit Gaussian policies with means delta apart at each of T steps.
 
     log W ~ Normal(-T delta^2 / 2, T delta^2) and E[W^2] = exp(T delta^2): the effective sample size falls
     exponentially in T.
@@ -24,7 +24,7 @@ def gaussian_chain(shift, horizon) -> WeightMoments:
 
 
 def clipped_action_gradients(mean, std, low=-1.0, high=1.0) -> ClippedActionGradients:
-    """Of a ~ Normal(mu, sigma^2), reward clip(a, low, high): P(low < a < high), against the wrong score.
+    """d/dmu E[clip(a, low, high)] for a ~ Normal(mu, sigma^2): P(low < a < high), and the wrong answer.
 
     The wrong one is E[clip(a) (clip(a) - mu)] / sigma^2.
     """

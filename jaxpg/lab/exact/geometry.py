@@ -27,9 +27,9 @@ def fisher(mdp: Mdp, logits) -> np.ndarray:
 
 
 def natural_gradient(mdp: Mdp, logits, gamma) -> np.ndarray:
-    """F^+ grad J [P], the minimum-norm natural gradient: also the regression of R on U with intercept.
+    """F^+ grad J [P], the minimum-norm natural gradient (Kakade, 2002).
 
-    (Kakade, 2002; Peters and Schaal, 2008.)
+    It is also the regression of R on U with an intercept (Peters and Schaal, 2008).
     """
     return np.linalg.pinv(fisher(mdp, logits), rcond=1e-12, hermitian=True) @ gradient(
         mdp, logits, gamma

@@ -1,8 +1,8 @@
 """LQR: the scalar linear-quadratic regulator with a linear-Gaussian policy, exactly.
 
 Every conditional moment is a polynomial in s of degree at most 6, so its values at 9 nodes determine it,
-and 14-point Gauss-Hermite rules integrate it without error. Nodes for states and quadrature points for
-actions make the regulator a table that the recursions for an Mdp read as they are.
+and 14-point Gauss-Hermite rules integrate it without error. With nodes for states and quadrature points
+for actions, the regulator becomes a table that the recursions for an Mdp read unchanged.
 Policies are u ~ Normal(k s + m, sigma^2); their parameters are (k, log sigma), where m = 0, or
 (k, log sigma, m).
 """
@@ -26,7 +26,7 @@ def objective(regulator: Lqr, params, gamma) -> float:
 
 
 def gradient(regulator: Lqr, params, gamma) -> np.ndarray:
-    """dJ / d(k, log sigma, m) [len(params)]: J is analytic, so by a step into the complex plane."""
+    """dJ / d(k, log sigma, m) [len(params)], by a step into the complex plane, as J is analytic."""
     three, step = _three(params), 1e-30
     ahead = (three + 1j * step * e for e in np.eye(3)[: len(params)])
     return np.array([np.imag(_objective(regulator, each, gamma)) / step for each in ahead])
@@ -88,10 +88,10 @@ def moments(regulator: Lqr, params, estimator: Estimator, hyperparams: Hyperpara
 
 
 def advantage_moments(regulator: Lqr, params, gamma) -> Moments:
-    """Of sum_t gamma^t u_t (Q_t - V_t) with the exact values."""
+    """Moments of sum_t gamma^t u_t (Q_t - V_t) with the exact values."""
     world = _tables(regulator, params)
     value, action_value = action_values(world, gamma)
-    # A quadrature point holds the action and the process noise, which Q averages over.
+    # A quadrature point is an action with a process noise; Q averages over the noise.
     noise = _hermite()[1]
     by_action = action_value.reshape(*action_value.shape[:2], _POINTS, _POINTS) @ noise
     advantage = np.repeat(by_action, _POINTS, axis=-1) - value[:-1, :, None]
@@ -100,14 +100,14 @@ def advantage_moments(regulator: Lqr, params, gamma) -> Moments:
 
 
 def optimal_baselines(regulator: Lqr, params, credit, gamma) -> OptimalBaselines:
-    """As exact.optimal_baselines; those that depend on the state, local and per_state_time, are nan."""
+    """Like exact.optimal_baselines, with nan for local and per_state_time, which depend on the state."""
     best = minimisers(_tables(regulator, params), credit, gamma)
     nothing = np.full_like(best.local, np.nan)
     return best._replace(local=nothing, per_state_time=nothing)
 
 
 def control_variate_moments(regulator: Lqr, params, credit, gamma, baseline) -> Moments:
-    """As exact.control_variate_moments: a baseline per parameter, [P] or [H, P]."""
+    """Like exact.control_variate_moments: a baseline per parameter, [P] or [H, P]."""
     return controlled(_tables(regulator, params), credit, gamma, baseline)
 
 
@@ -156,7 +156,7 @@ def _hermite():
 
 
 def _tables(regulator, params) -> Tables:
-    """The regulator at nodes s, quadrature points (action noise, process noise) as actions.
+    """The regulator with nodes as states and quadrature points (action noise, process noise) as actions.
 
     The transition "probabilities" are Lagrange polynomials at the successor: signed, and exact for the
     polynomials that the recursions pass through them.

@@ -1,9 +1,9 @@
 """Recursions: the exact first two moments of one trajectory's gradient, in polynomial time.
 
-Whatever multiplies a score by something like a return obeys three lines (arguments t, s, a):
+Every estimator that multiplies scores by a kind of return obeys three equations (arguments t, s, a):
 
     psi_t = reward_t + decay_t Y_{t+1}            what the action is credited with
-    Y_t   = offset_t + trace_t psi_t              what the step before sees of it
+    Y_t   = offset_t + trace_t psi_t              what the previous step sees of it
     G_t   = u_t (step_t psi_t - shift_t) - drift_t + carry_t G_{t+1}
 
 The moments of (Y, G) given s_t close under them. With carry_t = rho_t, G_t is relative to the weight
@@ -20,7 +20,7 @@ from jaxpg.lab.exact.tables import Moments, Tables, average, tabulate
 
 
 class Coefficients(NamedTuple):
-    """Of the three lines above: each a number or broadcastable to [H, S, A], [H, S, A, P] where said."""
+    """The coefficients of the equations: numbers or broadcastable to [H, S, A], or as noted."""
 
     reward: Any
     decay: Any
@@ -44,12 +44,12 @@ def pair_moments(
 
 
 def paired(world: Tables, coefficients: Coefficients, weighted=False) -> Moments:
-    """pair_moments of tables."""
+    """`pair_moments` for given tables."""
     return _moments(_pair, world, coefficients, weighted)
 
 
 def whole(world: Tables, coefficients: Coefficients, weighted=False) -> Moments:
-    """As paired, with psi_0, the credit of the whole episode, in place of every psi_t."""
+    """Like `paired`, with psi_0, the credit of the whole episode, in place of every psi_t."""
     return _moments(_product, world, coefficients, weighted)
 
 
@@ -72,7 +72,7 @@ def _pair(world, coefficients, measure):
         c = Coefficients(*(x[t] for x in rows))
         n, later_y, later_yy = (world.successor(x) for x in (mass, y, yy))
         later_g, later_yg = world.successor(g), world.successor(yg)
-        # Of psi, psi^2 and psi G' given (s, a).
+        # E[psi], E[psi^2] and E[psi G'] given (s, a).
         p1 = c.reward * n + c.decay * later_y
         p2 = (c.reward**2 + c.variance) * n + 2 * c.reward * c.decay * later_y
         p2 = p2 + c.decay**2 * later_yy

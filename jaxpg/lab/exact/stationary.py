@@ -23,7 +23,7 @@ def average_reward(mdp: Mdp, logits) -> float:
 def average_reward_gradient(mdp: Mdp, logits) -> np.ndarray:
     """grad eta = sum_s d(s) sum_a pi u (r - eta + P h) [P], h the differential values.
 
-    (Marbach and Tsitsiklis, 2001.) Raises ValueError like stationary_distribution.
+    See Marbach and Tsitsiklis (2001). Raises ValueError like stationary_distribution.
     """
     world = _endless(mdp, logits)
     stationary = _stationary(world)

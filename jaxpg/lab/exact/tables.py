@@ -10,7 +10,7 @@ from jaxpg.envs import Mdp, check_mdp
 class Tables(NamedTuple):
     """A world, the policy to improve and the policy that acts, in float64.
 
-    Terminal states absorb: there rewards and scores are 0 and both policies are one.
+    Terminal states are absorbing: rewards and scores are 0 there, and the two policies are equal.
     """
 
     initial: np.ndarray  # [S]
@@ -24,7 +24,7 @@ class Tables(NamedTuple):
     behaviour: np.ndarray  # [S, A]
     ratio: np.ndarray  # [S, A] policy / behaviour
     score: np.ndarray  # [S, A, P] grad log pi(a|s); parameters are [O, A], state-major
-    edges: tuple[np.ndarray, np.ndarray] | None = None  # if few: states and probabilities [S, A, K]
+    edges: tuple[np.ndarray, np.ndarray] | None = None  # if few: successor, probability [S, A, K]
 
     def successor(self, x):
         """E'[x] [S, A, ...] of x [S, ...] over the successor state."""
@@ -34,7 +34,7 @@ class Tables(NamedTuple):
         return sum(_scaled(p, x[i]) for i, p in zip(index, probability, strict=True))
 
     def carried(self, weight, x):
-        """sum_a weight(s, a) E'[x] [S, ...] of x [S, ...], without an array over (s, a)."""
+        """sum_a weight(s, a) E'[x] [S, ...] of x [S, ...], without building an array over (s, a)."""
         if self.edges is None:
             return np.tensordot(np.einsum("sa,sax->sx", weight, self.transition), x, axes=1)
         index, probability = (e.reshape(len(weight), -1) for e in self.edges)
@@ -47,7 +47,7 @@ class Tables(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Of one trajectory's gradient estimate; a mean over N independent ones has covariance / N."""
+    """Moments of one trajectory's gradient estimate; a mean over N independent ones has covariance / N."""
 
     mean: np.ndarray  # [P]
     covariance: np.ndarray  # [P, P]
@@ -61,8 +61,8 @@ class Moments(NamedTuple):
 def tabulate(mdp: Mdp, logits, behaviour_logits=None) -> Tables:
     """The tables of a softmax policy over observations; on-policy without behaviour_logits.
 
-    logits: [O, A]. Raises ValueError for another shape, for logits that are no distribution, and for
-    actions the policy takes but the behaviour never does.
+    logits: [O, A]. Raises ValueError for another shape, for logits that give no distribution, and for
+    actions that the policy takes but the behaviour never does.
     """
     mdp = check_mdp(mdp)
     initial, transition, reward, variance, terminal, observation = map(np.asarray, mdp[:6])
@@ -94,7 +94,7 @@ def tabulate(mdp: Mdp, logits, behaviour_logits=None) -> Tables:
 
 
 def _edges(transition):
-    """Successors of each (s, a) padded with probability 0, when they are few against the states."""
+    """Successors of each (s, a), padded with probability 0; None if they are not few."""
     num_edges = int((transition > 0).sum(axis=-1).max())
     if 8 * num_edges * transition.shape[1] > transition.shape[0]:
         return None
@@ -117,7 +117,7 @@ def occupancy(mdp: Mdp, logits) -> np.ndarray:
 
 
 def visits(world: Tables) -> np.ndarray:
-    """occupancy of the policy to improve."""
+    """`occupancy` for given tables, under the policy to improve."""
     rows = [world.initial]
     for _ in range(world.horizon - 1):
         rows.append(np.einsum("s,sa,sax->x", rows[-1], world.policy, world.transition))
@@ -139,9 +139,9 @@ def action_values(world: Tables, gamma) -> tuple[np.ndarray, np.ndarray]:
 
 
 def observation_values(mdp: Mdp, logits, gamma) -> tuple[np.ndarray, np.ndarray]:
-    """V_t(o(s)) [H, S] and Q_t(o(s), a) [H, S, A]: means over the states that look alike at t, by d_t.
+    """V_t(o(s)) [H, S] and Q_t(o(s), a) [H, S, A]: means, weighted by d_t, over the states that look alike.
 
-    What the best critic of the observation would say; 0 for observations not met at t.
+    They are the values of the best critic that sees only observations; 0 for those not seen at t.
     """
     world = tabulate(mdp, logits)
     value, action_value = action_values(world, gamma)
@@ -200,7 +200,7 @@ def _check_logits(mdp, logits, name):
             f"{name} has shape {table.shape}; observations and actions need {expected}"
         )
     if not np.isfinite(table.max(axis=1)).all() or np.isnan(table).any():
-        raise ValueError(f"{name} has a row that is no distribution")
+        raise ValueError(f"{name} has a row that gives no distribution")
     return table
 
 

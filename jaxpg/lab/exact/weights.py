@@ -9,7 +9,7 @@ from jaxpg.lab.exact.tables import action_values, average, squared_returns, tabu
 
 
 class WeightMoments(NamedTuple):
-    """Of W under the behaviour."""
+    """Moments of W under the behaviour."""
 
     mean: float  # E[W], 1 whenever the behaviour has support
     square: float  # E[W^2] = 1 + chi^2, the exponential of the Renyi divergence of order 2

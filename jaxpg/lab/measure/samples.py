@@ -37,9 +37,9 @@ CHUNK_BYTES = 2**25
 class Source(NamedTuple):
     """Where gradients come from: the episodes of a policy, and the estimator that turns them into gradients.
 
-    behaviour_params: the policy that acts, when it is another one; then the importance slot should say so.
-    A tuple of K of them is a mixture: trajectory i follows the (i mod K)-th and is weighted by the
-    density of all.
+    behaviour_params: the policy that acts, if it is another one; the importance slot should then correct
+    for it. A tuple of K of them is a mixture: trajectory i follows the (i mod K)-th and is weighted by
+    the density of the mixture.
     """
 
     env: Env
@@ -99,7 +99,7 @@ def gradient_samples(
 
 
 def _in_chunks(function, size: int, *trees) -> Array:
-    """function of [T, C] pieces of [T, N] trees, its [C, P] results put together: [N, P]."""
+    """Apply the function to pieces [T, C] of trees [T, N], and join its results [C, P] into [N, P]."""
     num_lanes = jax.tree.leaves(trees)[0].shape[1]
     num_chunks = -(-num_lanes // size)
     padding = num_chunks * size - num_lanes
@@ -123,10 +123,10 @@ def chunk_size(source: Source) -> int:
 
 
 def trajectory_bytes(source: Source, gradients: float) -> float:
-    """Of a trajectory's rollout, its activations and so many gradients, about.
+    """Approximate bytes of a trajectory's rollout, its activations and this many gradients.
 
-    A row costs its fields and the activations kept for the backward pass, taken as a few times the square
-    root of the number of parameters, which is the width of a dense layer.
+    A step costs its fields and the activations kept for the backward pass: a few times the width of a
+    dense layer, which is about the square root of the number of parameters.
     """
     num_params = sum(x.size for x in jax.tree.leaves(source.policy_params))
     per_step = 16 + math.prod(source.env.observation.shape) + 8 * int(num_params**0.5)

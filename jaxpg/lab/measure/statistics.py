@@ -1,4 +1,4 @@
-"""Statistics of an estimator's gradient, with intervals, without ever holding [N, P]."""
+"""Statistics of an estimator's gradient, with intervals, without ever holding all gradients [N, P]."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,24 +28,22 @@ from jaxpg.stats.moments import (
 )
 from jaxpg.types import Array, Params
 
-MIN_EFFECTIVE = 50  # effective sample size under which an interval would be a fiction
+MIN_EFFECTIVE = 50  # an interval from a smaller effective sample size would mean nothing
 
 
 class GradientStatistics(NamedTuple):
-    """Of one trajectory's gradient g, E g = G; with coupled estimators, of one batch's."""
+    """Statistics of one trajectory's gradient g, E g = G, or of one batch's if the estimator couples it."""
 
     mean: np.ndarray  # [P]
     variance: np.ndarray  # [P] per component
     trace: Estimate  # tr Cov g
     squared_norm: Estimate  # E|g|^2
     signal: Estimate  # |G|^2, unbiased: may be negative
-    # B_simple = tr Cov g / |G|^2 (McCandlish et al., 2018), in units of g; nan and a bound from below
-    # where |G|^2 is not clear of 0
+    # B_simple = tr Cov g / |G|^2 (McCandlish et al., 2018), in units of g; nan with a lower bound where
+    # |G|^2 is not clear of 0
     noise_scale: Estimate
-    cosine: Estimate | None  # of the mean of all samples to the reference
-    layers: dict[
-        str, Estimate
-    ]  # |G|^2 / tr Cov g of each parameter array: signal to noise of one g
+    cosine: Estimate | None  # between the mean of all samples and the reference
+    layers: dict[str, Estimate]  # |G|^2 / tr Cov g of each parameter array, its signal to noise
     effective_sample_size: float  # of the trajectory weights; N on-policy
     num_trajectories: int
     num_steps: int  # environment steps
@@ -115,9 +113,9 @@ _POWERS = (1.0, 2.0, 4.0, 8.0)
 
 
 class _Weights(NamedTuple):
-    log_sums: Array  # [4] of the trajectory weights W and of W^2, W^4 and W^8
+    log_sums: Array  # [4] logs of the sums of the trajectory weights W, W^2, W^4 and W^8
     steps: Array
-    unsupported: Array  # steps where the policy may do what the behaviour never does
+    unsupported: Array  # steps where the policy may take an action that the behaviour never takes
 
 
 def plan(source: Source, num_trajectories: int, batch_size: int | None) -> tuple[int, int]:
@@ -245,10 +243,10 @@ def log_power_sums(log_weight: Array) -> Array:
 
 
 def heavy_tail(fourth_sample_size: float) -> str:
-    """The warning that an interval of a variance is too narrow, or nothing.
+    """A warning that the interval of a variance is too narrow, or an empty string.
 
-    The error of a variance of weighted gradients goes with the fourth powers of the weights: where few of
-    them make up their sum, the samples do not show it, and 95 % intervals hold the truth less often.
+    The error of a variance of weighted gradients depends on the fourth powers of the weights. If a few
+    dominate their sum, the samples understate that error, and 95 % intervals hold the truth less often.
     """
     if fourth_sample_size >= MIN_EFFECTIVE:
         return ""

@@ -37,11 +37,11 @@ def gradient_trace(
     size = per_group // pieces
     if size < 4:
         raise ValueError(
-            f"num_trajectories={num_trajectories} leaves chunks under 4; use {4 * GROUPS}"
+            f"num_trajectories={num_trajectories} leaves chunks of fewer than 4; use {4 * GROUPS} or more"
         )
 
-    # Probes and contrasts are random: many on few trajectories each say more, at the same cost, than
-    # few on many.
+    # Probes and contrasts are random: at the same cost, many of them on few trajectories each are more
+    # precise than few on many.
     parts = max(1, size // 64)
     size = size // parts * parts
 
@@ -78,7 +78,7 @@ def _by_vjp(source: Source, chunk, key):
     size = chunk.coefficient.shape[1]
     sign = jax.random.rademacher(key, (size,), chunk.coefficient.dtype)
     contrast = sign - sign.mean()
-    # Given the signs, E|sum e_i g_i|^2 = tr Cov * sum e^2 wherever sum e = 0; all signs alike say nothing.
+    # Given the signs, E|sum e_i g_i|^2 = tr Cov * sum e^2 if sum e = 0; equal signs leave no contrast.
     contrast = contrast / jnp.maximum(jnp.linalg.norm(contrast), 1e-6)
     _, pull = jax.vjp(log_probs(source, chunk.trajectory), source.policy_params)
     (gradient,) = pull(chunk.coefficient * contrast[None, :])

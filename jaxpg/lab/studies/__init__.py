@@ -1,4 +1,4 @@
-"""The experiments: one table of names, each with what it shows, how it runs and its sizes."""
+"""The experiments: one table of names, each with its summary, its function and its sizes."""
 
 from jaxpg.lab.studies.advantages import EXPERIMENTS as _ADVANTAGES
 from jaxpg.lab.studies.batch_sizes import EXPERIMENTS as _BATCHES
@@ -37,7 +37,7 @@ _FOUND: dict[str, Experiment] = {
     **_LEARNING,
 }
 
-# In the order of a first course: batches, baselines, other policies' data, noise, and what comes of it.
+# In the order of a first course: batches, baselines, other policies' data, noise, and the consequences.
 _ORDER = (
     "batch-size", "ladder", "gae", "offset", "never-hurts", "horizon-is", "importance", "clipping",
     "noise-scale", "stale", "cosine", "total-variance", "horizon", "coupled", "windows", "discount",

@@ -66,7 +66,7 @@ def gae(settings: Settings, progress: Progress) -> Result:
 
 
 def _gae_measured(world, chosen, settings, progress) -> Result:
-    """The trace and the distance to the mean of rewards to go, with the world's critic or a new one."""
+    """Measure the trace and the distance to the mean of rewards to go, with the world's or a new critic."""
     if settings.quick and settings.checkpoint is None:
         world = world._replace(env=world.env._replace(horizon=min(world.env.horizon, QUICK_STEPS)))
     kind = "trained" if world.critic is not None else "untrained"

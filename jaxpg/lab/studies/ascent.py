@@ -1,4 +1,4 @@
-"""How to step along a gradient: what each optimizer does not see, and where a baseline decides the limit."""
+"""How to step along a gradient: what each optimizer ignores, and how a baseline can decide the limit."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ BANDIT = "bandit"
 
 
 def optimizers(settings: Settings, progress: Progress) -> Result:
-    """SGD, Adam, the natural gradient and TRPO's step: J by update, and which rescalings each ignores."""
+    """SGD, Adam, the natural gradient and TRPO's step: J by update, and the rescalings that each ignores."""
     world = world_of(settings)
     num_updates = 40 if settings.quick else 200
     rows = []
@@ -71,8 +71,8 @@ def ascend(
 ) -> np.ndarray:
     """Logits [U + 1, O A] of exact ascent: sgd, adam, natural (Kakade, 2002) or trpo (Schulman et al., 2015).
 
-    matrix: M of theta = M phi when the ascent is in phi, whose gradient is M^T g and Fisher matrix M^T F M.
-    scale: of the rewards.
+    matrix: M in theta = M phi, for an ascent in phi with gradient M^T g and Fisher matrix M^T F M.
+    scale: multiplies the rewards.
     """
     shape, theta = world.logits.shape, np.asarray(world.logits, np.float64).reshape(-1)
     m = np.eye(len(theta)) if matrix is None else matrix
@@ -119,7 +119,7 @@ def probabilities(logits):
 
 
 def _sampled(world, name, scales, settings, num_updates) -> list[Curves]:
-    """The same seeds for every scale of the rewards."""
+    """Train with the same seeds at every scale of the rewards."""
     slots = Algorithm(Estimator(), policy_optimizer=OPTIMIZERS[name])
     run = learner(world, slots, num_envs=BATCH, num_updates=num_updates, per_repeat=len(scales))
     keys = jnp.tile(jax.random.split(key_of(settings), settings.repeats), len(scales))
@@ -149,7 +149,7 @@ def _exact_rows(world, num_updates):
 
 
 def _largest_gap(rows, name) -> float:
-    """Of the mean J between rewards and rewards times 1000, in the units of the rewards."""
+    """The largest gap in mean J between rewards and rewards times 1000, in the units of the rewards."""
     curves = [
         np.array(
             [r["measured"] for r in rows if (r["estimator"], r["reward_scale"]) == (name, scale)]
@@ -160,9 +160,9 @@ def _largest_gap(rows, name) -> float:
 
 
 def committal(settings: Settings, progress: Progress) -> Result:
-    """Natural gradient on a bandit with baselines b* + delta of one variance: some commit to a wrong arm.
+    """Natural gradient on a bandit, baselines b* + delta of equal variance: some commit to a wrong arm.
 
-    (Chung et al., 2021.)
+    See Chung et al. (2021).
     """
     progress(f"{len(DELTAS)} x {settings.repeats} runs of {NUM_UPDATES} updates")
     final, paths = commit(key_of(settings), np.array(DELTAS), settings.repeats)
@@ -197,7 +197,7 @@ def commit(key, deltas, num_runs: int) -> tuple[np.ndarray, np.ndarray]:
         best = jax.nn.softmax(-log_policy) @ reward
         advantage = reward[arm] - best - jnp.asarray(deltas)[:, None]
         chosen = jax.nn.one_hot(arm, len(ARMS))
-        # Masked before it multiplies: 1 / pi of an arm that is never drawn may overflow.
+        # Mask before multiplying: 1 / pi of an arm that is never drawn may overflow.
         size = jnp.exp(-(chosen * jnp.where(chosen > 0, log_policy, 0.0)).sum(axis=-1))
         theta = theta + rate * chosen * (advantage * size)[..., None]
         return theta - theta.mean(axis=-1, keepdims=True), jnp.exp(log_policy[:, :SHOWN, 0])

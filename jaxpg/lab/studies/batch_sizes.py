@@ -1,4 +1,4 @@
-"""Batches: how the variance, the direction and the usefulness of a gradient grow with their size."""
+"""Batches: how the variance and the direction of a gradient change with their size."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ from jaxpg.lab.worlds.world import World, has_exact
 from jaxpg.stats.figures import label, line, panels, points
 from jaxpg.stats.moments import GROUPS, Estimate, SampleMoments, merge_groups, quantile
 
-REFERENCE_SEED = 1 << 20  # episodes of the reference gradient, apart from those measured
+REFERENCE_SEED = 1 << 20  # added to the seed, so that the reference gradient has its own episodes
 
 
 def batch_size(settings: Settings, progress: Progress) -> Result:
@@ -58,7 +58,7 @@ def _chosen(settings, with_tables, without) -> tuple[World, list[Form]]:
     forms = [form(name, world) for name in names]
     for each in forms:
         if each.estimator is None:
-            raise ValueError(f"{each.name} has exact moments only, nothing that could be sampled")
+            raise ValueError(f"{each.name} has only exact moments and cannot be sampled")
     return world, forms
 
 
@@ -141,8 +141,8 @@ def _draw_sizes(figure, forms, rows, world, summary):
 def cosine(settings: Settings, progress: Progress) -> Result:
     """Mean cosine of a batch's gradient to the truth and to another batch's, against N.
 
-    Near sqrt(N / B_simple) while it is small; 1 - cos falls as 1/N when it is large. Lines: were batch
-    means Gaussian. Without exact answers the truth is the mean of as many other trajectories.
+    The cosine is near sqrt(N / B_simple) while it is small, and 1 - cos falls as 1/N once it is large.
+    Lines take batch means as Gaussian. Without exact answers, the truth is a mean of as many others.
     """
     world, forms = _chosen(settings, ("total", "rtg_value"), ("total", "rtg"))
     rows: list[dict[str, Any]] = []
@@ -202,7 +202,7 @@ def _draw_cosine(figure, forms, rows, world):
 
 
 def _limit(each, world, sizes, quantity):
-    """The central-limit curve between the measured sizes; coupled batches are known only at them."""
+    """The central-limit curve between the measured sizes; coupled batches have exact moments only at them."""
     place = ("to truth", "between batches").index(quantity)
     dense = sizes if coupled(each) else np.geomspace(min(sizes), max(sizes), 33)
     known = [batch_moments(each, world, n) for n in dense]

@@ -29,7 +29,7 @@ def clipping(settings: Settings, progress: Progress) -> Result:
     """Bias and variance of the clipped against the unclipped surrogate, with known advantages.
 
     Clipping stops steps outside 1 +- eps (Schulman et al., 2017): it bounds the variance and adds bias,
-    because what it cuts is not the tail of the noise but the side that has moved furthest.
+    because it cuts the steps that have moved furthest, not the tail of the noise.
     """
     lag = lag_of(settings)
     numbers = lag.world.hyperparams
@@ -75,13 +75,13 @@ def clipping(settings: Settings, progress: Progress) -> Result:
 
 
 def _centred_returns(lag: Lag, settings):
-    """A credit: reward to go minus its mean at each step, of the behaviour's episodes set apart for it."""
+    """A credit: reward to go minus its mean at each step, from separate episodes of the behaviour."""
     world, key = lag.at(0.0), jax.random.fold_in(key_of(settings), 2)
     source = source_of(world, form("rtg", world), key)
     trajectory = jax.jit(partial(roll, source, 0, PILOT))()
     hyperparams = world.hyperparams
     psi = credit.reward_to_go(jnp.ones(trajectory.mask.shape), trajectory, hyperparams)
-    # An episode that has ended has nothing to go, and does not count.
+    # An ended episode has no reward to go, and does not count.
     alive = np.asarray(trajectory.mask)
     mean = np.where(alive, psi, 0.0).sum(axis=1) / np.maximum(alive.sum(axis=1), 1)
 
@@ -104,7 +104,7 @@ def _clipped(advantages, epsilon, numbers: Hyperparams) -> Form:
 
 
 def _fraction(lag: Lag, there: World, epsilon) -> float:
-    """Share of the behaviour's steps whose gradient clipping stops."""
+    """The share of the behaviour's steps where clipping stops the gradient."""
     if epsilon is None:
         return 0.0
     observation = np.asarray(there.mdp.observation)

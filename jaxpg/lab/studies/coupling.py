@@ -1,4 +1,4 @@
-"""Batches whose trajectories depend on each other, and the choice of whose trajectories they are."""
+"""Batches that couple their trajectories, and the choice of the policy that gathers them."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ BANDIT = "bandit"
 
 
 def coupled(settings: Settings, progress: Progress) -> Result:
-    """Own mean, leave-one-out and standardised batches of N: shrinkage of the mean, and N times the trace."""
+    """Own-mean, leave-one-out and standardised batches of N: shrinkage of the mean, and N times the trace."""
     world = world_of(settings)
     names = settings.estimators or ("total_own_mean", "total_mean", "rtg_time_mean", STANDARDISED)
     forms = [_form(name, world) for name in names]
@@ -120,7 +120,7 @@ def _share(mean, true) -> float:
 
 
 def _limit(world, name):
-    """N times the trace as N grows: of one trajectory with the baseline E[psi]."""
+    """The limit of N times the trace as N grows: the trace of one trajectory with the baseline E[psi]."""
     constant = {"total_own_mean": "total_constant", "total_mean": "total_constant",
                 "rtg_time_mean": "rtg_time"}  # fmt: skip
     if not world.is_tabular or name not in constant:
@@ -258,7 +258,7 @@ def _moments(world, logits) -> Moments:
 
 
 def _bandit_world() -> World:
-    """A rare arm pays most: what importance sampling is for."""
+    """A bandit with a rare arm that pays most, where importance sampling helps."""
     mdp = exact.bandits.bandit(RARE_REWARDS)
     return tabular_world(BANDIT, mdp, np.log([RARE_POLICY]))
 
@@ -278,7 +278,7 @@ def _draw_behaviour(figure, rows, lines):
 
 
 FLOOR = 1e-3
-SMALL = 16  # logits of a behaviour that is optimised
+SMALL = 16  # a behaviour with more logits is not optimised
 RARE_REWARDS, RARE_POLICY = (0.5, 1.0, 5.0), (0.75, 0.2, 0.05)
 
 EXPERIMENTS = {

@@ -1,8 +1,8 @@
-"""Critical batches: training to a target at many batch sizes, and the law that updates and data obey.
+"""Critical batches: train to a target at many batch sizes, and fit the law of updates against data.
 
-With a batch of N an update gains 1 / (1 + B / N) of what a noiseless one would, at a best learning rate of
-as much of the noiseless one's (McCandlish et al., 2018). So the rate grows linearly, then like a square
-root at N = B, then no more; and updates S and trajectories E to a target obey
+With a batch of N, an update gains 1 / (1 + B / N) of what a noiseless one would, at the same fraction of
+its best learning rate (McCandlish et al., 2018). So the rate grows linearly, then like a square root
+around N = B, then levels off; and updates S and trajectories E to a target obey
 
     (S / S_min - 1) (E / E_min - 1) = 1.
 """
@@ -44,7 +44,7 @@ from jaxpg.stats.intervals import Estimate, ratio, told, unresolved
 from jaxpg.training.algorithm import Algorithm
 
 NO_CLIP = 1e9  # max_grad_norm
-SHARE = 0.9  # of the runs that have to be at the target at once
+SHARE = 0.9  # of the runs that must be at the target at the same time
 NOT_REACHED = "not reached by 90 % of the runs at {} learning rate"
 NO_END = "no upper end: the share of the runs was never clear of 90 %"
 FEW_SIZES = "no law: fewer than 3 batch sizes reached the target"
@@ -77,7 +77,7 @@ class Fit(NamedTuple):
 
 
 class Law(NamedTuple):
-    """A fit with 95 % intervals; of what the data do not show a bound, see `ratio`."""
+    """A fit with 95 % intervals, or with a bound for what the data do not resolve, see `ratio`."""
 
     fit: Fit
     least_updates: Estimate
@@ -87,7 +87,7 @@ class Law(NamedTuple):
     rate_knee: Estimate
 
     def stated(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The estimates as a JSON-able dictionary."""
         return {name: stated(getattr(self, name)) for name in self._fields[1:]}
 
 
@@ -116,7 +116,7 @@ def curved_world(gamma: float | None = None) -> World:
 
 
 def grid_of(settings: Settings) -> Grid:
-    """Sizes for a regulator, where the target is close to the optimum, or for any other world."""
+    """The grid for the regulator, with a target close to the optimum, or for any other world."""
     if _curved(settings):
         sizes = (4, 32, 256) if settings.quick else (4, 16, 64, 256, 1024)
         rates = 2.0 ** np.arange(-8, 0) if settings.quick else 2.0 ** np.arange(-9, 0, 0.5)
@@ -129,7 +129,7 @@ def grid_of(settings: Settings) -> Grid:
 def train_to_target(
     world: World, grid: Grid, settings: Settings, progress: Progress
 ) -> tuple[list[dict[str, Any]], float, list[Trial]]:
-    """A row for every batch size and learning rate tried, two for every best one; the target; the runs."""
+    """A row per batch size and learning rate tried, two more per best rate; the target; the runs."""
     slots = Algorithm(form("rtg", world).sampled, policy_optimizer=sgd)
     rates, num_updates, target, rows = grid.rates, grid.num_updates, np.nan, []
     trials = []
@@ -147,7 +147,7 @@ def train_to_target(
         trials.append(Trial(size, rates, curves.score >= target))
         best = rows[-1]
         if np.isfinite(best["updates"]):
-            # A larger batch needs fewer updates, and a rate at most as many times larger as itself.
+            # A larger batch needs fewer updates, and its best rate grows at most in proportion.
             grown = max(grid.sizes[index + 1 :][:1], default=size) / size
             near = (grid.rates >= best["rate"] / 2) & (grid.rates <= best["rate"] * grown)
             rates = grid.rates[near]
@@ -156,9 +156,9 @@ def train_to_target(
 
 
 def updates_to(scores, target) -> Estimate:
-    """Updates until 90 % of the runs are at the target at once, inf where they never are: of [R, U].
+    """Updates until 90 % of the runs [R, U] are at the target at the same time; inf if they never are.
 
-    At once, because noise carries every run across the target now and then.
+    At the same time, because noise carries every run across the target now and then.
     """
     share = (np.asarray(scores) >= target).mean(axis=0)
     # The share of R runs has a binomial error; so has the time at which it crosses 90 %.
@@ -169,7 +169,7 @@ def updates_to(scores, target) -> Estimate:
 
 
 def fitted(fronts) -> Fit | None:
-    """Of rows of updates at the best rate, by least squares of logarithms; None with fewer than 3."""
+    """Fit rows of updates at the best rate by least squares of logarithms; None with fewer than 3."""
     found = [r for r in fronts if np.isfinite(r["measured"]) and r["measured"] > 0]
     if len(found) < 3:
         return None
@@ -180,10 +180,10 @@ def fitted(fronts) -> Fit | None:
 
 
 def law_of(fronts, trials: Sequence[Trial], seed: int = 0) -> Law | None:
-    """The fit with percentile intervals from runs drawn anew, each learning rate's by themselves.
+    """The fit with percentile intervals from resampled runs, drawn separately for each learning rate.
 
-    S = S_min + E_min / N, so that B = E_min / S_min is a ratio, and so is B' of the two numbers of 1 / rate.
-    Where no data show that a curve levels off, S_min and 1 / rate_max may be 0.
+    S = S_min + E_min / N, so B = E_min / S_min is a ratio, and so is B' of the two numbers in 1 / rate.
+    If the data do not show that a curve levels off, its S_min or 1 / rate_max may be 0.
     """
     found = fitted(fronts)
     if found is None:
@@ -213,7 +213,7 @@ def law_of(fronts, trials: Sequence[Trial], seed: int = 0) -> Law | None:
 def _drawn(trials: Sequence[Trial], rng) -> tuple[np.ndarray, np.ndarray]:
     """Updates at the best rate, and that rate, of runs drawn with replacement: [RESAMPLES, S] each.
 
-    Spread over what neither can tell apart: a whole update, and the way to the next rate.
+    Both are jittered within their resolution: one update, and the gap between neighbouring rates.
     """
     columns = []
     factor = max((t.rates[1] / t.rates[0] for t in trials if len(t.rates) > 1), default=2.0)
@@ -234,7 +234,7 @@ def _drawn(trials: Sequence[Trial], rng) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fit(size, steps, rate) -> tuple[Fit, Any]:
-    """Of updates and rates [..., S], and whether either levels off; no size counts where updates are inf."""
+    """Fit updates and rates [..., S], and say whether each levels off; inf updates do not count."""
     # No target is reached in less than one update.
     least, critical, low = _knee(size, steps, steps, 1.0)
     smallest, knee, flat = _knee(size, 1 / rate, steps, 0.0)
@@ -242,9 +242,9 @@ def _fit(size, steps, rate) -> tuple[Fit, Any]:
 
 
 def _knee(size, values, steps, floor) -> tuple[Any, Any, Any]:
-    """a >= floor and B of values = a (1 + B / N), [...] each, and whether a is more than the least possible.
+    """Fit a >= floor and B in values = a (1 + B / N), [...] each, and say whether the data resolve both.
 
-    By least squares of logarithms over B, twice more finely; no B shows that is far beyond the sizes.
+    Least squares of logarithms over a grid of B, then a finer one; B far beyond the sizes is not resolved.
     """
     counts = np.isfinite(steps) & (steps > 0)
     target = np.log(np.where(counts, values, 1.0))[..., None, :]
@@ -273,7 +273,7 @@ def _knee(size, values, steps, floor) -> tuple[Any, Any, Any]:
 def noise_scales(world: World, target: float) -> dict[str, Any]:
     """Exact noise scales [trajectories] at the start, and where exact ascent reaches the target.
 
-    simple: tr C / |G|^2; with the Hessian H, where it is known: tr HC / G^T H G, which the law is about.
+    They are tr C / |G|^2 and, where the Hessian H is known, tr HC / G^T H G, the one in the law.
     """
     if not has_exact(world) or world.is_projected:
         return {}
@@ -384,7 +384,7 @@ def _draw(figure, rows, fronts, law: Law | None, scales):
         axes[2], "Best learning rate", "trajectories per update $N$", "learning rate of SGD"
     )
     for axis in axes:
-        # An axis without a point has nothing to take the logarithm of.
+        # A logarithmic axis needs at least one point.
         if np.isfinite(np.concatenate([x.get_ydata() for x in axis.get_lines()] or [[]])).any():
             axis.set_xscale("log", base=2)
             axis.set_yscale("log", base=2)
@@ -396,13 +396,13 @@ def _draw(figure, rows, fronts, law: Law | None, scales):
 
 
 def said(estimate: Estimate) -> str:
-    """`= 12 [9, 17]`, or that it is not resolved."""
+    """The text `= 12 [9, 17]`, or that the estimate is not resolved."""
     value, low, high = estimate
     return told(low) if unresolved(estimate) else f"= {value:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def _guides(axis, law: Law, sizes):
-    """Growth linear before the knee, and like a square root about it; or the bound that it is beyond."""
+    """Draw linear growth before the knee and square-root growth around it, or the bound of the knee."""
     knee, height = law.fit.rate_knee, law.fit.largest_rate / 2
     if unresolved(law.rate_knee):
         figures.bounds(axis, height, law.rate_knee, 0, across=True)
@@ -414,14 +414,14 @@ def _guides(axis, law: Law, sizes):
 
 
 def drawable(rows):
-    """measured, low and high for a logarithmic axis: no 0."""
+    """The columns measured, low and high without zeros, for a logarithmic axis."""
     measured, low, high = (np.maximum(column, 0.5) for column in intervals(rows))
     return measured, low, high
 
 
 def _replaces(settings, checkpoint) -> list[str]:
     return [
-        "SGD at learning rates of the laboratory's",
+        "SGD at the laboratory's learning rates",
         *replaced(checkpoint, None, unlimited=True),
     ]
 

@@ -33,11 +33,11 @@ from jaxpg.stats.moments import SampleMoments, jackknife
 PARTS = {"initial": "initial state", "action": "actions", "transition": "transitions, reward noise"}
 SPLIT = {"trajectory": "what follows", "action": "the action", "state": "the state"}
 HATCHES = ("", "///", "...")
-PER_START = 8  # episodes from each of the initial states that a split of the variance compares
+PER_START = 8  # episodes from each initial state, where the variance is split by it
 
 
 def total_variance(settings: Settings, progress: Progress) -> Result:
-    """The law of total variance: which random draws the trace comes from, and which a baseline can touch."""
+    """The law of total variance: which random draws the trace comes from, and which a baseline can change."""
     world = world_of(settings)
     names = settings.estimators or tuple(
         n
@@ -72,10 +72,10 @@ def total_variance(settings: Settings, progress: Progress) -> Result:
 
 
 def decompositions(world: World, name: str) -> dict[tuple, float]:
-    """(decomposition, part, step or None for the sum) -> part of the trace; {} where it is not known.
+    """(decomposition, part, step or None for the sum) -> part of the trace; {} if it is not known.
 
-    For reward-to-go with a baseline of state and time: Doob's by random draw, and that of a single
-    state and action (Tucker et al., 2018).
+    They cover reward-to-go with a baseline of state and time: Doob's by random draw, and the one at a
+    single state and action (Tucker et al., 2018).
     """
     if not world.is_tabular or name not in _BASELINES:
         return {}
@@ -92,12 +92,12 @@ def decompositions(world: World, name: str) -> dict[tuple, float]:
 
 
 def split_by_start(world: World, forms, key, num_trajectories) -> list[tuple[Estimate, Estimate]]:
-    """Traces of Var(E[g|s_0]) and E[Var(g|s_0)]: PER_START episodes from each initial state that is drawn."""
+    """Traces of Var(E[g|s_0]) and E[Var(g|s_0)], from PER_START episodes per drawn initial state."""
     num_starts = num_trajectories // PER_START
     check_episodes(20 * (num_params(world) + 1) * len(forms) / PER_START, num_trajectories)
     size = max(1, min(num_starts, 2**22 // (PER_START * num_params(world)), 2**11))
 
-    # One rollout serves all forms: a world has one critic, which those without do not read.
+    # One rollout serves all forms: a world has one critic, and forms without it ignore it.
     reader = next((f for f in forms if f.critic is not None), forms[0])
 
     work = num_trajectories * world.env.horizon
@@ -136,7 +136,7 @@ def horizon(settings: Settings, progress: Progress) -> Result:
     grid = QUICK_HORIZONS if settings.quick else HORIZONS
     cuts = not base.is_regulator and (not base.is_tabular or base.is_projected)
     if cuts:
-        # Such a world can be cut, and not go on beyond its own end.
+        # Such a world can be cut short but not extended.
         grid = sorted({min(steps, base.env.horizon) for steps in grid})
     for index, steps in enumerate(grid):
         world = at_horizon(base, steps)
@@ -146,7 +146,7 @@ def horizon(settings: Settings, progress: Progress) -> Result:
         sampled = [f for f in forms if f.estimator is not None]
         key = jax.random.fold_in(key_of(settings), index)
         found = {}
-        # Long episodes are slow to sample, and exact answers show how it goes on.
+        # Long episodes are slow to sample, and exact answers show the trend.
         if steps <= MEASURED_UP_TO or not any(f.exact for f in forms):
             progress(f"horizon {steps}")
             found = measure(world, sampled, key, settings.trajectories)
@@ -161,7 +161,7 @@ def horizon(settings: Settings, progress: Progress) -> Result:
                 )
                 row["warning"] = "; ".join(x for x in (each.warning, one.warning) if x)
             if cuts and steps < base.env.horizon and each.name == "rtg_value":
-                # Where an episode is cut, the critic goes on as if it were not.
+                # The critic still counts the rewards beyond the cut.
                 row["warning"] = "; ".join(x for x in (row["warning"], CRITIC_OF_WHOLE) if x)
             rows.append(row)
     slopes = growth(rows)
@@ -194,7 +194,7 @@ def growth(rows) -> dict[str, float]:
     for name in dict.fromkeys(r["estimator"] for r in rows):
         found = [r for r in rows if r["estimator"] == name]
         found = [r for r in found if _value(r) is not None][-2:]
-        # Of a trace that may be 0 there is no logarithm.
+        # A trace that may be 0 has no logarithm.
         if (
             len(found) == 2
             and min(r["low"] if r["exact"] is None else r["exact"] for r in found) > 0
@@ -269,7 +269,7 @@ def _draw_horizon(figure, rows, slopes):
         steps = [r["horizon"] for r in found]
         figures.points(axis, steps, *columns, i, None if known else label)
     axis.set_xscale("log")
-    if any(r["exact"] or r.get("measured") for r in rows):  # not when nothing was ever paid
+    if any(r["exact"] or r.get("measured") for r in rows):  # unless all rewards were 0
         axis.set_yscale("log")
     steps = sorted({r["horizon"] for r in rows})
     axis.set_xticks(steps, [str(n) for n in steps])

@@ -1,4 +1,4 @@
-"""Discounting: what becomes of the gradient when gamma^t is dropped from it."""
+"""Discounting: the effect of dropping gamma^t from the gradient."""
 
 from itertools import product
 
@@ -32,7 +32,7 @@ NOISE = "at small gamma the gradient is not clear of the noise: use more traject
 
 
 def discount(settings: Settings, progress: Progress) -> Result:
-    """Dropping gamma^t: the bias, the turn, and that the result is the gradient of no function."""
+    """Dropping gamma^t: the bias, the change of direction, and that no function has this gradient."""
     world = world_of(settings)
     gammas = GAMMAS
     if settings.checkpoint is not None and world.gamma < 1:
@@ -62,9 +62,9 @@ def discount(settings: Settings, progress: Progress) -> Result:
 
 
 def discount_bias(world: World, gamma: float) -> dict[str, float]:
-    """Of E[sum_t u_t R_t] against grad J = E[sum_t gamma^t u_t R_t]: bias, cosine, and asymmetries.
+    """Bias and cosine of E[sum_t u_t R_t] to grad J = E[sum_t gamma^t u_t R_t], and their asymmetries.
 
-    The asymmetry is of the Jacobian in the logits, 0 for the gradient of any function.
+    The asymmetry is that of the Jacobian in the logits, 0 for the gradient of any function.
     """
     size = world.logits.size
     true, other = (
@@ -119,7 +119,7 @@ def _relative(pairs: SampleMoments) -> Estimate:
 
 
 def _cosine(pairs: SampleMoments) -> Estimate:
-    """By polarisation: <x, y> = (|x|^2 + |y|^2 - |y - x|^2) / 2, each square unbiased."""
+    """The cosine by polarisation, <x, y> = (|x|^2 + |y|^2 - |y - x|^2) / 2, each square unbiased."""
 
     def cosine(m):
         one, other, difference = squares(m)
@@ -144,7 +144,7 @@ def _draw_discount(figure, rows):
             figures.line(axis, gammas, [r["exact"] for r in found], 0, "exact")
         figures.points(axis, gammas, *intervals(found), 0, "measured")
         figures.label(axis, title, r"discount $\gamma$ [per step]", y)
-        axis.set_xlim(gammas[0] - 0.03, 1.0)  # also where few of them could be measured
+        axis.set_xlim(gammas[0] - 0.03, 1.0)  # even if only a few could be measured
         lost = {g for g, r in zip(gammas, found, strict=True) if np.isnan(r["measured"])}
         if lost:
             caption = f"{NOT_RESOLVED} at {len(lost)} of {len(gammas)} values of γ"

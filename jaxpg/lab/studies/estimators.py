@@ -64,13 +64,13 @@ def form(name: str, world: World) -> Form:
     """The named estimator in a world.
 
     `gae_X` takes any lambda X. Raises ValueError for an unknown name (with near matches) and for one that
-    needs tables, a critic or a behaviour policy that the world has not.
+    needs tables, a critic or a behaviour policy that the world does not have.
     """
     named = _find(name)
     if not _available(named, world):
         raise ValueError(
-            f"{name} needs {_NEEDS[named.needs]}, which {world.name} has not; these can be measured there: "
-            f"{', '.join(available(world))}"
+            f"{name} needs {_NEEDS[named.needs]}, which {world.name} does not have; these can be measured "
+            f"there: {', '.join(available(world))}"
         )
     fields = {"hyperparams": world.hyperparams, "exact": None, "estimator": None}
     fields |= named.make(world)
@@ -81,7 +81,7 @@ def form(name: str, world: World) -> Form:
 
 
 def available(world: World) -> list[str]:
-    """The names that can be measured, or at least computed, in a world."""
+    """The names of the estimators that can be measured, or at least computed, in a world."""
     return [name for name, named in ESTIMATORS.items() if _available(named, world)]
 
 
@@ -238,7 +238,7 @@ ESTIMATORS: dict[str, Named] = {
         "behaviour tables",
     ),
     "is_step": Named(
-        "the step's own weight, as PPO and TRPO", off_policy_form(TO_GO, importance.one_step, _LAGS),
+        "the step's own weight, as in PPO and TRPO", off_policy_form(TO_GO, importance.one_step, _LAGS),
         "behaviour",
     ),
 }  # fmt: skip

@@ -27,7 +27,7 @@ class Form(NamedTuple):
     """An estimator in a world: slots to sample it with, or only its exact moments, or both."""
 
     name: str
-    estimator: Estimator | None  # None: needs what no data holds
+    estimator: Estimator | None  # None: cannot be computed from data
     hyperparams: Hyperparams
     exact: Callable[[], Moments] | None  # of one trajectory, in worlds.coordinates; None: unknown
     critic: Network | None = None
@@ -37,26 +37,26 @@ class Form(NamedTuple):
 
     @property
     def sampled(self) -> Estimator:
-        """The slots. Raises ValueError for a form that no data gives."""
+        """The slots. Raises ValueError for a form that cannot be sampled."""
         if self.estimator is None:
-            raise ValueError(f"{self.name} needs what no data holds, so it cannot be sampled")
+            raise ValueError(f"{self.name} has only exact moments and cannot be sampled")
         return self.estimator
 
     def moments(self) -> Moments:
-        """Of one trajectory, in worlds.coordinates. Raises ValueError where they are unknown."""
+        """The moments of one trajectory, in worlds.coordinates. Raises ValueError where they are unknown."""
         if self.exact is None:
             raise ValueError(f"the exact moments of {self.name} are unknown here")
         return self.exact()
 
 
 def value_tables(world: World) -> tuple[np.ndarray, np.ndarray]:
-    """V_t(o) [H, O], the best guess from what the policy sees, and the same by state [H, S]."""
+    """V_t(o) [H, O], the best values given what the policy sees, and the same by state [H, S]."""
     by_state, _ = exact.observation_values(world.mdp, world.logits, world.gamma)
     return by_observation(world, by_state), by_state
 
 
 def by_observation(world: World, by_state: np.ndarray) -> np.ndarray:
-    """[H, O, ...] of a table [H, S, ...] that is alike for states that look alike."""
+    """The table [H, O, ...] of one [H, S, ...] that is equal for states that look alike."""
     observation = np.asarray(world.mdp.observation)
     table = np.zeros((len(by_state), observation.max() + 1, *by_state.shape[2:]))
     table[:, observation] = by_state
@@ -70,7 +70,7 @@ def value_tables_of_actions(world: World, logits: np.ndarray) -> np.ndarray:
 
 
 def known_advantage(table: np.ndarray) -> Slot:
-    """psi_t = table[step, observation, action], [H, O, A]: a credit that no data could give."""
+    """psi_t = table[step, observation, action] of [H, O, A]: a credit that data alone cannot give."""
     return Slot(_known_advantage, "known_advantage", (table,))
 
 
@@ -127,20 +127,20 @@ def recursion(world: World, found: Form, critic=None) -> Callable[[], Moments] |
 
 
 def _regulated(world: World, found: Form) -> Moments:
-    """Moments of a regulator's gradient by the parameters that its policy has."""
+    """Moments of the gradient in the parameters of a regulator's policy."""
     numbers, own = _regulator_params(world)
     mean, covariance = lqr.moments(world.regulator, numbers, found.sampled, found.hyperparams)
     return Moments(mean[own], covariance[np.ix_(own, own)])
 
 
 def regulator_gradient(world: World) -> np.ndarray:
-    """The exact gradient of J by the parameters that a regulator's policy has."""
+    """The exact gradient of J in the parameters of a regulator's policy."""
     numbers, own = _regulator_params(world)
     return lqr.gradient(world.regulator, numbers, world.gamma)[own]
 
 
 def regulator_hessian(world: World) -> np.ndarray:
-    """The exact Hessian of J by the parameters that a regulator's policy has."""
+    """The exact Hessian of J in the parameters of a regulator's policy."""
     numbers, own = _regulator_params(world)
     return lqr.hessian(world.regulator, numbers, world.gamma)[np.ix_(own, own)]
 
@@ -152,7 +152,7 @@ def _regulator_params(world: World) -> tuple[np.ndarray, list[int]]:
 
 
 def slots(credit_, baseline: baselines.Baseline = baselines.none, **rest) -> Make:
-    """A form with a baseline that needs nothing."""
+    """A form with a baseline that needs neither tables nor a critic."""
 
     def make(world):
         start = importance.on_policy if credit_ is TOTAL else _start(world, importance.on_policy)
@@ -162,7 +162,7 @@ def slots(credit_, baseline: baselines.Baseline = baselines.none, **rest) -> Mak
 
 
 def known(credit_, baseline_of) -> Make:
-    """A form whose baseline is computed from the tables: a number, or a table [H, S or 1]."""
+    """A form with a baseline computed from the tables: a number, or a table [H, S or 1]."""
 
     def make(world):
         baseline = np.asarray(baseline_of(world))
@@ -203,7 +203,7 @@ def mean_to_go(world):
 
 
 def control_variate(credit_, field) -> Make:
-    """A baseline per parameter: no number that a slot could subtract, so only its exact moments."""
+    """A baseline per parameter, which no slot can subtract, so only its exact moments are known."""
 
     def make(world):
         def moments():

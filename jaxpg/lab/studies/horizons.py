@@ -37,7 +37,7 @@ def horizon_is(settings: Settings, progress: Progress) -> Result:
     size = group_size(settings.trajectories, 2)
     world = _longer(lag, longest)
     source = source_of(world, form("is_total", world), key_of(settings))
-    # Of both worlds, in 64 bits and twice; and the rollouts of one group.
+    # The log weights of both worlds, in 64 bits and twice; and the rollouts of one group.
     each = 32 * len(horizons) + trajectory_bytes(source, 0) / GROUPS
     check_episodes(each, settings.trajectories, "the weights of")
     progress(f"{GROUPS * size:,} episodes of {longest} steps")
@@ -86,7 +86,7 @@ def _weights(lag: Lag, horizon: int):
 
 
 def _gaussian_log_weights(seed, count, horizons) -> list[np.ndarray]:
-    """log W after each horizon, of the same walks."""
+    """log W after each horizon, along the same walks."""
     rng, total, before, rows = np.random.default_rng(seed), np.zeros(count), 0, []
     for t in horizons:
         # The sum of t - before independent steps delta x - delta^2 / 2.

@@ -35,7 +35,7 @@ def never_hurts(settings: Settings, progress: Progress) -> Result:
         raise ValueError(
             f"trajectories={count} is too few for an interval; use {2 * GROUPS} or more"
         )
-    cases = _cases(settings, progress)  # first, because it refuses what does not fit
+    cases = _cases(settings, progress)  # first, because it refuses requests that do not fit
     progress("bandit")
     for name, baseline in kinds.items():
         for p in sorted({*grid.round(2).tolist(), *chosen}):

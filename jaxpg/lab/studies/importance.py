@@ -1,4 +1,4 @@
-"""Importance: what weighting another policy's data costs, and what leaving the weights out costs."""
+"""Importance: the cost of weighting another policy's data, and the cost of leaving the weights out."""
 
 from typing import Any
 
@@ -21,10 +21,10 @@ REFERENCE = "squared_distance_to_on_policy"  # of means, in place of a bias wher
 
 
 def importance(settings: Settings, progress: Progress) -> Result:
-    """Bias and variance of six importance-sampled forms against the lag of the data's policy.
+    """Bias and variance of five importance-sampled forms against the lag of the data's policy.
 
-    At lag 0 all weights are 1. Whole-episode and per-decision weights stay unbiased and grow noisy; those
-    that leave ratios out stay calm and drift.
+    At lag 0 all weights are 1. Whole-episode and per-decision weights stay unbiased and grow noisy; forms
+    that leave ratios out stay less noisy and become biased.
     """
     lag = lag_of(settings)
     tables = lag.world.is_tabular
@@ -33,7 +33,7 @@ def importance(settings: Settings, progress: Progress) -> Result:
     forms = [form(name, lag.at(1.0)) for name in names]
     for each in forms:
         if not each.off_policy:
-            raise ValueError(f"{each.name} takes no other policy's data; use {', '.join(FORMS)}")
+            raise ValueError(f"{each.name} cannot use other policies' data; use {', '.join(FORMS)}")
     if not tables:
         return measured_result(lag, forms, lags, settings, progress)
     found = measured_lags(lag, [each for each in forms if each.estimator], lags, settings, progress)
@@ -55,7 +55,7 @@ def importance(settings: Settings, progress: Progress) -> Result:
 
 
 def measured_lags(lag, forms, lags, settings, progress) -> dict[float, dict[str, Measured]]:
-    """lag -> name -> measured, by one program whose parameters move."""
+    """lag -> name -> measured, by one program called with different parameters."""
     if not forms:
         return {x: {} for x in lags}
     run = measurer(lag.at(1.0), forms, settings.trajectories, (1,), progress)
@@ -68,7 +68,7 @@ def measured_lags(lag, forms, lags, settings, progress) -> dict[float, dict[str,
 
 
 def measured_result(lag: Lag, forms, lags, settings, progress) -> Result:
-    """Traces and distances to the mean of on-policy rewards to go, where no answer is exact."""
+    """Measure traces and distances to the mean of on-policy rewards to go, without exact answers."""
     aim = form("rtg", lag.at(1.0))
     found = measured_lags(lag, [*forms, aim], lags, settings, progress)
     rows = [
@@ -111,7 +111,7 @@ def distance(measured: Measured, on_policy: Measured) -> Estimate:
 def lag_rows(name, x, moments: Moments, truth, measured: Measured | None, **more) -> list[dict]:
     """Rows of the squared bias and the trace at a lag."""
     bias = float(((moments.mean - truth) ** 2).sum())
-    bias = bias if bias > 1e-20 else 0.0  # rounding is no bias
+    bias = bias if bias > 1e-20 else 0.0  # only rounding
     common: dict[str, Any] = {"estimator": name, "lag": float(x), **more}
     common["warning"] = f"biased by {bias**0.5:.3g}" if bias else None
     values: dict[str, Any] = {"squared_bias": None, "trace": None}
@@ -160,7 +160,7 @@ def _clear(rows):
 
 EXPERIMENTS = {
     "importance": Experiment(
-        "six ways to weigh another policy's data: bias and variance against the lag",
+        "five ways to weight another policy's data: bias and variance against the lag",
         importance,
         Settings(trajectories=2**18),
         Settings(trajectories=2**14, quick=True),

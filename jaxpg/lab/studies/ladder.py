@@ -1,4 +1,4 @@
-"""The ladder of estimators, and the bias and variance of generalised advantages."""
+"""The ladder of estimators: variance, bias and noise scale, side by side."""
 
 from typing import Any
 
@@ -54,7 +54,7 @@ def _default(world: World) -> tuple[str, ...]:
     names = (*MEASURED, "rtg_value", "gae_0.95") if world.critic is not None else MEASURED
     if world.is_tabular:
         names = LADDER if len(world.mdp.initial) <= 8 else SHORT
-    own = f"gae_{world.hyperparams.lambda_:g}"  # a run's lambda stands for the usual one
+    own = f"gae_{world.hyperparams.lambda_:g}"  # a run's lambda replaces the usual one
     return tuple(dict.fromkeys(own if name == "gae_0.95" else name for name in names))
 
 
@@ -89,7 +89,7 @@ def _rung(world: World, each: Form, measured: Measured | None, truth) -> list[di
         values["noise_scale"] = measured.noise_scale(size)
         if truth is not None:
             values["squared_bias"] = measured.bias(lifted(world, truth), size)
-    # Where the bias is known to be 0, a warning that it may not be says nothing.
+    # If the bias is known to be 0, a warning of a possible bias would mislead.
     harmless = exact_values["squared_bias"] == 0
     warning = None if harmless else each.warning or None
     common = {"estimator": each.name, "batch": size, "warning": warning}
@@ -121,7 +121,7 @@ def _draw_ladder(figure, names, rows, world):
         label(axis, f"{title}, {world.name}", unit, "", legend=False)
         axis.grid(False, axis="y")
     axes[1].set_yticklabels([])
-    # Below the panels: inside, a marker of the legend would be taken for a value.
+    # Below the panels, where a marker of the legend cannot be taken for a value.
     handles = dict(x[::-1] for a in axes for x in zip(*a.get_legend_handles_labels(), strict=True))
     figure.legend(
         handles.values(), handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False

@@ -1,4 +1,4 @@
-"""Lags: a behaviour policy, and policies ever further ahead of it."""
+"""Lags: a behaviour policy, and policies further and further ahead of it."""
 
 from typing import Any, NamedTuple
 
@@ -15,19 +15,19 @@ from jaxpg.lab.studies.study import Settings, key_of, world_of
 from jaxpg.lab.worlds.world import Table, World, table_params
 
 SPREAD = 0.5  # of an episode's log weight at lag 1, to first order, where the step is random
-PILOT = 256  # episodes that scale it
-QUICK_STEPS = 50  # of an episode, in a quick run where no answers are exact
+PILOT = 256  # episodes that set the size of a random step
+QUICK_STEPS = 50  # the longest episode in a quick run without exact answers
 
 
 class Lag(NamedTuple):
-    """A behaviour policy, and the way from it to the policy to improve: target = behaviour + lag step."""
+    """A behaviour policy, and the step from it to the policy to improve: target = behaviour + lag step."""
 
     world: World
     behaviour: Any  # [O, A] logits, or a network's parameters where the world has no tables
     step: Any  # likewise
 
     def at(self, lag: float) -> World:
-        """The world whose policy is ahead of its data by a lag."""
+        """The world with its policy ahead of its data by this lag."""
         moved = jax.tree.map(lambda x, step: x + lag * step, self.behaviour, self.step)
         if not self.world.is_tabular:
             return self.world._replace(params=moved, behaviour_params=self.behaviour)
@@ -41,7 +41,7 @@ class Lag(NamedTuple):
 def lag_of(settings: Settings) -> Lag:
     """The world's own behaviour policy at lag 0 and its policy at 1; or one step up the gradient.
 
-    A network steps in a random direction, and its world is measured only.
+    A network steps in a random direction, and its world has no exact answers.
     """
     world = measured_world(settings)
     if not world.is_tabular:
@@ -54,18 +54,18 @@ def lag_of(settings: Settings) -> Lag:
 
 
 def measured_world(settings: Settings) -> World:
-    """The world, without the tables of a network; short episodes where it has none and time is short."""
+    """The world, without the tables of a network; a quick run without tables has short episodes."""
     world = world_of(settings)
     if world.is_tabular and not world.is_projected:
         return world
-    # Not of a trained policy, whose episodes are alike until long after that.
+    # Not with a trained policy: its episodes begin to differ only much later.
     if settings.quick and settings.checkpoint is None:
         world = world._replace(env=world.env._replace(horizon=min(world.env.horizon, QUICK_STEPS)))
     return world._replace(exact=None)
 
 
 def _random_lag(world: World, settings: Settings) -> Lag:
-    """A random direction, so long that at lag 1 an episode's log weight spreads by SPREAD."""
+    """A random step, scaled so that an episode's log weight at lag 1 has a spread of SPREAD."""
     walk, draw = jax.random.split(jax.random.fold_in(key_of(settings), 1))
     flat, unravel = ravel_pytree(world.params)
     step = unravel(jax.random.normal(draw, flat.shape, flat.dtype))

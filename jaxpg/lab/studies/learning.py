@@ -1,4 +1,4 @@
-"""What variance does to learning: how far a few seeds can be trusted, and the experiments on training."""
+"""Learning: how far a few seeds can be trusted, with the other experiments on training."""
 
 import jax
 import numpy as np
@@ -74,7 +74,7 @@ def _names(settings: Settings) -> tuple[str, ...]:
 
 
 def _replaces(settings: Settings, checkpoint: Checkpoint) -> list[str]:
-    """Batches and schedule; and each row's own epochs and minibatches, where a run has others."""
+    """The settings that differ from the run's: batches, schedule, and each row's epochs and minibatches."""
     config, said = checkpoint.origin["config"], []
     run = algorithm(config["algorithm"])
     for name in _names(settings):
@@ -92,14 +92,14 @@ def _batch(settings: Settings) -> int:
 
 
 def _as_the_run(row: Algorithm, config) -> Algorithm:
-    """The row with the optimizer of a run, where it is no natural gradient's."""
+    """The row with the run's optimizer, unless the row is a natural gradient's."""
     chosen = OPTIMIZERS[config["optimizer"]]
     policy = chosen if row.policy_optimizer is adam else row.policy_optimizer
     return row._replace(policy_optimizer=policy, critic_optimizer=row.critic_optimizer and chosen)
 
 
 def _normalised(worlds, names, curves):
-    """[R, K, U] per name: 0 is the start and 1 the best possible J, or the best seen."""
+    """Scores [R, K, U] per name: 0 is the start and 1 the best possible J, or the best seen."""
     by_world = {}
     for world in worlds:
         everything = np.stack([curves[name, world.name] for name in names])
@@ -167,7 +167,7 @@ def _draw_seeds(figure, rows, names):
         axes[2].errorbar([x], [i], xerr=error, fmt=figures.MARKERS[i % 8], color=figures.COLOURS[i % 8],
                          markerfacecolor="white", capsize=3)  # fmt: skip
     if not pairs:
-        axes[2].annotate("one algorithm, and none to compare it with", (0.5, 0.5), ha="center",
+        axes[2].annotate("one algorithm, with none to compare it with", (0.5, 0.5), ha="center",
                          xycoords="axes fraction")  # fmt: skip
     texts = [f"{r['estimator']}\nover {r['other']}" for r in pairs]
     axes[2].set_yticks(range(len(pairs)), texts, fontsize=8)

@@ -1,4 +1,4 @@
-"""Measured: what sampling says of one estimator, with intervals and when not to trust them."""
+"""Measured: sampled statistics of one estimator, with intervals and a warning when not to trust them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,13 +11,13 @@ from jaxpg.stats.moments import SampleMoments, jackknife, jackknife_ratio, merge
 
 
 class Measured(NamedTuple):
-    """Of one estimator: moments of the mean over N trajectories, over independent batches."""
+    """Sampled moments of an estimator's mean over N trajectories, from independent batches."""
 
-    levels: dict[int, SampleMoments]  # N -> over GROUPS groups, float64
+    levels: dict[int, SampleMoments]  # N -> moments in GROUPS groups, float64
     trajectories: int
     env_steps: int
     effective_sample_size: float  # of whole-episode weights; the number of trajectories on-policy
-    fourth_sample_size: float  # likewise of their fourth powers
+    fourth_sample_size: float  # the same for their fourth powers
     cosines: dict[int, np.ndarray]  # N -> [GROUPS, 2]: to the reference, and between two batches
 
     def trace(self, size: int = 1) -> Estimate:
@@ -39,7 +39,7 @@ class Measured(NamedTuple):
         return within(jackknife_ratio(lambda m: size * _trace(m), _signal, self.levels[size]))
 
     def estimate(self, function: Callable[[SampleMoments], Any], size: int = 1) -> Estimate:
-        """Any function of moments, with its jackknife interval; none where the weights are degenerate."""
+        """A function of moments with its jackknife interval, which is nan if the weights are degenerate."""
         found = jackknife(function, self.levels[size])
         if self.effective_sample_size < MIN_EFFECTIVE:
             return Estimate(found.value, float("nan"), float("nan"))
@@ -53,12 +53,12 @@ class Measured(NamedTuple):
 
     @property
     def mean(self) -> np.ndarray:
-        """[P], over everything."""
+        """The mean over all trajectories [P]."""
         return merge_groups(self.levels[min(self.levels)]).mean
 
     @property
     def warning(self) -> str:
-        """That the weights are degenerate, or their tail too heavy, or nothing."""
+        """A warning that the weights are degenerate or heavy-tailed, or an empty string."""
         ess = self.effective_sample_size
         if ess < MIN_EFFECTIVE:
             return f"ESS {ess:.1f} < {MIN_EFFECTIVE}: no interval"

@@ -82,7 +82,7 @@ def _over_batches(world, forms, settings, progress) -> list[dict[str, Any]]:
         value = measured.noise_scale()
         rows.append(estimated(value, quantity="noise scale", exact=scale, **common))
         for n in sizes:
-            if truth is None:  # the signal has an error too
+            if truth is None:  # the signal is an estimate too
                 error = Estimate(*(x / n for x in measured.noise_scale(n)))
             else:
                 signal, trace = Estimate(*[float(truth @ truth)] * 3), measured.trace(n)
@@ -103,7 +103,7 @@ def _over_training(world: World, settings, progress) -> list[dict[str, Any]]:
         logits = logits + step * exact.gradient(world.mdp, logits, world.gamma).reshape(
             logits.shape
         )
-    # Without tables in its baseline, one program serves all parameters.
+    # Without tables in their baselines, one program serves all parameters.
     plain = [form(name, world) for name in ("total", "rtg")]
     run = measurer(world, plain, settings.trajectories, (1,), progress)
     chosen = set(range(0, updates + 1, updates // (2 if settings.quick else 4)))

@@ -28,7 +28,7 @@ ALIASES = {"A": (0, 1, 0)}  # elsewhere neighbouring observations are merged two
 
 
 def partial_observability(settings: Settings, progress: Progress) -> Result:
-    """States that look alike: lambda-returns with the best critic of them are biased, returns are not."""
+    """States that look alike: lambda-returns with their best critic are biased, returns are not."""
     full = world_of(settings)
     need_exact(full, "partial-observability")
     world = aliased(full)
@@ -73,13 +73,13 @@ def relative_bias(found: Measured, true) -> Estimate:
 
 
 def _lambda_forms(world: World) -> list[Form]:
-    """One critic for all, so that they share their episodes."""
+    """Forms with one critic for all, so that they share their episodes."""
     forms = [lambda_form(world, lambda_) for lambda_ in LAMBDAS]
     return [f._replace(critic_params=forms[0].critic_params) for f in forms]
 
 
 def _control(full: World):
-    """The same with every state seen: the critic is exact, and no lambda is biased."""
+    """Yield the same rows with every state seen: the critic is exact, and no lambda is biased."""
     true = gradient(full)
     for each in (lambda_form(full, lambda_) for lambda_ in LAMBDAS):
         known, lambda_ = each.moments(), float(each.hyperparams.lambda_)

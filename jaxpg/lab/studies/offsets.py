@@ -1,4 +1,4 @@
-"""Offsets: what a constant added to every reward does, and when subtracting one hurts."""
+"""Offsets: the effect of a constant added to every reward, with and without a baseline."""
 
 from typing import Any
 
@@ -36,8 +36,8 @@ HALF = 0.5
 def offset(settings: Settings, progress: Progress) -> Result:
     """Adding kappa to every return: tr(kappa) = tr(0) + 2 kappa E[|U|^2 R] + kappa^2 E|U|^2 without baseline.
 
-    With the best constant nothing changes. And the bandit that pays 10^6 +- 1: how often a batch of N
-    points the wrong way, and what is left of its variance in float32.
+    With the best constant, nothing changes. Also, for the bandit that pays 10^6 +- 1: how often a batch
+    of N points the wrong way, and how well float32 computes its variance.
     """
     world = world_of(settings)
     if settings.quick and not world.is_tabular and settings.checkpoint is None:
@@ -80,7 +80,7 @@ def _exact_traces(world, settings, progress) -> tuple[list[dict[str, Any]], dict
 
 
 def _measured_traces(world, settings, progress) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """kappa added to every reward of the episode, so that its length counts too."""
+    """Add kappa to every reward of the episode, so that its length counts too."""
     hyperparams = world.hyperparams
     forms = [
         Form(f"none, {k:g}", Estimator(Slot(_raised, "raised", (k,))), hyperparams, None)
@@ -98,13 +98,13 @@ def _measured_traces(world, settings, progress) -> tuple[list[dict[str, Any]], d
 
 
 def _raised(kappa, trace, trajectory, hyperparams):
-    """The total return of rewards that are all kappa higher."""
+    """The total return with every reward kappa higher."""
     reward = jnp.where(trajectory.mask, trajectory.reward + kappa, 0.0)
     return credit.total_return(trace, trajectory._replace(reward=reward), hyperparams)
 
 
 def _quadratic(world) -> dict[str, float]:
-    """tr(0), E[|U|^2 R] and E|U|^2: three traces determine them."""
+    """tr(0), E[|U|^2 R] and E|U|^2, determined by three traces."""
     hyperparams, found = world.hyperparams, tables(world)
 
     def trace(kappa):
@@ -143,7 +143,7 @@ def _signs(settings) -> list[dict[str, Any]]:
 
 
 def _precisions(settings) -> list[dict[str, Any]]:
-    """Variance of the reward of the bandit (1, whatever the offset) by three formulas."""
+    """The variance of the bandit's reward (1, whatever the offset) by three formulas."""
     draws = np.random.default_rng(settings.seed).integers(0, 2, 2**16) * 2.0 - 1.0
     naive = jax.jit(lambda x: (x**2).mean() - x.mean() ** 2)
     shifted = jax.jit(lambda x: moments_of(x[:, None]).squares[0] / (x.size - 1))

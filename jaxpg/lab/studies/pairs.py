@@ -1,4 +1,4 @@
-"""Pairs: two estimates from the same episodes, without the noise that they share; and groups of rows."""
+"""Pairs: compare two estimates from the same episodes without their shared noise; and groups of rows."""
 
 import numpy as np
 
@@ -12,7 +12,7 @@ def paired(one: SampleMoments, other: SampleMoments) -> SampleMoments:
 
 
 def squares(moments: SampleMoments) -> np.ndarray:
-    """|E x|^2 of the three parts of `paired`, each unbiased, hence perhaps negative."""
+    """|E x|^2 of the three parts of `paired`, each unbiased, so it may be negative."""
     parts = moments.mean**2 - moments.squares / (moments.count - 1) / moments.count
     return parts.reshape(3, -1).sum(axis=-1)
 
@@ -27,12 +27,12 @@ def grouped(rows) -> SampleMoments:
 
 
 def norm(x) -> float:
-    """Euclidean, of all entries."""
+    """The Euclidean norm of all entries."""
     return float(np.linalg.norm(x))
 
 
 def square(x) -> float:
-    """|x|^2; 0 where it is only rounding."""
+    """|x|^2, or 0 if it is only rounding."""
     found = float((x**2).sum())
     return found if found > 1e-20 else 0.0
 

@@ -1,6 +1,6 @@
-"""Regulated: the gradient noise scale of a linear-quadratic regulator, and what it says of batches.
+"""Regulated: the gradient noise scale of a linear-quadratic regulator, and what it predicts for batches.
 
-One gain to learn, so that its noise scale tr C / G^2 is also the one that a curved objective asks about.
+Only the gain is learned, so the noise scale tr C / G^2 is also the one for a curved objective.
 """
 
 from typing import Any
@@ -44,9 +44,9 @@ def near_optimum() -> list[dict[str, Any]]:
 
 
 def one_step(settings: Settings, progress: Progress) -> tuple[list[dict[str, Any]], float]:
-    """The share of a noiseless step's gain in J that a step along a batch's gradient makes, and B.
+    """The gain in J of a step along a batch's gradient, as a share of a noiseless step's, and B.
 
-    Each at its best learning rate: 1 / (1 + B / N) where J is quadratic, so half at N = B.
+    With each step at its best learning rate, the share is 1 / (1 + B / N) if J is quadratic: half at N = B.
     """
     world = regulator_world(gain=GAIN, gamma=GAMMA, fixed_std=True)
     found = form("rtg_value", world)
@@ -143,7 +143,7 @@ def draw_hyperbola(axis, rows, law: critical.Law | None) -> None:
         return
     excess = np.geomspace(0.02, 60, 80)
     line(axis, 1 + 1 / excess, 1 + excess, 0, "(S/S_min − 1)(E/E_min − 1) = 1")
-    # Of a ratio that is not resolved, the bound.
+    # For a ratio that is not resolved, draw the bound.
     x, y = (
         [r["low"] if np.isnan(r["measured"]) else r["measured"] for r in each]
         for each in (data, time)

@@ -23,7 +23,7 @@ from jaxpg.lab.worlds.world import World, num_params
 from jaxpg.stats.moments import GROUPS, SampleMoments, moments_of
 from jaxpg.types import Key
 
-Measure = Callable[..., dict[str, Measured]]  # (key, params=the world's) of one compiled program
+Measure = Callable[..., dict[str, Measured]]  # one compiled program of (key, params=the world's)
 
 
 def measure(
@@ -35,11 +35,11 @@ def measure(
     progress: Progress = lambda line: None,
     reference: np.ndarray | None = None,
 ) -> dict[str, Measured]:
-    """Every form on the same episodes: moments of means over N trajectories for each N of sizes.
+    """Measure every form on the same episodes: moments of means over N trajectories for each N of sizes.
 
-    sizes: multiples of the smallest, which is the batch of forms that couple trajectories. Trajectories
-    are those of fold_in(key, i), for whichever forms. reference: [P], for cosines. Raises ValueError for
-    too few trajectories, and for a request that would not fit in memory, with one that would.
+    sizes: multiples of the smallest, which is the batch of forms that couple trajectories. Trajectory i
+    has the key fold_in(key, i), whatever the forms. reference: [P], for cosines. Raises ValueError for
+    too few trajectories, and for a request that does not fit in memory, with one that does.
     """
     return measurer(world, forms, num_trajectories, sizes, progress, reference)(key)
 
@@ -93,14 +93,14 @@ def group_size(num_trajectories: int, largest: int) -> int:
     per_group = num_trajectories // GROUPS // largest * largest
     if per_group < 2 * largest:
         raise ValueError(
-            f"trajectories={num_trajectories} gives fewer than {2 * GROUPS} batches of {largest}, which an "
+            f"trajectories={num_trajectories} gives fewer than the {2 * GROUPS} batches of {largest} that an "
             f"interval needs; use --trajectories {2 * GROUPS * largest} or more"
         )
     return per_group
 
 
 def powers(num_trajectories: int, first: int = 1, base: int = 4) -> list[int]:
-    """first, first base, first base^2 ... as far as an interval can be had."""
+    """first, first base, first base^2 ... as long as there are enough batches for an interval."""
     sizes = [first]
     while sizes[-1] * base * 2 * GROUPS <= num_trajectories:
         sizes.append(sizes[-1] * base)
@@ -126,7 +126,7 @@ def _collect(forms, per_group, found) -> dict[str, Measured]:
 
 
 def check_episodes(one: float, count: int, what: str = "the gradients of") -> None:
-    """Raises ValueError where so many episodes of `one` bytes each need more memory than there is."""
+    """Raises ValueError if `count` episodes of `one` bytes each need more memory than there is."""
     check_fits(available_bytes(), one, count, what, "episode", "give fewer --trajectories")
 
 
@@ -136,7 +136,7 @@ def _group(world, forms, per_group, sizes, toward, key, start):
     steps, log_weights = [jnp.int32(0)] * 2, [jnp.full(4, -jnp.inf)] * 2
     for off_policy, critics in _shared(forms):
         for group in critics:
-            source = source_of(world, group[-1], key)  # the last: those without a critic come first
+            source = source_of(world, group[-1], key)  # the last: forms without a critic come first
             trajectory = roll(source, start, per_group)
             batches = jax.tree.map(
                 lambda x: x.reshape(x.shape[0], -1, unit, *x.shape[2:]), trajectory
@@ -155,12 +155,12 @@ def _group(world, forms, per_group, sizes, toward, key, start):
 
 
 def options_for(steps) -> dict[str, Any] | None:
-    """The compiler's: for little work, its optimisation costs more than it saves."""
+    """Compiler options: for little work, optimising costs more than it saves."""
     return compiler_options(0 if steps < 2**24 else None)
 
 
 def source_of(world: World, form: Form, key: Key) -> Source:
-    """What the laboratory's functions sample a form from."""
+    """The Source from which the laboratory's functions sample a form."""
     behaviour = world.behaviour_params if form.off_policy else None
     return Source(
         world.env, world.policy, form.sampled, world.params, key, form.hyperparams, behaviour,
@@ -169,7 +169,7 @@ def source_of(world: World, form: Form, key: Key) -> Source:
 
 
 def _shared(forms):
-    """(off_policy, groups of forms that can share one rollout: those without a critic join any)."""
+    """Yield (off_policy, groups of forms that share a rollout); forms without a critic join any group."""
     for off_policy in sorted({form.off_policy for form in forms}):
         groups: dict[bytes, list] = {}
         same = [form for form in forms if form.off_policy == off_policy]
@@ -202,7 +202,7 @@ def _reduced(toward, means):
 
 
 def _coefficient(source, trajectory):
-    if source.critic is None:  # the rollout may have had one, for another form
+    if source.critic is None:  # the rollout may hold the values of another form's critic
         zero = jnp.zeros_like(trajectory.value)
         trajectory = trajectory._replace(value=zero, next_value=zero)
     return weigh(source, trajectory).coefficient / trajectory.mask.shape[1]
@@ -218,6 +218,6 @@ def _log_weights(source, trajectory):
 
 
 def _effective(log_weights) -> float:
-    """exp(2 lse(l) - lse(2 l)) over the groups."""
+    """The effective sample size, exp(2 lse(l) - lse(2 l)) over the groups."""
     total, squares = (np.logaddexp.reduce(x) for x in np.asarray(log_weights, np.float64).T)
     return float(np.exp(2 * total - squares)) if np.isfinite(total) else 0.0

@@ -35,7 +35,7 @@ def stale(settings: Settings, progress: Progress) -> Result:
                      "exact": float(error), "warning": "biased"})  # fmt: skip
         if x in found:
             measured = found[x][name]
-            # A square root bends an interval; its ends are those of the square.
+            # The interval of the error runs between the roots of the ends of its square's interval.
             value = [np.sqrt(max(v, 0.0)) for v in measured.bias(gradient(there))]
             rows[-1] |= estimated(
                 value, trajectories=measured.trajectories, env_steps=measured.env_steps
@@ -70,7 +70,7 @@ def _stale_measured(lag: Lag, each, lags, settings, progress) -> Result:
 
 
 def _slope(rows, quantity) -> float:
-    """Of the logarithms, over two decades of small lags."""
+    """The slope of the logarithms over two decades of small lags."""
     small = [r for r in rows if r["quantity"] == quantity and r["lag"] <= 0.11]
     x, y = np.log([[r["lag"], r["exact"]] for r in small]).T
     return float(np.polyfit(x, y, 1)[0])

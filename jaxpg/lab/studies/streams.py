@@ -1,4 +1,4 @@
-"""Streams: what a window of a stream with automatic reset says, lane by lane, and exactly for one world."""
+"""Streams: sums over windows of an auto-reset stream, lane by lane, and their exact law for one world."""
 
 from collections import defaultdict
 from typing import NamedTuple
@@ -21,11 +21,11 @@ WORKING_SET = 2**22  # numbers held at a time
 
 
 class Lanes(NamedTuple):
-    """Of each window of each environment, [B]; gradients are along one direction."""
+    """Sums over one window of each environment, [B]; gradients are along one direction."""
 
     completed: np.ndarray  # sum over completed episodes of their gradient
     ends: np.ndarray  # number of completed episodes
-    started: np.ndarray  # sum over all episodes, the one that the window cuts included
+    started: np.ndarray  # sum over all episodes, including the one that the window cuts
     starts: np.ndarray  # number of all episodes
     unmasked: np.ndarray  # reward-to-go that runs on across resets
     returns: np.ndarray  # sum of the completed episodes' returns
@@ -131,7 +131,7 @@ def window_law(length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def exact_windows(length: int) -> dict[str, float]:
-    """What each way of averaging a LONG-SHORT window gives on average, pooled ones over many environments."""
+    """The expectation of each way to average LONG-SHORT windows; pooled ones are over many environments."""
     (short, long, cut), weight = window_law(length)[0].T, window_law(length)[1]
     count = short + long
     gain = 4 * (1 - PROBABILITY) * long - PROBABILITY * short

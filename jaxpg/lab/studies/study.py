@@ -1,4 +1,4 @@
-"""The frame of an experiment: what it is asked, and what it gives back."""
+"""The frame of an experiment: its settings, its result, and the rows of its table."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -11,10 +11,10 @@ from jaxpg.stats.intervals import NOT_RESOLVED, Estimate, told, unresolved
 from jaxpg.types import Key
 
 Table = dict[str, list]  # tidy: one row per measured or exact point
-Progress = Callable[[str], None]  # called on long work, with a line to show
+Progress = Callable[[str], None]  # called during long work with a line to show
 Draw = Callable[[Any], None]  # fills a matplotlib Figure
 
-# Present in every table, whatever else an experiment adds; None where it does not apply.
+# The columns of every table, besides those an experiment adds; None where one does not apply.
 COLUMNS = (
     "estimator",
     "quantity",
@@ -29,11 +29,11 @@ COLUMNS = (
 
 
 BELOW = "an unbiased square, which may come out below 0"
-NO_VALUE = "the samples give no value"  # such as of degenerate weights
+NO_VALUE = "the samples give no value"  # for example because the weights are degenerate
 
 
 class Settings(NamedTuple):
-    """What an experiment is asked to do."""
+    """The settings of an experiment."""
 
     env: str = "A"
     policy: str | None = None  # a network's name; None: the world's own
@@ -43,7 +43,7 @@ class Settings(NamedTuple):
     seed: int = 0
     quick: bool = False
     gamma: float | None = None  # None: the checkpoint's, or 1
-    checkpoint: Checkpoint | None = None  # final parameters of a run, and its numbers
+    checkpoint: Checkpoint | None = None  # final parameters of a run, and its hyperparameters
 
 
 class Result(NamedTuple):
@@ -58,8 +58,8 @@ class Experiment(NamedTuple):
     defaults: Settings
     quick: Settings
     worlds: tuple[str, ...] = ()  # the only ones it runs on, its own first; (): any
-    ignores: tuple[str, ...] = ()  # settings that mean nothing to it, so that asking is a mistake
-    # What is measured with other settings than those of the checkpoint's run.
+    ignores: tuple[str, ...] = ()  # settings that mean nothing to it; giving one is an error
+    # Lists the settings that differ from those of the checkpoint's run.
     replaces: Callable[[Settings, Checkpoint], list[str]] = lambda settings, checkpoint: []
 
 
@@ -69,12 +69,12 @@ def world_of(settings: Settings) -> World:
 
 
 def key_of(settings: Settings) -> Key:
-    """The key of a seed; named, so that results do not depend on a global switch."""
+    """The key of a seed, with its implementation named, so that no global switch changes results."""
     return jax.random.key(settings.seed, impl="threefry2x32")
 
 
 def tidy(rows: Iterable[Mapping[str, Any]]) -> Table:
-    """Rows as columns: those of COLUMNS that no row has are None, an experiment's own come first."""
+    """Turn rows into columns, an experiment's own before the rest of COLUMNS; missing values are None."""
     rows = [_told(row) for row in rows]
     own = [name for name in dict.fromkeys(k for row in rows for k in row) if name not in COLUMNS]
     names = [COLUMNS[0], *own, *COLUMNS[1:]]
@@ -82,7 +82,7 @@ def tidy(rows: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def _told(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row, its warning with what is known of a ratio that is not resolved, or of a square below 0."""
+    """The row, with its warning extended if a ratio is not resolved or a square is below 0."""
     measured, low, high = (row.get(name) for name in ("measured", "low", "high"))
     if measured is None or low is None:
         return dict(row)
@@ -101,7 +101,7 @@ def estimated(estimate, **rest) -> dict[str, Any]:
 
 
 def stated(estimate: Estimate, name: str = "value") -> dict[str, Any]:
-    """An estimate as a summary has it: only what there is, and of a ratio not resolved its bound `above`."""
+    """An estimate for a summary: its finite numbers, or the bound `above` of a ratio that is not resolved."""
     value, low, high = map(float, estimate)
     if unresolved(estimate):
         return {"reason": NOT_RESOLVED} | ({} if np.isnan(low) else {"above": low})
@@ -110,7 +110,7 @@ def stated(estimate: Estimate, name: str = "value") -> dict[str, Any]:
 
 
 def stated_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row has measured, by `stated`, and what is exact."""
+    """The measured value of a row, by `stated`, and its exact one."""
     known = {} if row.get("exact") is None else {"exact": row["exact"]}
     if row.get("measured") is None:
         return known
@@ -121,6 +121,6 @@ def need_exact(world: World, experiment: str) -> None:
     """Raises ValueError for a world without tables."""
     if not world.is_tabular:
         raise ValueError(
-            f"{experiment} compares with exact answers, which {world.name} has not; use one of "
+            f"{experiment} compares with exact answers, which {world.name} does not have; use one of "
             f"{', '.join(TABLES)}"
         )

@@ -1,4 +1,4 @@
-"""Training: the product's own loop, many replicas at a time, scored by exact J where a world has one."""
+"""Training: the product's own loop on many replicas at a time, scored by exact J where it is known."""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +25,7 @@ from jaxpg.types import Array, Hyperparams, Key, Params
 
 
 class Curves(NamedTuple):
-    """Of R replicas, [R, num_updates]."""
+    """The learning curves of R replicas, [R, num_updates]."""
 
     score: np.ndarray  # before each update
     env_steps: np.ndarray  # gathered before each update
@@ -48,7 +48,7 @@ def learner(
 
     The score is J of the policy, exact where the world has tables, else the mean return of the episodes
     that the update itself learned from. reward_scale multiplies rewards, not the score.
-    per_repeat: replicas that one of --repeats trains.
+    per_repeat: the number of replicas trained for each of --repeats.
     """
     critic = None
     if algorithm.critic_optimizer is not None:
@@ -82,7 +82,7 @@ def learner(
         program = jax.jit(jax.vmap(one), compiler_options=options_for(work))
         program = program.lower(keys, *spread).compile()
         repeats = keys.shape[0] // per_repeat
-        # Both curves are held in 64 bits too, and once more.
+        # Both curves are also held in 64 bits, twice.
         each = (needed_bytes(program) or 0) / repeats + 32 * per_repeat * num_updates
         check_fits(available_bytes(), each, repeats, "training", "repeat", "give fewer --repeats")
         scores, steps = (np.asarray(x, np.float64) for x in program(keys, *spread))
@@ -140,7 +140,7 @@ def _best_of_regulator(world: World) -> float:
 
 
 def scaled(env: Env, factor) -> Env:
-    """The environment with its rewards multiplied."""
+    """The environment with its rewards multiplied by a factor."""
 
     def step(key, state, action):
         state, result = env.step(key, state, action)
@@ -150,13 +150,13 @@ def scaled(env: Env, factor) -> Env:
 
 
 def small_rate(world: World, key: Key) -> float:
-    """A learning rate with which one trajectory moves the parameters by 1/32, whatever the rewards' size."""
+    """A learning rate at which one trajectory moves the parameters by 1/32, whatever the scale of rewards."""
     rows = gradient_samples(source_of(world, form("rtg", world), key), 64)
     return 1 / 32 / float(np.sqrt((np.asarray(rows) ** 2).sum(axis=1).mean()))
 
 
 def own_rate(settings: Settings, optimizer: str) -> float | None:
-    """The learning rate of a checkpoint's run, if that is its optimizer."""
+    """The learning rate of a checkpoint's run, if the run used this optimizer; else None."""
     checkpoint = settings.checkpoint
     if checkpoint is None or checkpoint.origin["config"]["optimizer"] != optimizer:
         return None
@@ -164,12 +164,12 @@ def own_rate(settings: Settings, optimizer: str) -> float | None:
 
 
 def adam_rate(world: World) -> float:
-    """A learning rate of Adam's: logits of a table move faster than a network's weights."""
+    """A learning rate for Adam: logits of a table can move faster than a network's weights."""
     return 0.05 if has_exact(world) else 3e-3
 
 
 def replaced(checkpoint: Checkpoint, num_envs: int | None, *, unlimited: bool) -> list[str]:
-    """What training here has otherwise than a checkpoint's run."""
+    """The settings of training here that differ from those of a checkpoint's run."""
     config, limit = checkpoint.origin["config"], checkpoint.hyperparams.max_grad_norm
     said = []
     if num_envs not in (None, config["num_envs"]):

@@ -1,4 +1,4 @@
-"""Windows of a stream, and the discount of late states: two biases that the loss does not show."""
+"""Windows of an auto-reset stream: biases that the loss does not show."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ POOLED_LENGTH, POOLED_SIZES = 8, (1, 2, 4, 16, 64)
 
 
 def windows(settings: Settings, progress: Progress) -> Result:
-    """What windows of L steps of an auto-reset stream say about the gradient, by how they are averaged."""
+    """The gradient from windows of L steps of an auto-reset stream, by several ways of averaging them."""
     own = settings.env == LONG_SHORT
     world = long_short() if own else world_of(settings)
     horizon = world.env.horizon
@@ -109,7 +109,7 @@ def _window_rows(lanes: Lanes, length, known):
     quantities = {
         "per_environment": ("gradient", 0, ""),
         "pooled": ("gradient", 3, "short episodes complete more often"),
-        "partial_as_full": ("gradient", 1, "a cut episode's return is not its own"),
+        "partial_as_full": ("gradient", 1, "a cut episode's return is incomplete"),
         "unmasked": ("gradient", 2, "the gradient of the reward per window"),
         "pooled_return": ("return", 4, "short episodes complete more often"),
     }  # fmt: skip
@@ -178,7 +178,7 @@ def _draw_windows(figure, rows, true, own):
         figures.label(axes[1], title, "window length [environment steps]", "return")
 
 
-SAMPLED = 2**27  # numbers of the gradients that show where an unknown gradient points
+SAMPLED = 2**27  # numbers in the sampled gradients that estimate an unknown direction
 
 EXPERIMENTS = {
     "windows": Experiment(

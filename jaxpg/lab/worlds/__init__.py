@@ -1,1 +1,1 @@
-"""Worlds: what the studies run on, with exact answers where there are any."""
+"""The worlds that the studies run on, with exact answers where they exist."""

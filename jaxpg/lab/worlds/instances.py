@@ -24,7 +24,7 @@ def instance_a(horizon: int = 5, observation=(0, 1, 2)) -> tuple[Mdp, np.ndarray
 
 
 def instance_t() -> tuple[Mdp, np.ndarray]:
-    """T: two states and a terminal one, which episodes reach at different times, six steps."""
+    """T: two states and a terminal one that episodes reach at different times, six steps."""
     transition = [
         [(0.6, 0.3, 0.1), (0.2, 0.4, 0.4)],
         [(0.5, 0.4, 0.1), (0.1, 0.3, 0.6)],

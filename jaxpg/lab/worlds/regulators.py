@@ -13,9 +13,9 @@ PARAMS = ("gain", "log_std", "offset")  # k, log sigma and m, in the order of la
 
 
 def gain_policy(std: float | None = None, *, offset: bool = False) -> Network:
-    """u ~ Normal(k s + m, sigma^2). Params: those of PARAMS, [1] each, that are not fixed.
+    """The policy u ~ Normal(k s + m, sigma^2). Params: those of PARAMS that are not fixed, [1] each.
 
-    std: the sigma of a policy that does not learn it. Without offset, m = 0.
+    std: fixes sigma; None makes it a parameter. Without offset, m is fixed at 0.
     """
     names = [
         name
@@ -41,7 +41,7 @@ def gain_policy(std: float | None = None, *, offset: bool = False) -> Network:
 
 
 def coefficients(policy: Network, params: Params) -> Array:
-    """(k, log sigma, m) [3] of a gain_policy, read from what it does at s = 0 and s = 1."""
+    """(k, log sigma, m) [3] of a gain_policy, read from its distributions at s = 0 and s = 1."""
     states = jnp.array([[[0.0], [1.0]]])
     _, found = policy.apply(params, (), states, jnp.zeros((1, 2), bool))
     (zero, one), log_std = found.mean.reshape(2), found.log_std.reshape(2)
@@ -49,7 +49,10 @@ def coefficients(policy: Network, params: Params) -> Array:
 
 
 def value_critic(regulator: Lqr, params, gamma: float) -> tuple[Network, Params]:
-    """The exact V_t(s) of u ~ Normal(k s + m, sigma^2), for whole episodes; params: (k, log sigma, m)."""
+    """A critic with the exact V_t(s) of u ~ Normal(k s + m, sigma^2), for whole episodes.
+
+    params: (k, log sigma, m).
+    """
 
     def apply(params, carry, obs, first):
         row = jnp.broadcast_to(jnp.arange(obs.shape[0])[:, None], first.shape)
@@ -63,7 +66,7 @@ def value_critic(regulator: Lqr, params, gamma: float) -> tuple[Network, Params]
 
 
 def objective(regulator: Lqr, policy: Network, params: Params, gamma: float) -> Array:
-    """J of a gain_policy as a function that jax differentiates and compiles; lqr.objective in its terms."""
+    """J of a gain_policy: lqr.objective in JAX, so that it can be differentiated and compiled."""
     k, log_std, m = coefficients(policy, params)
     closed, forced = regulator.state_gain + regulator.action_gain * k, regulator.action_gain * m
     noise = (regulator.action_gain * jnp.exp(log_std)) ** 2 + regulator.process_std**2

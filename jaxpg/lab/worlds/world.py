@@ -1,4 +1,4 @@
-"""Worlds: what the experiments run on, an environment with a policy, and its tables where they exist."""
+"""Worlds: an environment with a policy for the studies to run on, and its tables where they exist."""
 
 import difflib
 from collections.abc import Callable
@@ -27,22 +27,22 @@ class Table(NamedTuple):
     mdp: Mdp
     logits: np.ndarray  # [O, A] of the policy, for every observation
     behaviour_logits: np.ndarray | None = None  # [O, A]
-    # [O A, R] and [P, R], orthonormal: the gradient by a network's parameters is basis factor^T g.
+    # [O A, R], and [P, R] orthonormal: the gradient in a network's parameters is basis factor^T g.
     factor: np.ndarray | None = None
     basis: np.ndarray | None = None
 
 
 class World(NamedTuple):
-    """An environment and a policy at fixed parameters, with its exact answers where there are any."""
+    """An environment and a policy at fixed parameters, with exact answers where they exist."""
 
     name: str
     env: Env
     policy: Network
     params: Params
-    hyperparams: Hyperparams  # of the run that a checkpoint is of; else the defaults and a gamma
+    hyperparams: Hyperparams  # those of a checkpoint's run; else the defaults with a gamma
     exact: Table | Lqr | None = None  # an Lqr with a gain_policy; None: no exact answers
-    behaviour_params: Params = None  # another policy that gathers data; None where there is none
-    critic: Network | None = None  # a trained one, from a checkpoint, or a regulator's exact one
+    behaviour_params: Params = None  # of another policy that gathers data; None: on-policy only
+    critic: Network | None = None  # trained (from a checkpoint), or exact (a regulator's)
     critic_params: Params = ()
 
     @property
@@ -79,21 +79,21 @@ class World(NamedTuple):
 
     @property
     def regulator(self) -> Lqr:
-        """Raises ValueError for a world that is no regulator."""
+        """Raises ValueError for a world that is not a regulator."""
         if not isinstance(self.exact, Lqr):
-            raise ValueError(f"{self.name} is no linear-quadratic regulator")
+            raise ValueError(f"{self.name} is not a linear-quadratic regulator")
         return self.exact
 
 
 class Checkpoint(NamedTuple):
-    """What a run knows of one of its agents: the final policy and critic, and what they learnt with."""
+    """One agent of a run: its final policy and critic, and the hyperparameters that trained them."""
 
     environment: str
-    env: Env  # as the agent met it
+    env: Env  # as the agent saw it
     agent: Agent
     params: AgentParams
     hyperparams: Hyperparams
-    tables: Callable[[], Mdp] | None  # of env; None where there are none
+    tables: Callable[[], Mdp] | None  # builds those of env; None if it has none
     origin: dict[str, Any]  # JSON-able: which run, update, replica and seed, and its settings
 
 
@@ -106,9 +106,9 @@ def world(
     """A world by name: A, T or C (small worked instances), LQR, or any gymnax environment.
 
     FrozenLake-misc, Catch-bsuite and DiscountingChain-bsuite are tabulated, so they have exact answers too.
-    policy: a network's name, at its initial parameters; by default a table where observations are
-    discrete, an mlp elsewhere. gamma: None is the checkpoint's, or 1. Raises ValueError for unknown names,
-    a network that does not fit, and a checkpoint of another environment.
+    policy: the name of a network, used at its initial parameters; by default tabular if observations are
+    discrete, else mlp. gamma: None is the checkpoint's, or 1. Raises ValueError for unknown names, a
+    network that does not fit, and a checkpoint of another environment.
     """
     if gamma is not None and not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma={gamma} must lie in [0, 1]")
@@ -148,8 +148,8 @@ def tabular_world(
 ) -> World:
     """The world of an Mdp with tabular logits [O, A], or with another network at its initial parameters.
 
-    A network's exact moments follow from the table's by its Jacobian J = factor basis^T: trajectory by
-    trajectory its gradient is J^T g. Raises ValueError for a recurrent network, which no table describes.
+    A network's exact moments follow from the table's by its Jacobian J = factor basis^T: the gradient of
+    each trajectory is J^T g. Raises ValueError for a recurrent network, which no table describes.
     """
     env = from_mdp(mdp)
     if policy not in (None, "tabular"):
@@ -175,10 +175,10 @@ def regulator_world(
     policy: str | None = None,
     fixed_std: bool = False,
 ) -> World:
-    """The world of a linear-quadratic regulator under u ~ Normal(gain s + offset, std^2), its critic exact.
+    """The world of a linear-quadratic regulator under u ~ Normal(gain s + offset, std^2), with its exact V.
 
-    offset: None is 0, and no parameter; neither is a fixed_std. policy: another network, at its initial
-    parameters, which has no exact answers.
+    offset: None fixes it at 0 instead of making it a parameter; fixed_std fixes std. policy: another
+    network at its initial parameters, without exact answers.
     """
     regulator = regulator or Lqr()
     env = from_lqr(regulator)
@@ -210,7 +210,7 @@ def table_params(logits: np.ndarray) -> Params:
 
 
 def tables(world: World) -> Tables:
-    """The tables of the world for the exact recursions, scores in the coordinates of `coordinates`.
+    """The tables of the world for the exact recursions, with scores in the basis of `coordinates`.
 
     Raises ValueError for a world without tables.
     """
@@ -219,9 +219,9 @@ def tables(world: World) -> Tables:
 
 
 def coordinates(world: World, moments: Moments) -> Moments:
-    """Moments of a table's gradient [O A] in an orthonormal basis of what the parameters can do [R].
+    """Moments of the gradient in parameters, in an orthonormal basis [R], from those of the table's [O A].
 
-    Norms, traces and cosines are those of the gradient in parameters, which `lifted` gives.
+    Norms, traces and cosines are the same as in the parameters [P], to which `lifted` returns.
     """
     factor = world.table.factor if world.is_tabular else None
     if factor is None:
@@ -230,13 +230,13 @@ def coordinates(world: World, moments: Moments) -> Moments:
 
 
 def lifted(world: World, vector: np.ndarray) -> np.ndarray:
-    """A vector in coordinates [R] as one of parameters [P]."""
+    """Turn a vector in coordinates [R] into one in parameters [P]."""
     basis = world.table.basis if world.is_tabular else None
     return vector if basis is None else basis @ vector
 
 
 def num_params(world: World) -> int:
-    """P."""
+    """The number of policy parameters, P."""
     return sum(x.size for x in jax.tree.leaves(world.params))
 
 
@@ -276,7 +276,7 @@ def _trained(name, policy, checkpoint, gamma) -> World:
     found = found._replace(critic=agent.critic, critic_params=params.critic)
     if checkpoint.tables is None:
         return found
-    # The tabulated world shows what the environment shows, so what was trained in one acts in the other.
+    # The table has the environment's observations, so a policy trained in one can act in the other.
     mdp = checkpoint.tables()
     return _tabled(found._replace(env=from_mdp(mdp)), mdp)
 
@@ -304,7 +304,7 @@ def _tabled(found: World, mdp: Mdp) -> World:
 
 def tabulated(name: str, **settings) -> Mdp:
     """The tables of one of TABULATED."""
-    from jaxpg.envs.tabulate import mdp_from_gymnax  # gymnax takes seconds
+    from jaxpg.envs.tabulate import mdp_from_gymnax  # importing gymnax takes seconds
 
     return mdp_from_gymnax(name, **settings)
 
