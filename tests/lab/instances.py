@@ -32,7 +32,7 @@ def instance_a(horizon=5, observation=(0, 1, 2)) -> Instance:
 
 
 def instance_t(unmasked=False) -> Instance:
-    """With `unmasked`, the absorbing state is lived through, its score included."""
+    """With `unmasked`, episodes go on in the absorbing state, and its scores count."""
     transition = np.array(
         [
             [(0.6, 0.3, 0.1), (0.2, 0.4, 0.4)],

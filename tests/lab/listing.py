@@ -1,4 +1,4 @@
-"""Every trajectory of a small world as NumPy arrays, so that an estimator is a sum over all of them."""
+"""Every trajectory of a small world as NumPy arrays, so that an expectation is a sum over all of them."""
 
 from itertools import product
 from typing import NamedTuple
@@ -70,7 +70,7 @@ def weighted(each: Listing, weight):
 
 
 def given_state(each: Listing, x):
-    """E[x_t | s_t = s] [H, S] of x [H, N], over those alive; 0 where nobody is."""
+    """E[x_t | s_t = s] [H, S] of x [H, N], over trajectories still alive; 0 where there are none."""
     return given_action(each._replace(a=0 * each.a), x)[..., 0]
 
 
@@ -92,19 +92,19 @@ def along(each: Listing, table):
 
 
 def least(each: Listing, g, functions):
-    """The numbers b [K] that make E|g - sum_k b_k f_k|^2 least, of g [N, P] and functions f [K, N, P]."""
+    """The numbers b [K] that minimise E|g - sum_k b_k f_k|^2, for g [N, P] and functions f [K, N, P]."""
     root = np.sqrt(each.p)[:, None]
     columns = (functions * root).reshape(len(functions), -1).T
     return np.linalg.lstsq(columns, (g * root).reshape(-1), rcond=1e-10)[0]
 
 
 def least_by_parameter(each: Listing, g, functions):
-    """The same for each parameter on its own [K, P]."""
+    """The same for each parameter separately [K, P]."""
     found = [least(each, g[:, [i]], functions[..., [i]]) for i in range(g.shape[1])]
     return np.stack(found, axis=1)
 
 
 def in_state(each: Listing, x):
-    """x_t 1(s_t = s) [H S, N, P] of x [H, N, P], which are the functions of a baseline per time and state."""
+    """x_t 1(s_t = s) [H S, N, P] of x [H, N, P]: the functions of a baseline per time and state."""
     found = [x * (each.s == s)[..., None] for s in range(len(each.pi))]
     return np.stack(found, axis=1).reshape(-1, *x.shape[1:])

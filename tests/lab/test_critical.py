@@ -1,4 +1,4 @@
-"""The regulator in the laboratory, and the law of batch sizes that it shows."""
+"""The regulator in the laboratory, and the law of batch sizes."""
 
 import jax
 import numpy as np
@@ -61,7 +61,7 @@ def test_an_offset_keeps_the_moments_exact():
     scores = lqr.moments(Lqr(), THREE, Estimator(credit.unit), numbers)
     np.testing.assert_allclose(scores.mean, 0.0, atol=1e-10)
     np.testing.assert_allclose(scores.covariance, lqr.fisher(Lqr(), THREE), rtol=1e-9, atol=1e-9)
-    # Without an offset, the two parameters are as they were.
+    # With an offset of 0, the moments of the other two parameters are the same as without it.
     pair, both = THREE[:2], [*THREE[:2], 0.0]
     two = lqr.moments(Lqr(), pair, Estimator(), numbers)
     three = lqr.moments(Lqr(), both, Estimator(), numbers)
@@ -102,7 +102,7 @@ def test_sampled_gradients_agree_with_the_exact_moments(name):
 
 
 def test_dropping_the_discount_of_states_is_seen():
-    # The negative control: c_t = 1 is another mean, by more than 5 standard errors.
+    # Negative control: c_t = 1 changes the mean by more than 5 standard errors.
     rows = gradient_samples(
         Source(
             PUBLIC.env,
@@ -136,7 +136,7 @@ def test_the_world_of_a_regulator():
 # Batch sizes.
 
 
-def test_updates_to_a_target_are_those_after_which_nine_in_ten_are_there_at_once():
+def test_updates_to_a_target_count_until_nine_in_ten_runs_are_there_at_the_same_time():
     scores = np.zeros((100, 6))
     scores[:, 3:] = 1.0
     scores[:50, 1] = 1.0  # half of the runs, by luck
@@ -156,7 +156,7 @@ def test_the_law_is_found_again():
 
 
 def arrivals(sizes, least, data, seed, flattest=1 / 0.3, slope=100.0):
-    """Runs whose updates to the target spread by a fifth about S_min + E_min / N, at three rates."""
+    """Runs that need about S_min + E_min / N updates to the target, spread by a fifth, at three rates."""
     rng, trials, fronts = np.random.default_rng(seed), [], []
     for size in sizes:
         rates = 2.0 ** np.arange(-1, 2) / (flattest + slope / size)
@@ -171,14 +171,14 @@ def arrivals(sizes, least, data, seed, flattest=1 / 0.3, slope=100.0):
 
 
 def test_a_critical_batch_has_an_interval_or_a_bound():
-    """Runs drawn anew hold the truth as often as they say; a curve that never levels off has a bound."""
+    """Intervals from resampled runs cover the truth; a curve that never levels off has a bound."""
     held = []
     for seed in range(8):
         law = critical.law_of(*arrivals((1, 8, 64, 512), 5, 100, seed))
         assert law.critical_batch.low < law.fit.critical_batch < law.critical_batch.high < np.inf
         held += [law.critical_batch.low <= 20 <= law.critical_batch.high]
     assert np.mean(held) >= 0.75
-    # 1 / N and no more, as far as these sizes go: any B that is much larger would do.
+    # At these sizes, updates fall as 1 / N: any much larger B fits.
     law = critical.law_of(*arrivals((1, 2, 4), 0, 100, 0, flattest=0.0))
     for name in ("critical_batch", "rate_knee", "largest_rate"):
         found = getattr(law, name)
@@ -186,7 +186,7 @@ def test_a_critical_batch_has_an_interval_or_a_bound():
         assert 0 < found.low == law.stated()[name]["above"], name
     assert law.critical_batch.low > 4
     assert critical.said(law.critical_batch).startswith("not resolved; above")
-    # The best of rates that are a factor of 2 apart is no closer to the truth than that.
+    # Rates are a factor of 2 apart, so the interval of the best one cannot be narrower than that.
     law = critical.law_of(*arrivals((64, 256, 1024), 5, 0, 0))
     assert (
         law.critical_batch.high < 64 and law.largest_rate.low < 0.28 < 0.32 < law.largest_rate.high
@@ -214,7 +214,7 @@ def short_cartpole():
 
 @pytest.mark.slow
 def test_rates_of_measured_worlds_are_in_units_of_a_trajectory(short_cartpole):
-    """Ten times the reward, a tenth of the rate; and the target lies above the start."""
+    """Ten times the reward gives a tenth of the rate, and the target lies above the start."""
     rate = small_rate(short_cartpole, jax.random.key(0))
     large = short_cartpole._replace(env=scaled(short_cartpole.env, 10.0))
     assert small_rate(large, jax.random.key(0)) == pytest.approx(rate / 10, rel=1e-4)
@@ -252,7 +252,7 @@ def test_where_no_rate_improves_it_says_so(short_cartpole):
 def test_a_batch_of_the_noise_scale_makes_half_the_progress():
     rows, scale = regulated.one_step(Settings(quick=True, seed=1), silent)
     for row in rows:
-        # The law is that of a quadratic objective, which J nearly is.
+        # The law holds for a quadratic objective, and J is nearly quadratic.
         assert row["measured"] == pytest.approx(1 / (1 + scale / row["batch"]), abs=0.03)
         assert row["high"] - row["low"] < 0.1
     assert {row["batch"] for row in rows} >= {round(scale)}
@@ -262,7 +262,7 @@ def test_a_batch_of_the_noise_scale_makes_half_the_progress():
 def test_the_best_rate_grows_linearly_and_then_no_more():
     result = critical.large_batch(critical.EXPERIMENTS["large-batch"].quick, silent)
     found = result.summary
-    # The knee lies between the noise scales along the way.
+    # The knee lies between the noise scales at the start and at the target.
     low, high = (found[f"curved_noise_scale_at_{x}"] for x in ("start", "target"))
     for name in ("rate_knee", "critical_batch"):
         seen = found[name]
@@ -279,12 +279,12 @@ def test_the_best_rate_grows_linearly_and_then_no_more():
     sizes = np.array(list(front), float)
     exponents = np.diff(np.log(rates)) / np.diff(np.log(sizes))
     assert exponents[0] > 0.6 > exponents[-1]
-    # Many small batches and few large ones: neither time nor data is least at once.
+    # Small batches need the least data and large ones the fewest updates: no size has both.
     assert (np.diff(updates) < 0).all() and sizes[-1] * updates[-1] > 2 * sizes[0] * updates[0]
 
 
 def test_what_has_no_upper_end_is_an_arrow(tmp_path):
-    """Of updates that the runs may never reach, and of a knee of which only a bound is known."""
+    """Arrows mark updates that the runs may never reach, and a knee that has only a bound."""
     rows = [
         {"estimator": "rtg", "batch": n, "rate": rate, "measured": s, "low": 0.8 * s, "high": high,
          "quantity": quantity}

@@ -1,4 +1,4 @@
-"""Every trajectory through the slots that training uses, against the recursions that never call them."""
+"""Enumeration through the slots that training uses, against the recursions, which never call them."""
 
 from types import SimpleNamespace
 
@@ -40,7 +40,7 @@ COMPOSITIONS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(COMPOSITIONS)))
 def test_recursion_and_enumeration_agree(index):
-    """Worlds differ from composition to composition: with and without an end, aliased, off-policy."""
+    """Each composition has another world: with and without terminal states, aliased, off-policy."""
     ends, seen = index % 3 > 0, ((0, 1, 2), (0, 1, 0))[index % 2]
     mdp, logits, behaviour = random_instance(index, 3, ends, seen)
     critic = np.random.default_rng(index).normal(size=(3, 3))
@@ -131,7 +131,7 @@ def test_the_own_sample_in_the_mean_shrinks_the_gradient():
         estimator = Estimator(TOTAL, baselines.batch_mean)
         listed = enumeration.moments(mdp, logits, estimator, HP, batch_size=batch_size)
         np.testing.assert_allclose(listed.mean, true * (batch_size - 1) / batch_size, atol=1e-12)
-        # Vector by vector (N-1)/N of leave-one-out, so the covariance shrinks by the square.
+        # Each vector is (N-1)/N of leave-one-out's, so the covariance shrinks by the square.
         other = exact.leave_one_out_moments(mdp, logits, TOTAL, HP.gamma, batch_size)
         shrunk = other.covariance * ((batch_size - 1) / batch_size) ** 2
         np.testing.assert_allclose(listed.covariance, shrunk, atol=1e-11)
@@ -157,7 +157,7 @@ def test_independent_episodes_divide_the_covariance():
 
 
 def test_self_normalised_weights_are_consistent():
-    """Biased for few draws, less for more: here over one-step episodes."""
+    """The bias falls with the number of draws, here of one-step episodes."""
     mdp, logits = bandit((1.0, 0.7, 0.0)), np.array([(0.3, -0.2, 0.5)])
     behaviour = np.log([(0.5, 0.3, 0.2)])
     true = exact.gradient(mdp, logits, 1.0)
@@ -168,7 +168,7 @@ def test_self_normalised_weights_are_consistent():
         )
         for n in (2, 8, 32)
     ]
-    # O(1/N): by nearly 4 from 8 to 32.
+    # O(1/N): the bias falls by nearly 4 from 8 draws to 32.
     assert bias[0] > bias[1] > bias[2]
     assert 3.5 < bias[1] / bias[2] < 4.5
 
@@ -217,7 +217,7 @@ def test_a_tabulated_baseline_counts_steps_from_each_reset():
     steps = Trajectory(*[zeros] * 10)._replace(first=first, obs=jnp.array([[0, 1]] * 4))
     table = np.array([(1.0, 2.0), (3.0, 4.0), (5.0, 6.0)])
     found = baselines.tabulated(table)(zeros, lambda psi: psi, steps, HP)
-    # Past the last row of the table, the last row goes on.
+    # Beyond the table, its last row is used.
     np.testing.assert_allclose(found, [(1, 2), (3, 4), (1, 6), (3, 6)])
     with pytest.raises(ValueError, match=r"got shape \(3,\)"):
         baselines.tabulated(table[:, 0])
@@ -231,7 +231,7 @@ def test_weights_that_are_no_weights_are_refused():
 
 
 def test_weights_of_a_long_episode_stay_in_range():
-    """Each step's ratio e^0.5 over 1000 steps overflows as a product; as a share of the batch it does not."""
+    """Ratios of e^0.5 over 1000 steps overflow as a product, but not as a share of the batch."""
     log_ratio = jnp.full((1000, 4), 0.5) * jnp.array([1.0, 0.5, -1.0, 1.0])[None, :]
     trajectory = SimpleNamespace(mask=jnp.ones_like(log_ratio, bool))
     weights = importance.self_normalised(importance.prefix)(log_ratio, trajectory, HP)

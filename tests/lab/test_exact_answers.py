@@ -65,7 +65,7 @@ def test_optimal_baselines_are_where_the_trace_is_flat(slot, aliased):
         return exact.control_variate_moments(mdp, logits, slot, 0.8, b)
 
     def by_state(b):
-        # Aliased or not, a baseline may know the state: tabulated on worlds that show it.
+        # A baseline may know the state even if observations are aliased, so it is passed as a critic.
         estimator = Estimator(slot, baselines.critic, start)
         return exact.moments(mdp, logits, estimator, Hyperparams(gamma=0.8), critic=b)
 
@@ -141,7 +141,7 @@ def test_every_answer_is_a_sum_over_trajectories(name, gamma):
 
 
 def grouped(each, label, x):
-    """E[x | label] [N, P], of labels [N]."""
+    """E[x | label] [N, P], for labels [N]."""
     _, index = np.unique(label, return_inverse=True)
     mass = np.bincount(index, each.p)
     return np.stack([np.bincount(index, each.p * column) / mass for column in x.T], axis=1)[index]
@@ -150,7 +150,7 @@ def grouped(each, label, x):
 @pytest.mark.parametrize("name", INSTANCES)
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_the_parts_of_the_variance_are_those_of_conditional_means(name, gamma):
-    """Of E[G | the past], one draw after another; and of one step's estimate at a uniform time."""
+    """Check E[G | the past] draw by draw, and the estimate of one step at a uniform time."""
     mdp, logits, _ = INSTANCES[name]
     each = listing(mdp, logits, gamma)
     gain = weighted(each, each.start * (each.to_go - along(each, given_state(each, each.to_go))))
@@ -165,7 +165,7 @@ def test_the_parts_of_the_variance_are_those_of_conditional_means(name, gamma):
     np.testing.assert_allclose(found.initial, parts["state"][0], atol=1e-11)
     np.testing.assert_allclose(found.action, parts["action"], atol=1e-11)
     np.testing.assert_allclose(found.transition, [*parts["state"][1:], 0.0], atol=1e-11)
-    # Each step of each trajectory, as likely as it is at a uniform t.
+    # List each step of each trajectory with its probability at a uniform t.
     flat = each._replace(p=np.repeat(each.p[None] / mdp.horizon, mdp.horizon, axis=0).reshape(-1))
     t = np.arange(mdp.horizon)[:, None] + 0 * each.s
     state, pair = ((t * 3 + each.s).reshape(-1), ((t * 3 + each.s) * 2 + each.a).reshape(-1))
@@ -181,7 +181,7 @@ def test_the_parts_of_the_variance_are_those_of_conditional_means(name, gamma):
 
 
 def test_the_natural_gradient_is_a_regression():
-    """eNAC: regress the return on the score with an intercept; here by its normal equations."""
+    """eNAC regresses the return on the score with an intercept; here by its normal equations."""
     mdp, logits, _ = A
     covariance = exact.moments(mdp, logits, Estimator(credit.unit), Hyperparams()).covariance
     np.testing.assert_allclose(covariance, exact.fisher(mdp, logits), atol=1e-14)
@@ -191,7 +191,7 @@ def test_the_natural_gradient_is_a_regression():
 
 @pytest.mark.parametrize("from_start", [True, False])
 def test_doob_parts_sum_to_the_trace(from_start):
-    """With reward noise and any baseline, and discounting states or not."""
+    """The sum holds with reward noise, any baseline, and with or without gamma^t."""
     mdp, logits, _ = random_instance(9, 5)
     noise = np.array([[0.5, 1.0], [0.2, 2.0], [0.0, 0.0]])
     table = np.random.default_rng(1).normal(size=(5, 3))
@@ -312,7 +312,7 @@ def test_occupancy_is_a_distribution_at_every_step():
 
 
 def test_values_of_observations():
-    """Where nothing is aliased they are the values; where all is, the mean over the states met."""
+    """Without aliasing they are the values; if all states look alike, the mean over those visited."""
     value, action_value = exact.values(*A[:2], 0.9)
     found, found_action = exact.observation_values(*A[:2], 0.9)
     np.testing.assert_allclose(found, value[:-1])

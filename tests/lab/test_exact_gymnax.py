@@ -117,7 +117,7 @@ def test_deep_sea():
     logits = uniform(mdp)
     assert mdp.horizon == 8
     np.testing.assert_allclose(exact.objective(mdp, logits, 1.0), -0.00109375, rtol=1e-6)
-    # Of the corner's reward alone: one path of eight steps.
+    # With the corner's reward alone, only one path of eight steps is paid.
     corner = mdp._replace(reward=np.where(mdp.reward > 0.5, 1.0, 0.0))
     np.testing.assert_allclose(exact.objective(corner, logits, 1.0), 2.0**-8, rtol=1e-12)
 
@@ -125,7 +125,7 @@ def test_deep_sea():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["FrozenLake-misc", "Catch-bsuite"])
 def test_the_table_moves_as_the_environment_does(name):
-    """Random play of the environment itself: its mean return and length, within 5 standard errors."""
+    """Random play of the environment itself has the table's mean return and length, to 5 standard errors."""
     environment, params = gymnax.make(name)
     mdp, num_episodes = table(name), 20_000
 

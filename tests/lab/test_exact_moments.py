@@ -26,7 +26,7 @@ ON = importance.from_start(importance.on_policy)
 
 
 def rows(instance, gamma):
-    """Every estimator of the table, by name: its exact moments."""
+    """The exact moments of every estimator of the table, by name."""
     mdp, logits, behaviour = instance
     value, action_value = exact.values(mdp, logits, gamma)
     value = value[:-1]
@@ -96,7 +96,7 @@ def rows(instance, gamma):
 
 
 def written_out(instance, gamma):
-    """The same estimates [N, P] of every trajectory, as their formulas say, by name, and the trajectories."""
+    """The trajectories and, by name, the same estimates [N, P] of each, written out from their formulas."""
     mdp, logits, behaviour = instance
     each = listing(mdp, logits, gamma)
     returns, c, size = each.to_go[0], each.start, (each.u**2).sum(axis=-1)
@@ -164,7 +164,7 @@ def written_out(instance, gamma):
         for x in (each, other)
     )
     cut = ((advantage > 0) & (rho > 1.2)) | ((advantage < 0) & (rho < 0.8))
-    causal = ahead(other.reward, gamma * rho)  # weighed by the ratios after t
+    causal = ahead(other.reward, gamma * rho)  # weighted by the ratios after t
     return [(each, found), (other, {
         "IS total": weighted(other, everyone * prefix[-1] * other.to_go[0]),
         "IS pdis": weighted(other, c * prefix * causal),
@@ -180,7 +180,7 @@ def written_out(instance, gamma):
 
 @pytest.mark.parametrize(("name", "gamma"), CASES)
 def test_every_row_of_the_table(name, gamma):
-    """The recursions have the mean and the covariance of the estimates of all trajectories."""
+    """The recursions give the mean and the covariance over all trajectories."""
     instance = {"A": instance_a, "T": instance_t}[name]()
     found, seen = rows(instance, gamma), set()
     for each, estimates in written_out(instance, gamma):
@@ -278,7 +278,7 @@ def test_a_reward_offset_is_exactly_quadratic():
     mdp, logits, _ = instance_a()
     offsets = np.array([0.0, 0.5, -2.0, 7.0])
     estimator, hyperparams = Estimator(TOTAL), Hyperparams(gamma=1.0)
-    # An offset of kappa on the return is one of kappa / H on every reward.
+    # To add kappa to the return, add kappa / H to every reward.
     found = [
         exact.moments(mdp._replace(reward=mdp.reward + k / 5), logits, estimator, hyperparams).trace
         for k in offsets
@@ -288,7 +288,7 @@ def test_a_reward_offset_is_exactly_quadratic():
 
 
 def test_reward_noise_is_as_two_equally_likely_rewards():
-    """A coin in the state, hidden from the policy, adds +-sigma: the first two moments of Gaussian noise."""
+    """A coin in the state, hidden from the policy, adds +-sigma, with the two moments of Gaussian noise."""
     mdp, logits, behaviour = random_instance(3)
     std = np.array([[0.5, 1.0], [2.0, 0.3], [0.0, 0.0]])
     noisy = mdp._replace(reward_variance=std**2)
@@ -362,7 +362,7 @@ def test_an_unmasked_terminal_score_shows_in_the_variance_only():
 
 
 def test_stale_data_costs_first_order_in_the_gradient():
-    """Against the true gradient, the step ratio's error is linear in the distance of the policies."""
+    """The step ratio's error to the true gradient is linear in the distance between the policies."""
     mdp, logits, behaviour = instance_a()
     direction = (behaviour - logits) / np.linalg.norm(behaviour - logits)
     distances, errors = np.array([1e-1, 1e-2, 1e-3]), []

@@ -57,7 +57,7 @@ def test_the_sigmoid_bandit_and_the_mean_baseline_that_hurts():
     np.testing.assert_allclose(variances, (0.0009, 0.0576, 0.0), atol=1e-16)
     even = [bandits.sigmoid_optimal_baseline(0.5, r) - np.mean(r) for r in ((1, 0), (3, -2))]
     np.testing.assert_allclose(even, 0.0)
-    # Through the softmax bandit: theta is the difference of two logits, so the gradients agree.
+    # The softmax bandit agrees: theta is the difference of two logits.
     logits = np.array([(np.log(9.0), 0.0)])
     softmax = exact.moments(bandits.bandit((1.0, 0.0)), logits, Estimator(TOTAL), Hyperparams())
     np.testing.assert_allclose(softmax.mean, [0.09, -0.09])
@@ -156,7 +156,7 @@ def test_noise_overwhelms_the_signal_near_the_optimum(gain, to_go, with_value):
 
 
 def test_one_step_of_the_regulator_by_hand():
-    """Of the gain's component: a polynomial of Gaussian moments."""
+    """The variance of the gain's component is a polynomial of Gaussian moments."""
     k, std, v = -0.6, 0.5, 0.25
     one = Lqr(initial_mean=0.0, initial_variance=v, horizon=1)
     alpha, beta, g = 1.0 + 0.1 * k**2, 2 * 0.1 * k * std, 0.1 * std**2

@@ -1,4 +1,4 @@
-"""Experiments of the laboratory: the numbers that each is about, measured against exact, and the command."""
+"""Experiments of the laboratory: their key numbers, measured against exact ones, and the command."""
 
 import csv
 import json
@@ -37,7 +37,7 @@ KEY = jax.random.key(3)
 
 
 def run(name, **settings):
-    """An experiment at its quick size: its table by rows, and its summary."""
+    """Run an experiment at its quick size; its table by rows, and its summary."""
     asked = EXPERIMENTS[name].quick._replace(**settings)
     result = EXPERIMENTS[name].run(asked, lambda line: None)
     names = list(result.table)
@@ -45,7 +45,7 @@ def run(name, **settings):
         dict(zip(names, values, strict=True)) for values in zip(*result.table.values(), strict=True)
     ]
     assert set(COLUMNS) <= set(names)
-    # A number, or a bound, or the reason why there is neither.
+    # Every entry is a number, a bound, or the reason for having neither.
     assert "null" not in json.dumps(result.summary, allow_nan=False)
     for r in rows:
         numbers = [r[k] for k in ("measured", "low", "high", "exact") if r[k] is not None]
@@ -54,7 +54,7 @@ def run(name, **settings):
 
 
 def covered(rows, least=0.75):
-    """Intervals of 95 % hold the exact value: most of them, and none is far off."""
+    """Most intervals of 95 % hold the exact value, and none is far off."""
     seen = [r for r in rows if r["measured"] is not None and r["exact"] is not None]
     seen = [r for r in seen if np.isfinite(r["low"]) and r["high"] > r["low"]]
     assert seen
@@ -92,7 +92,7 @@ def test_every_named_estimator_has_the_gradient_for_mean_or_a_warning():
     for name in available(place):
         each = form(name, place)
         moments = batch_moments(each, place, 8)
-        if moments is None:  # estimated optima: measured only
+        if moments is None:  # estimated optima have no exact moments
             assert "loo" in name
             continue
         biased = np.linalg.norm(moments.mean - truth) > 1e-9
@@ -119,7 +119,7 @@ def test_batch_size_of_coupled_batches():
 
 
 def test_shared_keys_are_seen():
-    # The negative control of the slope: batches of copies of one trajectory.
+    # Negative control of the slope: batches made of copies of one trajectory.
     place = world("A")
     each = [form("rtg", place)]
     found = measure(place, each, KEY, 2**12, (1, 4))["rtg"]
@@ -215,7 +215,7 @@ def test_degenerate_weights_have_no_interval():
 
 @pytest.mark.slow
 def test_weights_with_a_heavy_tail_are_flagged():
-    """Where few weights make up the fourth moment, the interval of a variance holds the truth too seldom."""
+    """If a few weights dominate the fourth moment, intervals of a variance miss the truth too often."""
     mdp, logits, behaviour = instance_a()
     for lag, heavy in ((0.0, False), (0.5, False), (2.0, True)):
         place = tabular_world("A", mdp, behaviour + lag * (logits - behaviour), behaviour)
@@ -239,7 +239,7 @@ def test_importance():
         assert known[f"{name} trace"] == pytest.approx(trace, abs=1e-8)
         assert known[f"{name} squared_bias"] ** 0.5 == pytest.approx(bias, abs=1e-8)
     assert summary["weights_at_lag_1"]["square"] == pytest.approx(1.61168126)
-    # Where policy and behaviour are one, every form is plain reward to go, or total return.
+    # Where policy and behaviour are equal, every form is plain reward to go, or total return.
     at_zero = {
         r["estimator"]: r["exact"] for r in rows if r["lag"] == 0 and r["quantity"] == "trace"
     }
@@ -277,7 +277,7 @@ def test_cosine():
     clt = {(r["quantity"], r["batch"]): r["exact"] for r in rows if r["estimator"] == "total"}
     assert clt["to truth", 1] == pytest.approx(0.280, abs=1e-3)
     assert clt["between batches", 1] == pytest.approx(0.079, abs=1e-3)
-    # The central limit: of no use for one trajectory, good from sixteen on.
+    # The central limit is useless for one trajectory, but accurate for batches of 64.
     covered([r for r in rows if r["batch"] >= 64])
     dense = exact.cosine(batch_moments(form("total", world("A")), world("A"), 10**4)).to_truth
     later = exact.cosine(batch_moments(form("total", world("A")), world("A"), 10**5)).to_truth
@@ -303,14 +303,14 @@ def test_noise_scale():
 @pytest.mark.parametrize("name", ["importance", "clipping", "stale", "offset", "gae", "horizon-is"])
 def test_worlds_without_tables_are_measured_only(name):
     rows, _ = run(name, env="CartPole-v1", policy="linear", trajectories=2**8)
-    own_world = ("gaussian", "wrong sign", "variance of the reward")  # a bandit's, or a walk's
+    own_world = ("gaussian", "wrong sign", "variance of the reward")  # rows of a bandit or a walk
     seen = [r for r in rows if not {r["estimator"], r["quantity"]} & set(own_world)]
     assert seen
     for r in seen:
         assert r["exact"] is None and r["trajectories"] == 2**8
         assert 2**8 <= r["env_steps"] <= 50 * 2**8
         assert r["low"] <= r["measured"] <= r["high"]
-    # Where policy and behaviour are one, the weights change nothing, down to the rounding.
+    # Where policy and behaviour are equal, the weights change nothing, up to rounding.
     for r in seen:
         if name == "importance" and r["lag"] == 0 and r["estimator"] != "is_total":
             at_zero = r["quantity"] == "squared_distance_to_on_policy"
@@ -322,7 +322,7 @@ def test_worlds_without_tables_are_measured_only(name):
 
 @pytest.mark.slow
 def test_networks_are_not_destroyed_by_the_steps_of_tables():
-    """With the rates of tables, every episode of CartPole ends within ten steps after a few updates."""
+    """With rates meant for tables, every CartPole episode would end within ten steps after a few updates."""
     rows, _ = run("optimizers", env="CartPole-v1", policy="mlp", repeats=4)
     for name in ("sgd", "adam"):
         score = [r["measured"] for r in rows if (r["estimator"], r["reward_scale"]) == (name, 1)]
@@ -443,13 +443,13 @@ def test_a_checkpoint_is_measured_where_it_was_trained(tmp_path, capsys):
     main(command)
     summary = json.loads((out / "summary.json").read_text())
     rows = summary["summary"]["trace"]["rtg"]
-    # An mlp's parameters, and still an exact trace to compare with.
+    # The parameters are an mlp's, and there still is an exact trace to compare with.
     assert rows["measured"] == pytest.approx(rows["exact"], rel=0.5) and rows["exact"] > 0
     origin = summary["settings"]["checkpoint"]
     assert [origin[k] for k in ("run", "update", "replica", "seed")] == [str(run_folder), 2, 3, 1]
     assert summary["settings"]["gamma"] == 0.9 == origin["hyperparameters"]["gamma"]
     assert f"seed 1 of {run_folder} at update 2" in " ".join(capsys.readouterr().out.split())
-    # Another gamma than the run's is said, in the terminal and on every row.
+    # A gamma that differs from the run's is reported in the terminal and on every row.
     main([*command[:-5], str(tmp_path / "other"), *command[-4:], "--gamma", "0.5"])
     assert "warning: --gamma 0.5, not the run's 0.9" in capsys.readouterr().out
     with open(tmp_path / "other" / "table.csv") as file:
@@ -460,14 +460,14 @@ def test_a_checkpoint_is_measured_where_it_was_trained(tmp_path, capsys):
     here, there = (form("rtg", world("FrozenLake-misc", None, found, g)) for g in (None, 0.5))
     assert rows["exact"] == pytest.approx(here.exact().trace, rel=1e-5)
     assert there.exact().trace < 0.8 * here.exact().trace
-    # The estimators read all of the run's numbers, and its lambda is the ladder's.
+    # The estimators read all hyperparameters of the run, and the ladder uses its lambda.
     assert here.hyperparams.lambda_ == 0.7
     assert "gae_0.7" in ladder._default(world("FrozenLake-misc", None, found))
 
 
 @pytest.mark.slow
-def test_what_training_has_otherwise_than_the_run_is_said(tmp_path, capsys):
-    """Its optimizer and learning rate are the run's, and what is the laboratory's own is on every row."""
+def test_settings_of_training_that_differ_from_the_run_are_reported(tmp_path, capsys):
+    """Optimizer and learning rate are the run's, and every row names the settings that are not."""
     folder, out = tmp_path / "run", tmp_path / "out"
     flags = "--optimizer sgd --learning-rate 0.3 --max-grad-norm 2 --seeds 1 --run"
     main([*FROZEN.split(), *flags.split(), str(folder)])
@@ -504,7 +504,7 @@ def test_what_training_has_otherwise_than_the_run_is_said(tmp_path, capsys):
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_the_figure_of_seeds_has_any_number_of_algorithms(count, tmp_path):
-    """One has none to be compared with, and five make more pairs than there are markers."""
+    """A single one has no pairs to compare, and five make more pairs than there are markers."""
     rng, names = np.random.default_rng(0), [f"row_{i}" for i in range(count)]
     curves = {name: rng.random((4, 1, 20)) for name in names}
     rows = learning._curve_rows(curves, names, 8, {name: np.arange(20) for name in names})
@@ -517,7 +517,7 @@ def test_the_figure_of_seeds_has_any_number_of_algorithms(count, tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoints_tables_are_those_of_its_own_environment(tmp_path):
-    """Where the run played another lake than the usual one, the usual one's table says nothing of it."""
+    """If the run changed the lake, the table of the usual lake does not describe it."""
     usual = world("FrozenLake-misc").mdp
     for i, (flags, transition) in enumerate(
         (

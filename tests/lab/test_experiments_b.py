@@ -1,4 +1,4 @@
-"""The numeric signatures of the experiments on decompositions, batches, windows, discount and learning."""
+"""Key numbers of the experiments on decompositions, batches, windows, discount and learning."""
 
 import json
 
@@ -37,7 +37,7 @@ def silent(line):
     del line
 
 
-# Every experiment: a tidy table whose measurements agree with its exact values, and a figure.
+# Every experiment has a figure and a tidy table with measurements that agree with exact values.
 
 
 @pytest.mark.slow
@@ -51,10 +51,10 @@ def test_measurements_agree_with_exact_values(name):
     for row in rows:
         if row["measured"] is None or row["exact"] is None or not np.isfinite(row["high"]):
             continue
-        # Intervals are of 95 %, about 2 standard errors either way: 5 of them, and rounding.
+        # Intervals of 95 % reach about 2 standard errors either way; allow 5, and rounding.
         reach = 2.5 * (row["high"] - row["low"]) + 1e-5 * abs(row["exact"]) + 1e-9
         assert abs(row["measured"] - row["exact"]) <= reach, row
-    # A number, or a bound, or the reason why there is neither.
+    # Every entry is a number, a bound, or the reason for having neither.
     assert "null" not in json.dumps(result.summary, allow_nan=False)
     result.draw(Figure())
 
@@ -96,7 +96,7 @@ def test_split_by_initial_state_on_a_gymnax_environment():
     result = decomposition.total_variance(settings, silent)
     rows = {r: i for i, r in enumerate(result.table["component"][:3])}
     measured = [result.table["measured"][rows[part]] for part in ("initial", "rest", "total")]
-    # The two parts come from other episodes than the total.
+    # The two parts and the total come from different episodes.
     assert abs(measured[0] + measured[1] - measured[2]) < 0.1 * measured[2]
     assert abs(measured[2] - form("rtg", catch).exact().trace) < 0.1 * measured[2]
 
@@ -118,7 +118,7 @@ def test_the_trace_grows_with_the_horizon():
 
 @pytest.mark.slow
 def test_every_kind_of_world_has_its_horizons():
-    """A regulator goes on, its critic too; what has only an environment ends where that does."""
+    """A regulator can be extended, with its critic; a bare environment cannot go beyond its own end."""
     long = decomposition.at_horizon(world("LQR"), 12)
     each = form("rtg_value", long)
     found = measure(long, [each], jax.random.key(0), 2**13)["rtg_value"].trace()
@@ -147,7 +147,7 @@ def test_the_own_mean_shrinks_a_measured_gradient():
     names = ("total_own_mean", "total_mean")
     found = measure(A, [form(n, A) for n in names], jax.random.key(0), 2**14, (2,))
     own, others = (found[name].mean for name in names)
-    # Sample by sample, whatever the sample.
+    # This holds for every sample, not only on average.
     np.testing.assert_allclose(own, others / 2, atol=1e-5)
 
 
@@ -217,7 +217,7 @@ def test_simulated_windows_agree_with_the_table():
                              (lanes.unmasked, "unmasked")):  # fmt: skip
             error = values.std() / np.sqrt(number)
             assert abs(values.mean() - known[name]) < 5 * error, (length, name)
-        # Of a ratio of means, by the delta method.
+        # The standard error of a ratio of means, by the delta method.
         for total, name in ((lanes.completed, "pooled"), (lanes.returns, "pooled_return")):
             ratio = total.sum() / lanes.ends.sum()
             error = (total - ratio * lanes.ends).std() / np.sqrt(number) / lanes.ends.mean()
@@ -271,7 +271,7 @@ def test_the_best_objective_is_an_upper_bound_that_ascent_approaches():
 def test_the_natural_gradient_ignores_the_parameterisation(name):
     matrix = ascent.mixing(6, 0)
     assert ascent.reparameterisation_gap(A, name, matrix) < 1e-5
-    # The negative control: steepest ascent does not.
+    # Negative control: steepest ascent does not.
     assert ascent.reparameterisation_gap(A, "sgd", matrix) > 1e-2
 
 
@@ -285,7 +285,7 @@ def test_adam_ignores_the_unit_of_the_reward():
 
 @pytest.mark.slow
 def test_baselines_of_equal_variance_commit_differently():
-    # 2000 runs against fractions known to .007 (4000 runs): 5 standard errors of both together.
+    # 2000 runs against fractions from 4000 runs, known to .007: allow 5 standard errors of the difference.
     number, known = 2000, np.array([0.2245, 0.1205, 0.0793, 0.0318, 0.0])
     final, _ = ascent.commit(jax.random.key(0), np.array(ascent.DELTAS), number)
     stuck = (final[:, :, 0] < 0.5).mean(axis=1)

@@ -1,4 +1,4 @@
-"""Statements about a handful of seeds: against SciPy, closed forms and synthetic data with known answers."""
+"""Statistics of a few seeds, against SciPy, closed forms and synthetic data with known answers."""
 
 import tracemalloc
 
@@ -22,7 +22,7 @@ def test_interquartile_mean_is_the_trimmed_mean(shape):
 
 
 def test_interquartile_mean_weighs_the_scores_at_the_quartiles():
-    # Of five equal shares of [0, 5], [1.25, 3.75] holds 3/4 of the second and fourth, all of the third.
+    # The middle half, [1.25, 3.75] of [0, 5], holds 3/4 of the second and fourth score, and all of the third.
     scores = np.array([[100.0], [1.0], [2.0], [3.0], [-7.0]])
     assert np.isclose(interquartile_mean(scores), (0.75 * 1 + 2 + 0.75 * 3) / 2.5)
 
@@ -36,7 +36,7 @@ def test_interquartile_mean_of_normal_data_is_their_mean():
 @pytest.mark.slow
 @pytest.mark.parametrize("draw", ["normal", "lognormal"])
 def test_bootstrap_intervals_cover_the_truth(draw):
-    # Binomial standard error of 2000 repetitions at 95 %: 0.5 %; the band is 4 of them either side.
+    # The binomial standard error of 2000 repetitions at 95 % is 0.5 %; the band is 4 of them either side.
     rng = np.random.default_rng(2)
     draws = getattr(rng, draw)(size=(2000, 32, 5)) + np.arange(5.0)
     grid = (np.arange(200_000) + 0.5) / 200_000
@@ -51,7 +51,7 @@ def test_bootstrap_intervals_cover_the_truth(draw):
 
 
 def test_intervals_that_ignore_strata_are_too_wide():
-    # Negative control: tasks of very different scale, and a mean whose spread between tasks is no noise.
+    # Negative control: tasks have very different means, and their spread is not noise.
     scores = np.random.default_rng(3).normal(size=(16, 4)) + 100.0 * np.arange(4)
     stratified = bootstrap(lambda x: x.mean(axis=(-2, -1)), scores)
     mixed = bootstrap(lambda x: x.mean(axis=(-2, -1)), scores.reshape(-1, 1))
@@ -79,7 +79,7 @@ def test_probability_of_improvement_of_normals():
 
 
 def test_thousands_of_runs_are_resampled_in_parts(monkeypatch):
-    """Which are the same draws; and no array holds all of them, or all pairs of runs."""
+    """Parts give the same draws, and no array holds all resamples, or all pairs of runs."""
     scores = np.random.default_rng(6).normal(size=(30, 4))
     whole = bootstrap(interquartile_mean, scores, num_resamples=200)
     for most in (1, 1000):

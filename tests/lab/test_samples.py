@@ -1,4 +1,4 @@
-"""Measured gradients against the exact ones, at an N where the bugs they guard against would show."""
+"""Measured gradients against exact ones, at an N large enough to show the bugs they guard against."""
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ def test_means_and_traces_match_the_exact_ones(name):
     assert abs(z_of_trace(samples, np.trace(truth.covariance))) < 5
     if name in ("prefix", "one step"):
         gradient = exact.gradient(A.mdp, A.logits, GAMMA)
-        assert z_of_mean(samples, gradient) > 5, "documented as biased, and seen to be"
+        assert z_of_mean(samples, gradient) > 5, "documented as biased, and measured to be"
 
 
 @pytest.mark.slow
@@ -104,13 +104,13 @@ def test_negative_controls_fail():
     exchanged = instance_a()._replace(logits=A.behaviour_logits)
     inverted = rows(exchanged, Estimator(importance=START(importance.per_decision)), behaviour=A[1])
     assert z_of_mean(inverted, gradient) > 5
-    # The own sample in the mean: (N-1)/N of the gradient at batch 8.
+    # With the own sample in the mean, a batch of 8 gives 7/8 of the gradient.
     own = rows(A, Estimator(baseline=baselines.batch_mean, importance=ON), 64_000, 1)
     per_batch = rows_in_batches(baselines.batch_mean)
     assert z_of_mean(per_batch, gradient) > 5
     assert z_of_mean(per_batch, 7 / 8 * gradient) < 5
     assert z_of_mean(rows_in_batches(baselines.leave_one_out), gradient) < 5
-    assert z_of_mean(own, gradient) < 5, "in a batch of 64 000 the own sample is lost"
+    assert z_of_mean(own, gradient) < 5, "in a batch of 64 000 the own sample is negligible"
 
 
 def rows_in_batches(baseline, size=8, num=40_000):
@@ -134,7 +134,7 @@ def test_an_unmasked_terminal_score_would_be_caught_by_the_trace():
     assert abs(z_of_trace(samples, 73.76380316)) < 5
     lived = rows(unmasked, Estimator(credit.total_return), hyperparams=plain)
     assert abs(z_of_trace(lived, 102.04677065)) < 5
-    assert z_of_mean(lived, samples.mean(0)) < 8, "the mean does not tell"
+    assert z_of_mean(lived, samples.mean(0)) < 8, "the mean does not show it"
 
 
 @pytest.mark.slow
@@ -151,7 +151,7 @@ def test_an_unmasked_terminal_score_would_be_caught_by_the_trace():
     ],
 )
 def test_the_mean_over_rows_is_the_batch_gradient(build, estimator):
-    """Whatever the slots: per-step means, standardisation and a network with memory included."""
+    """This holds for all slots, with per-step means, standardisation and a network with memory."""
     env = from_gymnax("CartPole-v1", max_steps_in_episode=12)
     policy = build(env.observation, env.action, (8,))
     params = policy.init(jax.random.key(0))

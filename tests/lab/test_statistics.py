@@ -1,3 +1,5 @@
+"""Statistics of measured gradients, with their intervals, against exact moments and NumPy."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +37,7 @@ def measure(estimator=TO_GO, num=64_000, behaviour=None, instance=A, hyperparams
 
 
 def within(estimate, value, errors=5.0):
-    """95 % limits of 32 groups are 2.04 standard errors wide on each side."""
+    """Whether the estimate is within `errors` standard errors; 95 % limits of 32 groups are 2.04 of them."""
     half = (estimate.high - estimate.low) / 2
     return abs(estimate.value - value) < errors / 2.04 * half
 
@@ -74,7 +76,7 @@ def test_five_routes_to_one_trace(route):
 
 @pytest.mark.slow
 def test_a_coupling_baseline_of_the_users_own_is_measured_by_batches_too():
-    """Nothing is known of a plain function: its rows are not taken for independent."""
+    """A plain function carries no facts, so its rows are not assumed to be independent."""
 
     def mine(psi, scores, trajectory, hyperparams):
         del scores, trajectory, hyperparams
@@ -224,7 +226,7 @@ def test_unknown_routes_and_coupled_traces_are_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize(("lag", "heavy"), [(0.5, False), (2.0, True)])
 def test_a_heavy_tail_is_said(lag, heavy):
-    """Where few weights make up the fourth moment, intervals of variances hold the truth too seldom."""
+    """If a few weights dominate the fourth moment, intervals of a variance miss the truth too often."""
     ahead = A._replace(logits=A.behaviour_logits + lag * (A.logits - A.behaviour_logits))
     weighed = Estimator(credit.total_return, importance=importance.trajectory)
     result = measure(weighed, 2**14, A.behaviour_logits, ahead)

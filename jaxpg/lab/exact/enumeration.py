@@ -166,7 +166,7 @@ def _batches(probability, batch_size):
         grown = np.repeat(index, more, axis=0)
         offset = np.arange(len(grown)) - np.repeat(np.cumsum(more) - more, more)
         index = np.concatenate([grown, (grown[:, -1] + offset)[:, None]], axis=1)
-    # Of batch_size! orders, count once those that only swap equal trajectories.
+    # Count batch_size! orders, but only once those that swap equal trajectories.
     run = np.ones(len(index))
     repeats = np.ones(len(index))
     for i in range(1, batch_size):

@@ -8,7 +8,7 @@ Every estimator that multiplies scores by a kind of return obeys three equations
 
 The moments of (Y, G) given s_t close under them. With carry_t = rho_t, G_t is relative to the weight
 so far; with `weighted`, everything is multiplied by W = prod_t rho_t of the whole episode, so that
-first moments are taken under beta rho and second ones under beta rho^2, whose mass is not 1.
+first moments are taken under beta rho and second ones under beta rho^2, which does not sum to 1.
 """
 
 from typing import Any, NamedTuple

@@ -63,8 +63,8 @@ def gradient_statistics(
 
     Memory: a chunk of trajectories and 2 x 32 gradients, whatever N. Estimators that couple the batch are
     measured by replicated batches of `batch_size` (their rows are not independent). reference: [P].
-    Raises ValueError for too few samples for an interval, importance weights whose effective sample size
-    is below 50, and a behaviour without support.
+    Raises ValueError for too few samples for an interval, importance weights with an effective sample
+    size below 50, and a behaviour without support.
     """
     size, num_samples = plan(source, num_trajectories, batch_size)
     moments, weights = jax.jit(lambda key: _measure(source._replace(key=key), size, num_samples))(

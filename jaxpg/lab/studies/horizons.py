@@ -25,8 +25,8 @@ FORMS = ("is_total", "is_pdis", "is_step")
 def horizon_is(settings: Settings, progress: Progress) -> Result:
     """Whole-episode weights W against the horizon T: the effective sample shrinks exponentially.
 
-    Gaussian actions whose means differ by delta: ESS/N = exp(-T delta^2) and Var log W = T delta^2. A
-    tabular world: (1/T) log E[W^2] tends to log of the spectral radius of sum_a pi^2 / beta P.
+    For Gaussian actions with means delta apart, ESS/N = exp(-T delta^2) and Var log W = T delta^2. In a
+    tabular world, (1/T) log E[W^2] tends to log of the spectral radius of sum_a pi^2 / beta P.
     """
     lag = lag_of(settings)
     longest = 50 if settings.quick else 100
