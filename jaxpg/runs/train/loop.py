@@ -232,7 +232,7 @@ def _save(job, recorder, state, progress, returns) -> Progress:
 
 @contextmanager
 def workers() -> Iterator[Executor]:
-    """Threads for the work, because Python handles a signal only while its main thread is waiting."""
+    """Provides worker threads, because Python handles a signal only while its main thread waits."""
     executor = ThreadPoolExecutor(2)
     try:
         yield executor
