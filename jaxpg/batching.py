@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import jax
 
+from jaxpg.devices import backend
+
 # Replicas improved side by side where every core is a device. The arrays of 32 agents together exceed the
 # caches: in groups of 4 the default ppo ran 1.6 times as fast, in groups of 2 about the same, in groups of 8
 # as little as 1.1 times (scripts/speed.md). Rollouts stay whole: their arrays are small, and wider steps cost
@@ -98,5 +100,5 @@ def group_size(total: int, most: int | None = None) -> int:
 
 
 def _side_by_side(total: int) -> int:
-    busy = jax.default_backend() == "cpu" and jax.local_device_count() >= (os.cpu_count() or 1)
+    busy = backend() == "cpu" and jax.local_device_count() >= (os.cpu_count() or 1)
     return SIDE_BY_SIDE if busy else total

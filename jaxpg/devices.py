@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,30 @@ from jax.sharding import AxisType, PartitionSpec
 
 # Mesh axis over the two devices on which `concurrently` runs its two functions.
 PAIR = "pair"
+
+_told: list[str] = []  # what `built_for` says, innermost last
+
+
+def backend() -> str:
+    """What programs are built for, "cpu", "gpu" or "tpu": jax's default unless `built_for` says another."""
+    return _told[-1] if _told else jax.default_backend()
+
+
+@contextmanager
+def built_for(platform: str) -> Iterator[None]:
+    """Trace programs for a platform that this machine need not have, to lower and compile them for it.
+
+    >>> with built_for("tpu"):
+    ...     backend()
+    'tpu'
+    """
+    jax.clear_caches()  # jax knows traces by their arguments, not by the platform
+    _told.append(platform)
+    try:
+        yield
+    finally:
+        _told.pop()
+        jax.clear_caches()
 
 
 def prefer(option: str, value: Any, default: Any) -> None:
@@ -67,7 +92,7 @@ def needed_bytes(compiled: Any) -> int | None:
         + found.generated_code_size_in_bytes
     )
     # All devices of a CPU share its memory.
-    return total * (jax.local_device_count() if jax.default_backend() == "cpu" else 1)
+    return total * (jax.local_device_count() if backend() == "cpu" else 1)
 
 
 def available_bytes() -> int | None:
@@ -108,7 +133,7 @@ def compiler_options(effort: int | None) -> dict[str, Any] | None:
 
     Only the CPU's compiler takes one; other devices always compile with full effort.
     """
-    if effort is None or jax.default_backend() != "cpu":
+    if effort is None or backend() != "cpu":
         return None
     return {"xla_backend_optimization_level": effort}
 
@@ -150,7 +175,7 @@ def on_two_devices(function: Callable) -> Callable:
     [2.0, 2.0]
     """
     devices = jax.devices()
-    if jax.default_backend() != "cpu" or len(devices) < 2:
+    if backend() != "cpu" or len(devices) < 2:
         return function
     mesh = jax.make_mesh((2,), (PAIR,), axis_types=(AxisType.Auto,), devices=devices[:2])
     everywhere = PartitionSpec()

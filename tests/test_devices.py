@@ -3,14 +3,19 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxpg import Hyperparams, make_trainer
 from jaxpg.batching import in_groups
-from jaxpg.devices import on_two_devices
+from jaxpg.devices import backend, built_for, on_two_devices
+from jaxpg.envs import from_gymnax
+from jaxpg.policies import actor_critic
+from jaxpg.training.algorithm import algorithm
 
 
 def work(params, key, common):
@@ -120,3 +125,41 @@ def test_policy_and_critic_are_fitted_on_a_device_each():
 def test_one_device_is_no_pair():
     if jax.device_count() == 1:
         assert on_two_devices(work) is work
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("row", "num_steps"), [("ppo", 4), ("reinforce_baseline", None)])
+def test_a_program_is_built_for_what_it_is_told(row, num_steps, monkeypatch):
+    env = from_gymnax("CartPole-v1", max_steps_in_episode=8)
+    agent = actor_critic(env, hidden=(8,))
+    trainer = make_trainer(env, agent, algorithm(row), num_envs=4096, num_steps=num_steps)
+    state = jax.eval_shape(trainer.init, jax.random.key(0))
+    numbers = jax.eval_shape(lambda: jax.tree.map(jnp.float32, Hyperparams()))
+
+    def traced():
+        return str(jax.make_jaxpr(trainer.update)(state, numbers))
+
+    here = traced()
+    with monkeypatch.context() as patch, built_for("tpu"):
+        patch.setattr(
+            jax, "default_backend", lambda: pytest.fail("asked for this machine's device")
+        )
+        assert traced() != here
+    assert traced() == here
+
+
+def test_a_trace_for_another_platform_is_not_reused():
+    ask = jax.jit(lambda: int(backend() == "cpu"))
+    assert ask() == 1
+    with built_for("tpu"):
+        assert ask() == 0
+        with built_for("gpu"):
+            assert backend() == "gpu"
+        assert backend() == "tpu"
+    assert ask() == 1
+
+
+def test_one_function_asks_what_programs_are_built_for():
+    root = Path(__file__).parent.parent / "jaxpg"
+    found = {file.name for file in root.rglob("*.py") if "default_backend" in file.read_text()}
+    assert found == {"devices.py"}

@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parent.parent / "jaxpg"
 RANKS = {
     "types": 0,
-    "batching": 0,
     "devices": 0,
+    "batching": 1,
     "stats": 1,
     "envs": 1,
     "policies": 2,

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpg.devices import backend
 from jaxpg.envs import Box, Discrete, Space, spaces
 from jaxpg.policies.distributions import (
     MASKED_LOGIT,
@@ -175,7 +176,7 @@ class _Apply(NamedTuple):
 
 
 def _dense(width: int, scale: float, precision: str) -> nn.Dense:
-    product = _product if jax.default_backend() == "cpu" else None
+    product = _product if backend() == "cpu" else None
     gain = nn.initializers.constant(scale)
     return nn.Dense(
         width,

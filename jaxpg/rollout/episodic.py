@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpg.batching import any_replica, fair_divisor
+from jaxpg.devices import backend
 from jaxpg.envs import Env
 from jaxpg.policies import Agent, AgentParams, initial_carry
 from jaxpg.rollout.stepping import (
@@ -98,7 +99,7 @@ def episodes_again(
 def lanes_at_once(num_episodes: int) -> int:
     """How many episodes run as one program: whole groups, and a divisor of num_episodes."""
     size = fair_divisor(num_episodes, GROUP)
-    groups = GROUPS_AT_ONCE.get(jax.default_backend(), OTHER_GROUPS_AT_ONCE)
+    groups = GROUPS_AT_ONCE.get(backend(), OTHER_GROUPS_AT_ONCE)
     return size * fair_divisor(num_episodes // size, groups)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpg.batching import any_replica, divisor
+from jaxpg.devices import backend
 from jaxpg.envs import Env, check_env
 from jaxpg.policies import Agent, AgentCarry, AgentParams, Network, initial_carry
 from jaxpg.rollout.stepping import (
@@ -67,7 +68,7 @@ def unroll(
     waits = critic is not None and not jax.tree.leaves(state.carry.critic)
     keys = step_keys(key, num_steps)
     noise = noise_function(agent, params.policy, state.obs)(keys.action)
-    sharing = 1 if num_envs <= FEW else SHARING.get(jax.default_backend())
+    sharing = 1 if num_envs <= FEW else SHARING.get(backend())
     pools = None
     if sharing:
         places = jnp.arange(num_envs // sharing)
@@ -140,7 +141,7 @@ def unroll(
 def _values(critic: Network, params: Params, trajectory: Trajectory) -> Array:
     """The values [T, B] of a critic without memory, a few rows at a time."""
     num_steps, num_envs = trajectory.mask.shape
-    wanted = max(ROWS_AT_ONCE.get(jax.default_backend(), num_steps * num_envs) // num_envs, 1)
+    wanted = max(ROWS_AT_ONCE.get(backend(), num_steps * num_envs) // num_envs, 1)
     rows = divisor(num_steps, wanted)
 
     def judge(block):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpg.batching import any_replica, fair_divisor
+from jaxpg.devices import backend
 from jaxpg.estimators import Estimator, check_lanes, facts_of, objective, rescaled
 from jaxpg.estimators.estimator import Batch
 from jaxpg.policies import Network
@@ -100,7 +101,7 @@ def _recalled(recall, index, cut):
 
 def _block_size(total: int, block: int | None) -> int:
     """Steps in a block, by default by backend."""
-    return fair_divisor(total, block or BLOCK.get(jax.default_backend(), OTHER_BLOCK))
+    return fair_divisor(total, block or BLOCK.get(backend(), OTHER_BLOCK))
 
 
 def _cuts(mask: Array, carry: Carry, block: int | None, recall: Any) -> bool:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpg.devices import backend
 from jaxpg.runs.config.config import Config
 from jaxpg.runs.host import health
 from jaxpg.runs.store.checkpoint import on_host, stored_as
@@ -91,7 +92,7 @@ def _wanted(totals: list[int]) -> int:
     """
     if len(totals) == 1:
         return totals[0]
-    return totals[-1] if jax.default_backend() == "cpu" else totals[1]
+    return totals[-1] if backend() == "cpu" else totals[1]
 
 
 def batches(total: int, size: int) -> list[slice]:

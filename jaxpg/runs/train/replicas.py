@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxpg.batching import divisor, group_size
-from jaxpg.devices import PAIR, check_devices, compiler_options, prefer
+from jaxpg.devices import PAIR, backend, check_devices, compiler_options, prefer
 from jaxpg.rollout import evaluate
 from jaxpg.runs.config.config import Config
 from jaxpg.runs.train.build import Parts
@@ -97,7 +97,7 @@ def lanes(replicas: Replicas) -> dict[str, int]:
 
 
 def _spare(devices: int, used: int) -> bool:
-    return jax.default_backend() == "cpu" and devices >= 2 * used
+    return backend() == "cpu" and devices >= 2 * used
 
 
 @jax.jit
