@@ -116,6 +116,7 @@ assert mesh(seeds=1, algorithm="reinforce") is None
 """
 
 
+@pytest.mark.slow
 def test_policy_and_critic_are_fitted_on_a_device_each():
     flags = [x for x in os.environ["XLA_FLAGS"].split() if "device_count" not in x]
     environment = os.environ | {"XLA_FLAGS": " ".join(flags)}

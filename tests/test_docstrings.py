@@ -70,6 +70,7 @@ def documented(module):
             yield f"{module.__name__}.{name}", value.__doc__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name):
     module = importlib.import_module(name)

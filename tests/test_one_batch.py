@@ -179,6 +179,7 @@ def as_on(monkeypatch, device):
 KINDS = ("reinforce_baseline", "enac", "off_policy", "guided", "impala", "ppo", "trpo")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_no_row_depends_on_the_device_that_it_runs_on(name, x64, groups_of_four, monkeypatch):
     """Blocks, groups of episodes and replicas, and lanes rolled out again change no number of an update."""

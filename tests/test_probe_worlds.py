@@ -158,6 +158,7 @@ def answers(name):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_row_finds_the_answer_of_every_world(name):
     probability, value = learnt(name)
@@ -178,6 +179,7 @@ def test_every_row_finds_the_answer_of_every_world(name):
             assert error < 0.1 * expected, (world, value[world])
 
 
+@pytest.mark.slow
 def test_memory_finds_what_is_hidden():
     """A recurrent policy earns 3 where the best that forgets earns 9/8."""
     env = environment(list(WORLDS).index("partial"))

@@ -105,6 +105,7 @@ def assert_close(one, other):
         np.testing.assert_allclose(a, b, 1e-7, 1e-10, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "network"), [*((name, "tabular") for name in ALGORITHMS), ("ppo", "gru")]
 )

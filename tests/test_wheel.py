@@ -55,6 +55,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert names == package and "jaxpg/py.typed" in names
 
 
+@pytest.mark.slow
 def test_the_wheel_trains_where_there_is_no_checkout(wheel, tmp_path):
     target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
     elsewhere.mkdir()

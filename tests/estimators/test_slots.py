@@ -351,6 +351,7 @@ def test_no_value_is_forgotten():
                 assert name in names, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", MODULES)
 def test_what_a_value_says_of_coupling_is_what_it_does(place):
     """One lane's rewards, values, ratios and length move others' coefficients only where its facts say so.

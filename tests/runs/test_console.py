@@ -81,6 +81,7 @@ def test_output_that_nobody_takes_is_no_traceback(full, monkeypatch, capsys):
         assert exit_.value.code == (1 if full else 141), arguments
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("left")
 @pytest.mark.parametrize(("number", "status"), [(errno.EPIPE, 141), (errno.ENOSPC, 1)])
 def test_training_whose_output_nobody_takes_is_saved(number, status, monkeypatch, capsys, tmp_path):

@@ -358,6 +358,7 @@ def test_damaged_files(name, made, tmp_path):
 
 
 # tensorstore's threads go on after a failure, and their errors reach nobody.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("failed_reads")
 def test_damaged_arrays(made, tmp_path):

@@ -402,6 +402,7 @@ def test_the_numbers_in_a_config_are_exact(tmp_path):
 WIDE = pytest.mark.skipif(not hasattr(jax, "enable_x64"), reason="a run of 64 bits needs jax 0.8")
 
 
+@pytest.mark.slow
 @WIDE
 def test_a_run_of_64_bits_goes_on_in_32_and_again_in_64(tmp_path, capsys, monkeypatch):
     """Runs the command itself in 64 bits; its results are cast to 32, and every command says so."""
