@@ -65,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         try:
             _run(command, rest)
-        finally:  # after help too, whose writer exits
+        finally:  # also after help, which exits by itself
             flush()
-    except KeyboardInterrupt as stop:  # but not of training, which handles it itself
+    except KeyboardInterrupt as stop:  # not during training, which handles it itself
         _leave(str(stop) or f"stopped{STOPPED.get(command, '')}", getattr(stop, "status", 130))
     except Ended as end:
         _leave(f"{'error: ' * (end.status == 1)}{end}", end.status)
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         why = str(error).partition("\n")[0] or "no memory is left"
         _leave(
-            f"error: this process ran out of memory or threads: {why}; give it more, or smaller sizes",
+            f"error: this process ran out of memory or threads: {why}; give it more, or use smaller sizes",
             1,
         )
 
@@ -206,20 +206,20 @@ def _lab(argv):
         signal.alarm(1)
         raise _Terminated
 
-    signal.signal(signal.SIGTERM, terminate)  # which would leave a folder with nothing in it
+    signal.signal(signal.SIGTERM, terminate)  # by default it would leave an empty folder
     with _writing():
         execute(prepare(argv))
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which is heeded like Ctrl-C."""
+    """SIGTERM, handled like Ctrl-C."""
 
     status = 143
 
 
 @contextmanager
 def _writing(place: str = "", at_once: bool = False):
-    """Says in one line that the place cannot be written; at_once: without waiting for other threads."""
+    """Ends the command with one line if `place` cannot be written; at_once: without waiting for threads."""
     try:
         yield
     except OSError as error:  # a full disk, a folder that went away

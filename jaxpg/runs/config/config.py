@@ -79,9 +79,7 @@ class Config:
         None, "steps per environment and update; for reinforce*, the longest episode"
     )
     settings: str | None = _flag(None, "environment settings, such as size=16,unscaled_move_cost=0")
-    keep: tuple[int, ...] = _flag(
-        (), "indices of the observation to show, as in 0,2; by default all", 0
-    )
+    keep: tuple[int, ...] = _flag((), "observation entries to show, as in 0,2; by default all", 0)
     repeat: int = _flag(1, "times to repeat each action; rewards are summed", 1, MOST_STEPS)
     history: int | None = _flag(
         None, "show the agent its last N observations and actions", 1, MOST_STEPS
@@ -121,7 +119,7 @@ class Config:
     )
     adaptation: str | None = _flag(
         None,
-        "keep each update's KL at --target-kl by kl_penalty or learning_rate; fixed: by neither",
+        "how to hold each update's KL at --target-kl: fixed (off), kl_penalty or learning_rate",
     )
     num_batches: int | None = _flag(None, "learn from the last N batches, weighted", 1, 1000)
     importance: str | None = _flag(
