@@ -49,7 +49,7 @@ def write_summary(folder: Path, value: Any) -> None:
 
 
 def write_figure(folder: Path, draw: Callable[[Any], None], name: str = "figure") -> bool:
-    """Writes the figure as PNG at 160 dots per inch and as SVG. On failure, warns in one line: False.
+    """Writes the figure as PNG (160 dots per inch) and SVG; on failure, warns and returns False.
 
     Figures are drawn last, and whatever goes wrong here must not lose the results.
     """
