@@ -1,6 +1,7 @@
 """Speed of the command and of the laboratory, each case in a process of its own.
 
 scripts/benchmark [CASE ...] [--json FILE] [--repeats N] [--quick]
+scripts/benchmark programs --help    what programs cost on a GPU or TPU, by its compiler, without the device
 """
 
 import argparse
@@ -340,7 +341,16 @@ CASES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/benchmark", description=__doc__)
+    if sys.argv[1:2] == ["programs"]:
+        import benchmark_programs
+
+        benchmark_programs.main(sys.argv[2:])
+        return
+    parser = argparse.ArgumentParser(
+        prog="scripts/benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)}; default: all"
     )
