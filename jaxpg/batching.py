@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxpg.devices import backend
 
@@ -41,6 +43,21 @@ def any_replica(flags):
 def _any_of_replicas(axis_size, in_batched, flags):
     del axis_size, in_batched
     return any_replica(flags.any(axis=0)), False
+
+
+def if_any(flags: jax.Array, function: Callable[[], Any]) -> Any:
+    """function() if any flag is set, in any replica; else zeros, or whatever is as cheap.
+
+    On a GPU to ask is a round trip to the host, which costs more than a small function.
+    """
+    if backend() not in ("cpu", "tpu"):
+        return function()
+    shape = jax.eval_shape(function)
+    return jax.lax.cond(
+        any_replica(flags),
+        function,
+        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape),
+    )
 
 
 def in_groups(function: Callable, most: int | None = None) -> Callable:

@@ -169,6 +169,8 @@ def as_on(monkeypatch, device):
         (accumulation, "BLOCK", 4),
         (episodic, "GROUPS_AT_ONCE", 1),
         (stream, "ROWS_AT_ONCE", 4),
+        (stream, "SMALL", 64),
+        (stream, "SHARING", 8),
     ):
         monkeypatch.setattr(module, name, {"cpu": size} if small else {})
     monkeypatch.setattr(batching, "SIDE_BY_SIDE", 1)

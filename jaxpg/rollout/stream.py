@@ -1,12 +1,13 @@
 """Streams: environments that carry on from rollout to rollout and are reset where an episode ends."""
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxpg.batching import any_replica, divisor
+from jaxpg.batching import any_replica, divisor, if_any
 from jaxpg.devices import backend
 from jaxpg.envs import Env, check_env
 from jaxpg.policies import Agent, AgentCarry, AgentParams, Network, initial_carry
@@ -29,6 +30,10 @@ FEW = 32
 # Lanes per pre-drawn start. On an accelerator drawing one costs next to nothing, and asking how many lanes
 # ended is a round trip to the host, so none are pre-drawn there: every step draws one per lane.
 SHARING = {"cpu": 8}
+
+# Size of an observation up to which the true successor of every step is kept, for a critic to evaluate after
+# the rollout: on a GPU to ask in every step whether a lane was truncated is a round trip to the host.
+SMALL = {"gpu": 64}
 
 # Steps that a feed-forward critic evaluates at once after a rollout; on a CPU, more would leave the cache.
 ROWS_AT_ONCE = {"cpu": 2048}
@@ -62,10 +67,10 @@ def unroll(
     successor, with its own carry, before the reset.
     """
     check_env(env)
-    num_envs = state.first.shape[0]
-    critic = agent.critic
+    num_envs, critic = state.first.shape[0], agent.critic
     # A critic without memory can wait: one pass over all steps is cheaper than a small one per step.
     waits = critic is not None and not jax.tree.leaves(state.carry.critic)
+    keeps = waits and math.prod(state.obs.shape[1:]) <= SMALL.get(backend(), 0)
     keys = step_keys(key, num_steps)
     noise = noise_function(agent, params.policy, state.obs)(keys.action)
     sharing = 1 if num_envs <= FEW else SHARING.get(backend())
@@ -76,80 +81,86 @@ def unroll(
 
     def value_of(carry, obs, first):
         if critic is None:
-            return (), jnp.zeros(num_envs, state.episode_return.dtype)
+            return (), jnp.zeros(())
         carry, value = critic.apply(params.critic, carry, obs[None], first[None])
         return carry, value[0].astype(state.episode_return.dtype)
 
     def step(state, inputs):
         key, noise, pool = inputs
-        env_state, obs, first, carry, episode_return, episode_length = state
+        env_state, obs, first, carry = state
         action, log_prob, policy_carry = act(agent, params.policy, carry.policy, obs, first, noise)
-        value = jnp.zeros_like(episode_return)
-        critic_carry = carry.critic
+        critic_carry, value = carry.critic, jnp.zeros(())
         if not waits:
             critic_carry, value = value_of(carry.critic, obs, first)
         env_state, result = step_lanes(env, key.step, env_state, action)
         last = result.terminated | result.truncated
-        episode_return = episode_return + result.reward
-        episode_length = episode_length + 1
-        ended = EpisodeSums(
-            jnp.where(last, episode_return, 0.0).sum(),
-            jnp.where(last, episode_length, 0.0).sum(),
-            last.sum(),
-        )
-        cut = result.truncated & ~result.terminated
-        cut_value = jax.lax.cond(
-            any_replica(cut),
-            lambda: kept(cut, value_of(critic_carry, result.obs, jnp.zeros_like(last))[1]),
-            lambda: jnp.zeros_like(value),
-        )
+        beyond: Any = ()
+        if keeps:
+            beyond = result.obs
+        elif critic is not None:
+            cut = result.truncated & ~result.terminated
+            beyond = if_any(
+                cut,
+                lambda: value_of(critic_carry, kept(cut, result.obs), jnp.zeros_like(last))[1],
+            )
         env_state, next_obs = _reset_ended(env, last, pool, key.reset, env_state, result.obs)
-        row = Trajectory(
-            obs,
-            action,
-            log_prob,
-            result.reward,
-            1.0 - result.terminated,
-            first,
-            last,
-            last,  # a placeholder for the mask: every step counts, so it is set after the loop
-            value,
-            cut_value,
-        )
-        after = RolloutState(
-            env_state,
-            next_obs,
-            last,
-            AgentCarry(policy_carry, critic_carry),
-            jnp.where(last, 0.0, episode_return),
-            jnp.where(last, 0.0, episode_length),
-        )
-        return after, (row, ended)
+        row = obs, action, log_prob, result.reward, result.terminated, last, value, beyond
+        return (env_state, next_obs, last, AgentCarry(policy_carry, critic_carry)), row
 
-    state, (trajectory, ended) = jax.lax.scan(step, state, (keys, noise, pools))
-    trajectory = trajectory._replace(mask=jnp.ones_like(trajectory.mask))
-    if critic is not None and waits:
-        trajectory = trajectory._replace(value=_values(critic, params.critic, trajectory))
-    # Unless the episode ended, the successor's value is the next row's.
-    _, beyond = value_of(state.carry.critic, state.obs, state.first)
-    later = jnp.concatenate([trajectory.value[1:], beyond[None]])
-    next_value = jnp.where(trajectory.last, trajectory.next_value, later)
-    sums = jax.tree.map(lambda x: x.sum(axis=0), ended)
-    return state, (trajectory._replace(next_value=next_value), sums)
+    start = state.env_state, state.obs, state.first, state.carry
+    after, rows = jax.lax.scan(step, start, (keys, noise, pools))
+    seen, action, log_prob, reward, terminated, last, value, beyond = rows
+    first = jnp.concatenate([state.first[None], last[:-1]])
+    value = next_value = jnp.zeros_like(reward) if critic is None else jnp.asarray(value)
+    if critic is not None:
+        cut = last & ~terminated
+        if keeps:
+            beyond = _values(critic, params.critic, kept(cut, beyond), jnp.zeros_like(last), cut)
+        if waits:
+            value = _values(critic, params.critic, seen, first)
+        # Unless the episode ended, the successor's value is the next row's.
+        later = jnp.concatenate([value[1:], value_of(after[3].critic, *after[1:3])[1][None]])
+        next_value = jnp.where(last, kept(cut, beyond), later)
+    mask, discount = jnp.ones_like(last), 1.0 - terminated
+    trajectory = Trajectory(
+        seen, action, log_prob, reward, discount, first, last, mask, value, next_value
+    )
+    return _accounted(state, after, trajectory)
 
 
-def _values(critic: Network, params: Params, trajectory: Trajectory) -> Array:
-    """The values [T, B] of a critic without memory, a few rows at a time."""
-    num_steps, num_envs = trajectory.mask.shape
+def _accounted(state: RolloutState, after, trajectory: Trajectory):
+    """The state after a rollout, with the running episodes' sums, and the sums of those that ended."""
+    number = jnp.arange(len(trajectory.last))[:, None]
+    # Steps of a lane up to the last end of an episode; all later ones are of the running episode.
+    done = jnp.max(trajectory.last * (number + 1), axis=0)
+    over, reward = number < done[None], trajectory.reward
+    earlier = EpisodeSums(state.episode_return, state.episode_length, jnp.zeros_like(done))
+    sums = EpisodeSums(jnp.where(over, reward, 0.0).sum(axis=0), done, trajectory.last.sum(axis=0))
+    sums = jax.tree.map(lambda x, y: x + jnp.where(done > 0, y, 0), sums, earlier)
+    running = jnp.where(over, 0.0, reward).sum(axis=0), len(trajectory.last) - done
+    running = jax.tree.map(lambda x, y: x + jnp.where(done > 0, 0, y), running, earlier[:2])
+    sums = jax.tree.map(lambda x: x.sum(), sums)
+    return RolloutState(*after, *running), (trajectory, sums)
+
+
+def _values(critic: Network, params: Params, obs, first, asked=None) -> Array:
+    """Return the values [T, B] of a critic without memory, a few rows at a time.
+
+    asked: [T, B], where they are needed; all others may be 0.
+    """
+    num_steps, num_envs = first.shape
     wanted = max(ROWS_AT_ONCE.get(backend(), num_steps * num_envs) // num_envs, 1)
     rows = divisor(num_steps, wanted)
 
     def judge(block):
-        return critic.apply(params, (), *block)[1]
+        obs, first, asked = block
 
-    blocks = jax.tree.map(
-        lambda x: x.reshape(-1, rows, *x.shape[1:]), (trajectory.obs, trajectory.first)
-    )
+        def value():
+            return critic.apply(params, (), obs, first)[1]
+
+        return value() if asked is None else if_any(asked, value)
+
+    blocks = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), (obs, first, asked))
     return jax.lax.map(judge, blocks).reshape(num_steps, num_envs)
 
 
