@@ -22,7 +22,8 @@ from jaxpg.lab.studies import (
     streams,
     training,
 )
-from jaxpg.lab.studies.estimators import available, batch_moments, form, gradient, lambda_form
+from jaxpg.lab.studies.estimators import available, batch_moments, form, gradient
+from jaxpg.lab.studies.forms import lambda_form
 from jaxpg.lab.studies.sampling import measure
 from jaxpg.lab.studies.study import COLUMNS, Settings
 from jaxpg.lab.studies.training import own_rate

@@ -19,11 +19,11 @@ from jaxpg.lab.studies import (
     streams,
     windows,
 )
-from jaxpg.lab.studies.estimators import form, gradient
+from jaxpg.lab.studies.estimators import batch_moments, form, gradient
 from jaxpg.lab.studies.sampling import measure
 from jaxpg.lab.studies.study import COLUMNS, Settings
 from jaxpg.lab.studies.training import best_objective, objective_of
-from jaxpg.lab.worlds.world import world
+from jaxpg.lab.worlds.world import at_horizon, world
 
 ALL = {
     name: experiment
@@ -107,7 +107,7 @@ def test_split_by_initial_state_on_a_gymnax_environment():
 def test_the_trace_grows_with_the_horizon():
     rows = []
     for steps in (20, 50):
-        at = decomposition.at_horizon(A, steps)
+        at = at_horizon(A, steps)
         for name in ("total", "rtg", "rtg_value", "exact_advantage"):
             rows.append(
                 {"estimator": name, "horizon": steps, "exact": form(name, at).exact().trace}
@@ -119,7 +119,7 @@ def test_the_trace_grows_with_the_horizon():
 @pytest.mark.slow
 def test_every_kind_of_world_has_its_horizons():
     """A regulator can be extended, with its critic; a bare environment cannot go beyond its own end."""
-    long = decomposition.at_horizon(world("LQR"), 12)
+    long = at_horizon(world("LQR"), 12)
     each = form("rtg_value", long)
     found = measure(long, [each], jax.random.key(0), 2**13)["rtg_value"].trace()
     half = (found.high - found.low) / 2
@@ -136,8 +136,7 @@ def test_every_kind_of_world_has_its_horizons():
 
 @pytest.mark.parametrize(("size", "trace"), [(2, 27.25), (8, 15.86), (64, 14.17)])
 def test_the_price_of_leaving_one_out(size, trace):
-    others = coupling.batch_moments(A, form("total_mean", A).estimator, size)
-    own = coupling.batch_moments(A, form("total_own_mean", A).estimator, size)
+    others, own = (batch_moments(form(n, A), A, size) for n in ("total_mean", "total_own_mean"))
     assert round(size * others.trace, 2) == trace
     np.testing.assert_allclose(own.mean, (size - 1) / size * gradient(A), atol=1e-12)
     assert np.isclose(own.trace, ((size - 1) / size) ** 2 * others.trace)

@@ -13,7 +13,15 @@ from jaxpg.envs import Mdp
 from jaxpg.estimators import credit as credits
 from jaxpg.estimators import describe
 from jaxpg.lab.exact.recursions import Coefficients, paired, whole
-from jaxpg.lab.exact.tables import Moments, Tables, action_values, discounts, tabulate, visits
+from jaxpg.lab.exact.tables import (
+    Moments,
+    Tables,
+    action_values,
+    discounts,
+    gradients_ahead,
+    tabulate,
+    visits,
+)
 
 
 class OptimalBaselines(NamedTuple):
@@ -95,7 +103,8 @@ def projections(world: Tables, total, gamma):
     pi, score, start = world.policy, world.score, discounts(gamma, world.horizon)
     weight = np.ones_like(start) if total else start
     _, action_value = action_values(world, gamma)
-    visited, ahead, before = visits(world), _gradients_ahead(world, gamma), _scores_before(world)
+    visited, before = visits(world), _scores_before(world)
+    ahead = gradients_ahead(world, action_value, start)
     past = _rewards_before(world, gamma) if total else np.zeros_like(visited)
     size = np.einsum("sa,sap,sap->sp", pi, score, score)
     covariance, variance = [], []
@@ -103,22 +112,12 @@ def projections(world: Tables, total, gamma):
         d, q = visited[t][:, None], action_value[t]
         own = d * np.einsum("sa,sap,sap,sa->sp", pi, score, score, q)
         earlier = before[t] * np.einsum("sa,sap,sa->sp", pi, score, q)
-        later = gamma * d * np.einsum("sa,sap,sap->sp", pi, score, world.successor(ahead[t + 1]))
-        covariance.append(c * (start[t] * (own + earlier + later) + past[t][:, None] * size))
+        later = d * np.einsum("sa,sap,sap->sp", pi, score, world.successor(ahead[t + 1]))
+        covariance.append(c * (start[t] * (own + earlier) + later + past[t][:, None] * size))
         variance.append(c**2 * d * size)
     scale = start if total else np.ones_like(start)
     expected = scale[:, None, None] * action_value + _ratio(past, visited)[:, :, None]
     return np.stack(covariance), np.stack(variance), expected
-
-
-def _gradients_ahead(world, gamma):
-    """grad V_t(s) [H+1, S, P]: E[sum_{k>=t} gamma^(k-t) u_k R_k | s_t = s], for either credit."""
-    _, action_value = action_values(world, gamma)
-    rows = [np.zeros(world.score.shape[::2])]
-    for t in reversed(range(world.horizon)):
-        local = world.score * action_value[t][..., None]
-        rows.append(world.policy_mean(local + gamma * world.successor(rows[-1])))
-    return np.stack(rows[::-1])
 
 
 def _scores_before(world):

@@ -13,6 +13,7 @@ from jaxpg.lab.exact.tables import (
     Tables,
     action_values,
     discounts,
+    return_moments,
     squared_returns,
     tabulate,
     visits,
@@ -51,8 +52,7 @@ def leave_one_out_moments(mdp: Mdp, logits, credit, gamma, num_trajectories) -> 
 
 
 def _total(world, gamma, n):
-    mean = world.initial @ action_values(world, gamma)[0][0]
-    variance = world.initial @ squared_returns(world, gamma)[0][0] - mean**2
+    mean, variance = return_moments(world, gamma)
     c = Coefficients(world.reward, float(gamma), world.variance, shift=mean)
     g, covariance = whole(world, c)
     unit = Coefficients(reward=1.0, decay=0.0)

@@ -5,7 +5,14 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxpg.envs import Mdp
-from jaxpg.lab.exact.tables import action_values, discounts, squared_returns, tabulate, visits
+from jaxpg.lab.exact.tables import (
+    action_values,
+    discounts,
+    gradients_ahead,
+    squared_returns,
+    tabulate,
+    visits,
+)
 
 
 class DoobDecomposition(NamedTuple):
@@ -43,7 +50,7 @@ def doob_decomposition(
     value, action_value = action_values(world, gamma)
     b = np.broadcast_to(value[:-1] if baseline is None else baseline, value[:-1].shape)
     weight = discounts(gamma if from_start else 1.0, world.horizon)
-    ahead = _weighted_gradients_ahead(world, action_value, weight)
+    ahead = gradients_ahead(world, action_value, weight)
     visited, score = visits(world), world.score
     before, square = np.zeros_like(ahead[0]), np.zeros_like(world.initial)
     action, transition = [], []
@@ -53,10 +60,8 @@ def doob_decomposition(
         now = own * (action_value[t] - b[t][:, None])[..., None]
         now = now + world.successor(ahead[t + 1]) - ahead[t][:, None]
         gain = (action_value[t] - value[t][:, None])[..., None]
-        parts = square[:, None] * gain[..., 0] ** 2
-        parts = (
-            parts + 2 * ((before[:, None] * gain * now).sum(-1)) + _norm(now) * visited[t][:, None]
-        )
+        parts = square[:, None] * gain[..., 0] ** 2 + _norm(now) * visited[t][:, None]
+        parts = parts + 2 * ((before[:, None] * gain * now).sum(-1))
         action.append(world.policy_mean(parts).sum())
         # The same for s_{t+1} and the reward noise, given (s_t, a_t).
         joint = before[:, None] + visited[t][:, None, None] * own
@@ -94,15 +99,6 @@ def tucker_decomposition(mdp: Mdp, logits, gamma, baseline=None) -> TuckerDecomp
     )
 
 
-def _weighted_gradients_ahead(world, action_value, weight):
-    """E[sum_{k>=t} c_k u_k R_k | s_t] [H+1, S, P]."""
-    rows = [np.zeros(world.score.shape[::2])]
-    for t in reversed(range(world.horizon)):
-        local = weight[t] * world.score * action_value[t][..., None]
-        rows.append(world.policy_mean(local + world.successor(rows[-1])))
-    return np.stack(rows[::-1])
-
-
 def _norm(x):
     return np.square(x).sum(axis=-1)
 
@@ -114,6 +110,5 @@ def _variance(world, x):
 
 def _covariance(world, value, x):
     """Cov[value(s'), x(s') | s, a] [S, A, P]."""
-    return world.successor(value[:, None] * x) - world.successor(value)[
-        ..., None
-    ] * world.successor(x)
+    mean = world.successor(value)[..., None] * world.successor(x)
+    return world.successor(value[:, None] * x) - mean

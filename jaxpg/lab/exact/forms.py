@@ -11,13 +11,16 @@ from jaxpg.lab.exact.recursions import Coefficients, paired
 from jaxpg.lab.exact.tables import Moments, action_values, discounts, tabulate, visits
 
 
-def advantage_moments(mdp: Mdp, logits, gamma, *, baseline=None, from_start=True) -> Moments:
-    """sum_t gamma^t u_t (Q_t(s_t,a_t) - b_t(s_t)) with the exact Q; b = V unless given.
+def advantage_moments(
+    mdp: Mdp, logits, gamma, *, baseline=None, from_start=True, action_value=None
+) -> Moments:
+    """sum_t gamma^t u_t (Q_t(s_t,a_t) - b_t(s_t)) with the exact Q, unless given; b = V unless given.
 
-    baseline: a number, [H, S, 1] or [H, S, A]. from_start=False drops gamma^t.
+    baseline: a number, [H, S, 1] or [H, S, A]. from_start=False drops gamma^t. action_value: [H, S, A].
     """
     world = tabulate(mdp, logits)
-    value, action_value = action_values(world, gamma)
+    value, own = action_values(world, gamma)
+    action_value = own if action_value is None else action_value
     b = value[:-1, :, None] if baseline is None else baseline
     start = _start(gamma, world) if from_start else 1.0
     return paired(world, Coefficients(action_value, decay=0.0, step=start, shift=start * b))
@@ -42,10 +45,13 @@ def surrogate_moments(
     return paired(world, Coefficients(advantage, decay=0.0, step=start * step))
 
 
-def all_action_moments(mdp: Mdp, logits, gamma) -> Moments:
-    """sum_t gamma^t sum_a grad pi(a|s_t) Q_t(s_t,a): every action, weighted by its probability."""
+def all_action_moments(mdp: Mdp, logits, gamma, action_value=None) -> Moments:
+    """sum_t gamma^t sum_a grad pi(a|s_t) Q_t(s_t,a): every action, weighted by its probability.
+
+    action_value: Q [H, S, A]; the exact one unless given.
+    """
     world = tabulate(mdp, logits)
-    _, action_value = action_values(world, gamma)
+    action_value = action_values(world, gamma)[1] if action_value is None else action_value
     local = np.einsum("sa,sap,tsa->tsp", world.policy, world.score, action_value)
     drift = -_start(gamma, world) * local
     return paired(world, Coefficients(0.0, decay=0.0, step=0.0, drift=drift[:, :, None]))

@@ -14,7 +14,7 @@ from jaxpg.estimators import Estimator
 from jaxpg.lab.exact.baselines import OptimalBaselines, controlled, minimisers
 from jaxpg.lab.exact.compose import composed
 from jaxpg.lab.exact.recursions import Coefficients, paired
-from jaxpg.lab.exact.tables import Moments, Tables, action_values, discounts, squared_returns
+from jaxpg.lab.exact.tables import Moments, Tables, action_values, discounts, return_moments
 from jaxpg.types import Hyperparams
 
 _NODES, _POINTS = 9, 14
@@ -113,9 +113,7 @@ def control_variate_moments(regulator: Lqr, params, credit, gamma, baseline) -> 
 
 def return_variance(regulator: Lqr, params, gamma) -> float:
     """Var[sum_t gamma^t r_t] of one episode."""
-    world = _tables(regulator, params)
-    mean = world.initial @ action_values(world, gamma)[0][0]
-    return float(world.initial @ squared_returns(world, gamma)[0][0] - mean**2)
+    return return_moments(_tables(regulator, params), gamma)[1]
 
 
 def _three(params):

@@ -117,7 +117,11 @@ def _product(world, coefficients, measure):
         f = _mix(
             [[_x(w * c.carry) for w in row] for row in powers], [world.successor(x) for x in first]
         )
-        second = _mix_second(world, measure * c.carry**2, powers, second)
+        weight = measure * c.carry**2
+        second = [
+            sum(world.carried(weight * w, x) for w, x in zip(row, second, strict=False))
+            for row in powers
+        ]
         for j in range(3):
             half = _outer(measure, push, push * _x(m[j] / 2) + f[j])
             second[j] = second[j] + half + half.swapaxes(1, 2)
@@ -141,13 +145,6 @@ def _powers(c):
 
 def _mix(powers, later):
     return [sum(w * x for w, x in zip(row, later, strict=False)) for row in powers]
-
-
-def _mix_second(world, weight, powers, later):
-    return [
-        sum(world.carried(weight * w, x) for w, x in zip(row, later, strict=False))
-        for row in powers
-    ]
 
 
 def _outer(weight, left, right):

@@ -70,7 +70,7 @@ def tabulate(mdp: Mdp, logits, behaviour_logits=None) -> Tables:
     table = acting = _check_logits(mdp, logits, "logits")
     if behaviour_logits is not None:
         acting = _check_logits(mdp, behaviour_logits, "behaviour_logits")
-    policy, behaviour = _softmax(table)[observation], _softmax(acting)[observation]
+    policy, behaviour = softmax(table)[observation], softmax(acting)[observation]
     unsupported = (policy > 0) & (behaviour == 0) & ~terminal[:, None]
     if unsupported.any():
         state, action = np.argwhere(unsupported)[0]
@@ -172,19 +172,35 @@ def objective(mdp: Mdp, logits, gamma) -> float:
 
 def return_variance(mdp: Mdp, logits, gamma) -> float:
     """Var[sum_t gamma^t r_t] of one episode, reward noise included."""
-    world = tabulate(mdp, logits)
+    return return_moments(tabulate(mdp, logits), gamma)[1]
+
+
+def return_moments(world: Tables, gamma) -> tuple[float, float]:
+    """The mean and the variance of one episode's return."""
     mean = world.initial @ action_values(world, gamma)[0][0]
-    return float(world.initial @ squared_returns(world, gamma)[0][0] - mean**2)
+    return float(mean), float(world.initial @ squared_returns(world, gamma)[0][0] - mean**2)
 
 
-def gradient(mdp: Mdp, logits, gamma) -> np.ndarray:
-    """grad J = sum_t gamma^t sum_s d_t(s) sum_a pi(a|s) u(s,a) Q_t(s,a) [P] (Sutton et al., 2000)."""
+def gradient(mdp: Mdp, logits, gamma, *, from_start=True) -> np.ndarray:
+    """grad J = sum_t gamma^t sum_s d_t(s) sum_a pi(a|s) u(s,a) Q_t(s,a) [P] (Sutton et al., 2000).
+
+    from_start=False drops gamma^t, which makes it the gradient of no function.
+    """
     world = tabulate(mdp, logits)
     _, action_value = action_values(world, gamma)
-    weight = discounts(gamma, world.horizon)[:, None] * visits(world)
+    weight = discounts(gamma if from_start else 1.0, world.horizon)[:, None] * visits(world)
     return np.einsum(
         "ts,sa,sap,tsa->p", weight, world.policy, world.score, action_value, optimize=True
     )
+
+
+def gradients_ahead(world: Tables, action_value, weight) -> np.ndarray:
+    """E[sum_{k>=t} c_k u_k R_k | s_t] [H+1, S, P] for weights c [H]."""
+    rows = [np.zeros(world.score.shape[::2])]
+    for t in reversed(range(world.horizon)):
+        local = weight[t] * world.score * action_value[t][..., None]
+        rows.append(world.policy_mean(local + world.successor(rows[-1])))
+    return np.stack(rows[::-1])
 
 
 def discounts(gamma, horizon) -> np.ndarray:
@@ -204,6 +220,7 @@ def _check_logits(mdp, logits, name):
     return table
 
 
-def _softmax(table):
-    weight = np.exp(table - table.max(axis=1, keepdims=True))
-    return weight / weight.sum(axis=1, keepdims=True)
+def softmax(logits):
+    """The probabilities [..., A] of logits."""
+    weight = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return weight / weight.sum(axis=-1, keepdims=True)

@@ -81,24 +81,15 @@ def gradient_statistics(
     return GradientStatistics(
         mean=whole.mean,
         variance=whole.squares / (whole.count - 1),
-        trace=within(estimate(_trace)),
-        squared_norm=within(
-            estimate(lambda m: _trace(m) * (m.count - 1) / m.count + m.mean @ m.mean)
-        ),
-        signal=estimate(_signal),
-        noise_scale=within(jackknife_ratio(_trace, _signal, moments, confidence)),
+        trace=within(estimate(trace_of)),
+        squared_norm=within(estimate(lambda m: signal_of(m) + trace_of(m))),
+        signal=estimate(signal_of),
+        noise_scale=within(jackknife_ratio(trace_of, signal_of, moments, confidence)),
         cosine=None
         if reference is None
         else within(estimate(lambda m: _cosine(m.mean, reference)), -1.0, 1.0),
         layers={
-            name: within(
-                jackknife_ratio(
-                    lambda m, span=span: _signal(_part(m, span)),
-                    lambda m, span=span: _trace(_part(m, span)),
-                    moments,
-                    confidence,
-                )
-            )
+            name: within(jackknife_ratio(signal_of, trace_of, _part(moments, span), confidence))
             for name, span in spans.items()
         },
         effective_sample_size=ess,
@@ -253,16 +244,18 @@ def heavy_tail(fourth_sample_size: float) -> str:
     return f"few weights decide the variance (ESS of W^4 {fourth_sample_size:.1f}): interval too narrow"
 
 
-def _trace(moments: SampleMoments):
+def trace_of(moments: SampleMoments):
+    """tr Cov of one sample, unbiased."""
     return moments.squares.sum() / (moments.count - 1)
 
 
-def _signal(moments: SampleMoments):
-    return moments.mean @ moments.mean - _trace(moments) / moments.count
+def signal_of(moments: SampleMoments):
+    """The squared norm of the mean, unbiased: it may be negative."""
+    return moments.mean @ moments.mean - trace_of(moments) / moments.count
 
 
 def _part(moments: SampleMoments, span: slice) -> SampleMoments:
-    return SampleMoments(moments.count, moments.mean[span], moments.squares[span])
+    return SampleMoments(moments.count, moments.mean[:, span], moments.squares[:, span])
 
 
 def _cosine(one, other):

@@ -6,8 +6,9 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from jaxpg.lab.measure.samples import Source, chunk_size, couples, gather, log_probs, rows_of
-from jaxpg.lab.measure.statistics import plan
-from jaxpg.stats.moments import GROUPS, Estimate, moments_of, quantile
+from jaxpg.lab.measure.statistics import plan, trace_of
+from jaxpg.stats.intervals import Estimate, mean_interval
+from jaxpg.stats.moments import GROUPS, moments_of
 
 
 def gradient_trace(
@@ -55,15 +56,12 @@ def gradient_trace(
 
     values = jax.jit(lambda: jax.lax.map(piece, jnp.arange(GROUPS * pieces)))()
     groups = np.asarray(values, np.float64).reshape(GROUPS, pieces).mean(axis=1)
-    half = quantile(confidence, GROUPS) * groups.std(ddof=1) / GROUPS**0.5
-    value = float(groups.mean())
-    return Estimate(value, value - float(half), value + float(half))
+    return Estimate(*map(float, mean_interval(groups, confidence=confidence)))
 
 
 def _by_rows(source: Source, chunk, key):
     del key
-    moments = moments_of(rows_of(source, chunk))
-    return moments.squares.sum() / (moments.count - 1)
+    return trace_of(moments_of(rows_of(source, chunk)))
 
 
 def _by_jvp(source: Source, chunk, key):
@@ -100,8 +98,7 @@ def _micro_means(source: Source, chunk, parts: int):
 def _by_micro_batches(source: Source, chunk, key):
     del key
     means, size = _micro_means(source, chunk, max(2, min(16, chunk.coefficient.shape[1] // 2)))
-    moments = moments_of(means)
-    return size * moments.squares.sum() / (moments.count - 1)
+    return size * trace_of(moments_of(means))
 
 
 def _by_two_batches(source: Source, chunk, key):

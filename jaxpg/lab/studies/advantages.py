@@ -1,21 +1,23 @@
 """Advantages: bias against variance of generalised advantages, and the best lambda for a batch."""
 
 import time
-from typing import Any
 
 import jax
 import numpy as np
 
-from jaxpg.lab.studies.estimators import form, gradient, lambda_form
+from jaxpg.lab.studies.estimators import form, gradient
+from jaxpg.lab.studies.forms import lambda_form
 from jaxpg.lab.studies.importance import REFERENCE, distance
-from jaxpg.lab.studies.lags import QUICK_STEPS
+from jaxpg.lab.studies.lags import shortened
 from jaxpg.lab.studies.pairs import square
+from jaxpg.lab.studies.rows import draw_exact, draw_measured, where
 from jaxpg.lab.studies.sampling import measure
 from jaxpg.lab.studies.study import (
     Experiment,
     Progress,
     Result,
     Settings,
+    compared,
     estimated,
     key_of,
     tidy,
@@ -23,7 +25,7 @@ from jaxpg.lab.studies.study import (
 )
 from jaxpg.lab.worlds.world import lifted
 from jaxpg.policies import actor_critic, init_params
-from jaxpg.stats.figures import COLOURS, label, line, panels, points
+from jaxpg.stats.figures import COLOURS, label, line, panels
 
 QUALITY, OFFSET = 0.5, 0.3  # of the critic V̂ = quality V + offset
 BATCHES = (1, 10, 100, 1_000, 10_000, 100_000)
@@ -40,7 +42,7 @@ def gae(settings: Settings, progress: Progress) -> Result:
         chosen = sorted({*chosen, float(world.hyperparams.lambda_)})
     if not world.is_tabular:
         return _gae_measured(world, chosen, settings, progress)
-    truth = gradient(world)
+    truth, aim = gradient(world), lifted(world, gradient(world))
     started, grid = time.perf_counter(), np.linspace(0.0, 1.0, 101)
     lambda_form(world, 0.5, QUALITY, OFFSET).exact()  # type: ignore[misc]
     if time.perf_counter() - started > 0.1:
@@ -49,9 +51,20 @@ def gae(settings: Settings, progress: Progress) -> Result:
     curve = [lambda_form(world, float(x), QUALITY, OFFSET).exact() for x in grid]  # type: ignore[misc]
     trace = np.array([m.trace for m in curve])
     bias = np.array([square(m.mean - truth) for m in curve])
-    forms = [lambda_form(world, x, QUALITY, OFFSET) for x in chosen]
-    found = measure(world, forms, key_of(settings), settings.trajectories, (1,), progress)
-    rows = _gae_rows(world, truth, grid, bias, trace, dict(zip(chosen, forms, strict=True)), found)
+    forms = {x: lambda_form(world, x, QUALITY, OFFSET) for x in chosen}
+    found = measure(
+        world, list(forms.values()), key_of(settings), settings.trajectories, (1,), progress
+    )
+    rows = []
+    for x, b, v in zip(grid, bias, trace, strict=True):
+        common = {"estimator": "gae", "lambda": float(x)}
+        common["warning"] = None if x == 1.0 else "biased where the critic is wrong"
+        seen = {}
+        if x in forms:
+            measured = found[forms[x].name]
+            common |= measured.counts
+            seen = {"squared_bias": measured.bias(aim), "trace": measured.trace()}
+        rows += compared({"squared_bias": float(b), "trace": float(v)}, seen, **common)
     best = {str(n): float(grid[np.argmin(bias + trace / n)]) for n in BATCHES}
     summary = {
         "critic": {"quality": QUALITY, "offset": OFFSET},
@@ -67,8 +80,7 @@ def gae(settings: Settings, progress: Progress) -> Result:
 
 def _gae_measured(world, chosen, settings, progress) -> Result:
     """Measure the trace and the distance to the mean of rewards to go, with the world's or a new critic."""
-    if settings.quick and settings.checkpoint is None:
-        world = world._replace(env=world.env._replace(horizon=min(world.env.horizon, QUICK_STEPS)))
+    world = shortened(world, settings)
     kind = "trained" if world.critic is not None else "untrained"
     if world.critic is None:
         agent = actor_critic(world.env, settings.policy or "mlp")
@@ -81,11 +93,8 @@ def _gae_measured(world, chosen, settings, progress) -> Result:
     for x, each in forms.items():
         seen = found[each.name]
         values = {REFERENCE: distance(seen, found[aim.name]), "trace": seen.trace()}
-        rows += [
-            estimated(value, estimator="gae", quantity=name, trajectories=seen.trajectories,
-                      env_steps=seen.env_steps, warning=each.warning or None, **{"lambda": x})
-            for name, value in values.items()
-        ]  # fmt: skip
+        common = {"estimator": "gae", "lambda": x, "warning": each.warning or None, **seen.counts}
+        rows += [estimated(value, quantity=name, **common) for name, value in values.items()]
     summary = {"critic": kind, "horizon": world.env.horizon}
     return Result(tidy(rows), summary, lambda figure: _draw_gae_measured(figure, rows, world))
 
@@ -95,44 +104,17 @@ def _draw_gae_measured(figure, rows, world):
     for index, (axis, name, title) in enumerate(
         zip(axes, ("trace", REFERENCE), ("tr Cov", "|E g − E g of rewards to go|²"), strict=True)
     ):
-        seen = [r for r in rows if r["quantity"] == name]
-        points(
-            axis,
-            *([r[k] for r in seen] for k in ("lambda", "measured", "low", "high")),
-            index=index,
-        )
+        draw_measured(axis, where(rows, quantity=name), "lambda", index)
         label(axis, f"Generalised advantages, {world.name}", "λ", f"{title}, one trajectory",
               legend=False)  # fmt: skip
 
 
-def _gae_rows(world, truth, grid, bias, trace, forms, found):
-    rows = []
-    for x, b, v in zip(grid, bias, trace, strict=True):
-        measured = found.get(forms[x].name) if x in forms else None
-        common: dict[str, Any] = {"estimator": "gae", "lambda": float(x)}
-        common["warning"] = None if x == 1.0 else "biased where the critic is wrong"
-        values: dict[str, Any] = {"squared_bias": None, "trace": None}
-        if measured is not None:
-            common |= {"trajectories": measured.trajectories, "env_steps": measured.env_steps}
-            values = {
-                "squared_bias": measured.bias(lifted(world, truth)),
-                "trace": measured.trace(),
-            }
-        for name, value in (("squared_bias", b), ("trace", v)):
-            row = {**common, "quantity": name, "exact": float(value)}
-            rows.append(row | (estimated(values[name]) if values[name] is not None else {}))
-    return rows
-
-
 def _draw_gae(figure, grid, bias, trace, rows, world):
     axes = panels(figure, 2)
-    for index, (name, values, text) in enumerate(
-        (("squared_bias", bias, "squared bias"), ("trace", trace, "tr Cov"))
-    ):
-        seen = [r for r in rows if r["quantity"] == name and r.get("measured") is not None]
-        line(axes[0], grid, values, index, f"{text} (exact)")
-        columns = [[r[k] for r in seen] for k in ("lambda", "measured", "low", "high")]
-        points(axes[0], *columns, index=index, label=f"{text.split(',')[0]} (measured, 95 %)")
+    for index, (name, text) in enumerate((("squared_bias", "squared bias"), ("trace", "tr Cov"))):
+        mine = where(rows, quantity=name)
+        draw_exact(axes[0], mine, "lambda", index, f"{text} (exact)")
+        draw_measured(axes[0], mine, "lambda", index, f"{text} (measured, 95 %)")
     axes[0].set_yscale("symlog", linthresh=1e-3)
     label(axes[0], f"Bias falls and variance rises with λ, {world.name}", "λ",
           "squared gradient, one trajectory", loc=(0.02, 0.56))  # fmt: skip

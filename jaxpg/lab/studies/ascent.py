@@ -9,7 +9,9 @@ from scipy import stats
 
 from jaxpg.estimators import Estimator
 from jaxpg.lab import exact
-from jaxpg.lab.studies.pairs import intervals
+from jaxpg.lab.exact.tables import softmax
+from jaxpg.lab.studies import training
+from jaxpg.lab.studies.rows import draw_exact, draw_measured, where
 from jaxpg.lab.studies.study import (
     Experiment,
     Progress,
@@ -20,7 +22,6 @@ from jaxpg.lab.studies.study import (
     tidy,
     world_of,
 )
-from jaxpg.lab.studies.training import Curves, adam_rate, learner, own_rate, replaced, small_rate
 from jaxpg.lab.worlds.world import World, has_exact
 from jaxpg.optimizers import OPTIMIZERS
 from jaxpg.stats import figures
@@ -31,7 +32,6 @@ from jaxpg.types import Hyperparams
 
 RATES = {"sgd": 0.1, "adam": 0.05, "natural": 0.1}  # of the optimizers compared, on tables
 MAX_KL, SCALE, BATCH = 0.01, 1000.0, 16
-NO_CLIP = 1e9  # max_grad_norm
 BANDIT = "bandit"
 
 
@@ -50,11 +50,8 @@ def optimizers(settings: Settings, progress: Progress) -> Result:
             score = mean_interval(curves.score, attained(curves.score))
             for update, values in enumerate(zip(*score, strict=True)):
                 row = {"estimator": name, "reward_scale": scale, "update": update, "quantity": "J"}
-                row |= {
-                    "trajectories": update * BATCH * settings.repeats,
-                    "env_steps": steps[update],
-                }
-                rows.append(estimated(values, **row))
+                count = update * BATCH * settings.repeats
+                rows.append(estimated(values, trajectories=count, env_steps=steps[update], **row))
     summary = {"rewards_times_1000": {n: _largest_gap(rows, n) for n in ("sgd", "adam")}}
     if world.is_tabular and not world.is_projected:
         rows += _exact_rows(world, num_updates)
@@ -76,7 +73,7 @@ def ascend(
     """
     shape, theta = world.logits.shape, np.asarray(world.logits, np.float64).reshape(-1)
     m = np.eye(len(theta)) if matrix is None else matrix
-    numbers = Hyperparams(learning_rate=RATES.get(name, 0.0), max_grad_norm=NO_CLIP)
+    numbers = Hyperparams(learning_rate=RATES.get(name, 0.0), max_grad_norm=training.NO_CLIP)
     transform = OPTIMIZERS[name](numbers) if name in OPTIMIZERS else None
     state: Any = transform.init(jnp.zeros(len(theta))) if transform else None
     path = [theta]
@@ -99,7 +96,7 @@ def ascend(
 def reparameterisation_gap(world: World, name: str, matrix, num_updates: int = 20) -> float:
     """The largest difference of an action's probability between ascent in theta and in phi, theta = M phi."""
     one, other = (
-        probabilities(ascend(world, name, num_updates, m).reshape(-1, *world.logits.shape))
+        softmax(ascend(world, name, num_updates, m).reshape(-1, *world.logits.shape))
         for m in (None, matrix)
     )
     return float(np.abs(one - other).max())
@@ -113,31 +110,30 @@ def mixing(size: int, seed: int) -> np.ndarray:
     )
 
 
-def probabilities(logits):
-    weight = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return weight / weight.sum(axis=-1, keepdims=True)
-
-
-def _sampled(world, name, scales, settings, num_updates) -> list[Curves]:
+def _sampled(world, name, scales, settings, num_updates) -> list[training.Curves]:
     """Train with the same seeds at every scale of the rewards."""
     slots = Algorithm(Estimator(), policy_optimizer=OPTIMIZERS[name])
-    run = learner(world, slots, num_envs=BATCH, num_updates=num_updates, per_repeat=len(scales))
+    run = training.learner(
+        world, slots, num_envs=BATCH, num_updates=num_updates, per_repeat=len(scales)
+    )
     keys = jnp.tile(jax.random.split(key_of(settings), settings.repeats), len(scales))
-    rate = own_rate(settings, name)
+    rate = training.own_rate(settings, name)
     if rate is None and has_exact(world):
         rate = RATES[name]
+    elif rate is None and name == "sgd":
+        rate = training.small_rate(world, key_of(settings))
     elif rate is None:
-        rate = small_rate(world, key_of(settings)) if name == "sgd" else adam_rate(world)
-    numbers = world.hyperparams._replace(learning_rate=rate, max_grad_norm=NO_CLIP)
+        rate = training.adam_rate(world)
+    numbers = world.hyperparams._replace(learning_rate=rate, max_grad_norm=training.NO_CLIP)
     curves = run(keys, numbers, np.repeat(scales, settings.repeats))
     parts = [np.split(x, len(scales)) for x in curves]
-    return [Curves(*each) for each in zip(*parts, strict=True)]
+    return [training.Curves(*each) for each in zip(*parts, strict=True)]
 
 
 def _replaces(settings, checkpoint) -> list[str]:
     others = [f"{each}'s learning rate is the laboratory's" for each in ("sgd", "adam")
-              if own_rate(settings, each) is None]  # fmt: skip
-    return [*others, *replaced(checkpoint, BATCH, unlimited=True)]
+              if training.own_rate(settings, each) is None]  # fmt: skip
+    return [*others, *training.replaced(checkpoint, BATCH, unlimited=True)]
 
 
 def _exact_rows(world, num_updates):
@@ -150,13 +146,11 @@ def _exact_rows(world, num_updates):
 
 def _largest_gap(rows, name) -> float:
     """The largest gap in mean J between rewards and rewards times 1000, in the units of the rewards."""
-    curves = [
-        np.array(
-            [r["measured"] for r in rows if (r["estimator"], r["reward_scale"]) == (name, scale)]
-        )
+    one, other = (
+        np.array([r["measured"] for r in where(rows, estimator=name, reward_scale=scale)])
         for scale in (1.0, SCALE)
-    ]
-    return float(np.nanmax(np.abs(curves[0] - curves[1])))
+    )
+    return float(np.nanmax(np.abs(one - other)))
 
 
 def committal(settings: Settings, progress: Progress) -> Result:
@@ -219,35 +213,15 @@ def proportion(count: int, total: int) -> Estimate:
 
 def _draw_optimizers(figure, rows):
     axes = figures.panels(figure, columns=2)
-    names = dict.fromkeys(r["estimator"] for r in rows)
-    for i, name in enumerate(names):
-        found = [r for r in rows if (r["estimator"], r["quantity"]) == (name, "J_exact_ascent")]
-        if found:
-            figures.line(
-                axes[0],
-                [r["update"] for r in found],
-                [r["exact"] for r in found],
-                i,
-                f"{name}, exact",
-            )
-        found = [
-            r
-            for r in rows
-            if (r["estimator"], r["quantity"], r["reward_scale"]) == (name, "J", 1.0)
-        ]
+    for i, name in enumerate(dict.fromkeys(r["estimator"] for r in rows)):
+        found = where(rows, estimator=name, quantity="J_exact_ascent")
+        draw_exact(axes[0], found, "update", i, f"{name}, exact")
+        found = where(rows, estimator=name, quantity="J", reward_scale=1.0)
         found = found[:: max(1, len(found) // 10)]
-        columns = intervals(found)
-        if found:
-            figures.points(
-                axes[0], [r["update"] for r in found], *columns, i, f"{name}, N = {BATCH}"
-            )
+        draw_measured(axes[0], found, "update", i, f"{name}, N = {BATCH}")
     figures.label(axes[0], "Ascent by update", "updates", "J [return]")
     for i, (name, scale) in enumerate((n, s) for n in ("sgd", "adam") for s in (1.0, SCALE)):
-        found = [
-            r
-            for r in rows
-            if (r["estimator"], r["quantity"], r["reward_scale"]) == (name, "J", scale)
-        ]
+        found = where(rows, estimator=name, quantity="J", reward_scale=scale)
         figures.line(axes[1], [r["update"] for r in found], [r["measured"] for r in found], i,
                      f"{name}, rewards x {scale:g}")  # fmt: skip
     figures.label(axes[1], "The unit of the reward", "updates", "J [return, original unit]")
@@ -255,9 +229,7 @@ def _draw_optimizers(figure, rows):
 
 def _draw_committal(figure, rows, paths):
     axes = figures.panels(figure, columns=2)
-    found = [r for r in rows if r["quantity"] == "not_on_best_arm"]
-    columns = intervals(found)
-    figures.points(axes[0], [r["delta"] for r in found], *columns, 0)
+    draw_measured(axes[0], where(rows, quantity="not_on_best_arm"), "delta", 0)
     axes[0].set_ylim(bottom=-0.005)
     title, x = (
         "Runs that do not find the best arm",
@@ -265,12 +237,10 @@ def _draw_committal(figure, rows, paths):
     )
     figures.label(axes[0], title, x, f"fraction after {NUM_UPDATES} updates", legend=False)
     for i, delta in enumerate((DELTAS[0], DELTAS[-1])):
+        style = {"color": figures.COLOURS[i], "linestyle": figures.LINES[i]}
         for run in paths[DELTAS.index(delta)]:
-            axes[1].plot(
-                run, color=figures.COLOURS[i], linestyle=figures.LINES[i], linewidth=0.7, alpha=0.6
-            )
-        axes[1].plot([], [], color=figures.COLOURS[i], linestyle=figures.LINES[i],
-                     label=rf"$\delta = {delta:+g}$")  # fmt: skip
+            axes[1].plot(run, linewidth=0.7, alpha=0.6, **style)
+        axes[1].plot([], [], label=rf"$\delta = {delta:+g}$", **style)
     axes[1].set_xscale("symlog", linthresh=10)
     figures.label(axes[1], f"{SHOWN} runs each", "updates", "probability of the best arm")
 

@@ -5,8 +5,10 @@ from typing import Any
 import numpy as np
 
 from jaxpg.lab import exact
-from jaxpg.lab.studies.estimators import Form, batch_moments, coupled, form, true_gradient
+from jaxpg.lab.studies.estimators import batch_moments, coupled, form, true_gradient
+from jaxpg.lab.studies.forms import Form
 from jaxpg.lab.studies.measured import Measured, need_effective
+from jaxpg.lab.studies.rows import draw_exact, draw_measured, where
 from jaxpg.lab.studies.sampling import group_size, measure, powers
 from jaxpg.lab.studies.study import (
     Experiment,
@@ -20,7 +22,7 @@ from jaxpg.lab.studies.study import (
     world_of,
 )
 from jaxpg.lab.worlds.world import World, has_exact
-from jaxpg.stats.figures import label, line, panels, points
+from jaxpg.stats.figures import label, line, panels
 from jaxpg.stats.moments import GROUPS, Estimate, SampleMoments, merge_groups, quantile
 
 REFERENCE_SEED = 1 << 20  # added to the seed, so that the reference gradient has its own episodes
@@ -90,9 +92,8 @@ def _trace_row(world, each, measured, n) -> dict[str, Any]:
         batches=GROUPS * group_size(measured.trajectories, n) // n,
         quantity="trace of the mean",
         exact=None if known is None else known.trace,
-        trajectories=measured.trajectories,
-        env_steps=measured.env_steps,
         warning=each.warning or None,
+        **measured.counts,
     )
 
 
@@ -124,14 +125,10 @@ def _slope(levels: list[tuple[int, Measured]]) -> tuple[Estimate, Estimate]:
 def _draw_sizes(figure, forms, rows, world, summary):
     (axis,) = panels(figure, width=6.4, height=4.6)
     for index, each in enumerate(forms):
-        mine = [row for row in rows if row["estimator"] == each.name]
-        n = [row["batch"] for row in mine]
+        mine = where(rows, estimator=each.name)
         slope = summary[each.name]["slope"].get("value", np.nan)
-        known = [row["exact"] for row in mine]
-        if None not in known:
-            line(axis, n, known, index, f"{each.name}, exact")
-        columns = [[row[k] for row in mine] for k in ("measured", "low", "high")]
-        points(axis, n, *columns, index=index, label=f"{each.name}, measured: slope {slope:.3f}")
+        draw_exact(axis, mine, "batch", index, f"{each.name}, exact")
+        draw_measured(axis, mine, "batch", index, f"{each.name}, measured: slope {slope:.3f}")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     label(axis, f"Variance of the batch gradient falls as 1/N, {world.name}",
@@ -160,21 +157,15 @@ def cosine(settings: Settings, progress: Progress) -> Result:
         for n, measured in sorted(found[each.name].items()):
             known = batch_moments(each, world, n)
             lines = (None, None) if known is None else exact.cosine(known)
-            common: dict[str, Any] = {
-                "estimator": each.name,
-                "batch": n,
-                "trajectories": measured.trajectories,
-                "env_steps": measured.env_steps,
-                "warning": each.warning or warning,
-            }
+            common = {"estimator": each.name, "batch": n, "warning": each.warning or warning}
+            common |= measured.counts
             names = "to truth", "between batches"
             for name, value, clt in zip(names, measured.cosine(n), lines, strict=True):
-                rows.append({**common, "quantity": name, "exact": clt} | estimated(value))
+                rows.append(estimated(value, quantity=name, exact=clt, **common))
     summary = {
         each.name: {
             row["quantity"] + f", N = {row['batch']}": row["measured"]
-            for row in rows
-            if row["estimator"] == each.name
+            for row in where(rows, estimator=each.name)
         }
         for each in forms
     }
@@ -189,12 +180,11 @@ def _draw_cosine(figure, forms, rows, world):
         (axes[1], "between batches", "Cosine between two batches"),
     ):
         for index, each in enumerate(forms):
-            mine = [r for r in rows if r["estimator"] == each.name and r["quantity"] == quantity]
+            mine = where(rows, estimator=each.name, quantity=quantity)
             n = [row["batch"] for row in mine]
             if all(row["exact"] is not None for row in mine):
                 line(axis, *_limit(each, world, n, quantity), index, f"{each.name}, central limit")
-            columns = [[row[k] for row in mine] for k in ("measured", "low", "high")]
-            points(axis, n, *columns, index=index, label=f"{each.name}, measured")
+            draw_measured(axis, mine, "batch", index, f"{each.name}, measured")
         axis.set_xscale("log", base=2)
         axis.set_ylim(min(0.0, axis.get_ylim()[0]), 1.03)
         label(axis, f"{text}, {world.name}", "batch size N (trajectories)", "mean cosine",

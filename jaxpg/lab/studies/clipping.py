@@ -8,20 +8,17 @@ import numpy as np
 
 from jaxpg.estimators import Estimator, credit, surrogates
 from jaxpg.lab import exact
+from jaxpg.lab.exact.tables import softmax
 from jaxpg.lab.measure.samples import roll
-from jaxpg.lab.studies.estimators import (
-    Form,
-    form,
-    gradient,
-    known_advantage,
-    value_tables_of_actions,
-)
+from jaxpg.lab.studies.estimators import form, gradient
+from jaxpg.lab.studies.forms import Form, known_advantage, value_tables_of_actions
 from jaxpg.lab.studies.importance import lag_rows, measured_lags, measured_result
 from jaxpg.lab.studies.lags import PILOT, Lag, lag_of
+from jaxpg.lab.studies.rows import draw_measured, where
 from jaxpg.lab.studies.sampling import source_of
 from jaxpg.lab.studies.study import Experiment, Progress, Result, Settings, key_of, tidy
 from jaxpg.lab.worlds.world import World
-from jaxpg.stats.figures import caption, label, line, panels, points
+from jaxpg.stats.figures import caption, label, line, panels
 from jaxpg.types import Hyperparams
 
 
@@ -47,28 +44,23 @@ def clipping(settings: Settings, progress: Progress) -> Result:
     for x in grid:
         there = lag.at(x)
         for epsilon, each in zip(epsilons, forms, strict=True):
+            policies = there.logits, lag.behaviour
             moments = exact.surrogate_moments(
-                there.mdp,
-                there.logits,
-                lag.behaviour,
-                there.gamma,
-                clip_eps=epsilon,
-                from_start=False,
+                there.mdp, *policies, there.gamma, clip_eps=epsilon, from_start=False
             )
             share = {"fraction_clipped": _fraction(lag, there, epsilon)}
             measured = found[x][each.name] if x in lags else None
             rows += lag_rows(each.name, x, moments, gradient(there), measured, **share)
     names = [each.name for each in forms]
-    summary = {
-        f"{name} at lag {x:g}": {
-            "bias": next(r["exact"] for r in _at(rows, name, x) if r["quantity"] == "squared_bias")
-            ** 0.5,
-            "trace": next(r["exact"] for r in _at(rows, name, x) if r["quantity"] == "trace"),
-            "fraction_clipped": _at(rows, name, x)[0]["fraction_clipped"],
-        }
-        for name in names
-        for x in lags
-    }
+    summary = {}
+    for name in names:
+        for x in lags:
+            bias, trace = where(rows, estimator=name, lag=x)
+            summary[f"{name} at lag {x:g}"] = {
+                "bias": bias["exact"] ** 0.5,
+                "trace": trace["exact"],
+                "fraction_clipped": trace["fraction_clipped"],
+            }
     return Result(
         tidy(rows), summary, lambda figure: _draw_clipping(figure, rows, names, lag.world.name)
     )
@@ -91,10 +83,6 @@ def _centred_returns(lag: Lag, settings):
     return centred
 
 
-def _at(rows, name, x):
-    return [r for r in rows if r["estimator"] == name and r["lag"] == x]
-
-
 def _clipped(advantages, epsilon, numbers: Hyperparams) -> Form:
     surrogate = surrogates.ratio if epsilon is None else surrogates.clipped
     hyperparams = numbers._replace(clip_eps=1e9 if epsilon is None else epsilon)
@@ -108,10 +96,7 @@ def _fraction(lag: Lag, there: World, epsilon) -> float:
     if epsilon is None:
         return 0.0
     observation = np.asarray(there.mdp.observation)
-    behaviour, target = (
-        np.exp(x - np.logaddexp.reduce(x, axis=1, keepdims=True))[observation]
-        for x in (lag.behaviour, there.logits)
-    )
+    behaviour, target = (softmax(x)[observation] for x in (lag.behaviour, there.logits))
     advantage = value_tables_of_actions(lag.world, lag.behaviour)[:, observation]
     ratio = target / behaviour
     stopped = np.where(advantage > 0, ratio > 1 + epsilon, (advantage < 0) & (ratio < 1 - epsilon))
@@ -129,15 +114,10 @@ def _draw_clipping(figure, rows, names, world):
     caption(figure)
     for axis, (quantity, text, unit, field) in zip(axes, columns, strict=True):
         for index, name in enumerate(names):
-            mine = [r for r in rows if r["estimator"] == name and r["quantity"] == quantity]
+            mine = where(rows, estimator=name, quantity=quantity)
             line(axis, [r["lag"] for r in mine], [r[field] for r in mine], index, name)
             if field == "exact":
-                seen = [r for r in mine if r.get("measured") is not None]
-                points(
-                    axis,
-                    *([r[k] for r in seen] for k in ("lag", "measured", "low", "high")),
-                    index=index,
-                )
+                draw_measured(axis, mine, "lag", index)
         label(axis, f"{text}, {world}", "lag: policy = behaviour + lag · step", unit,
               legend=axis is axes[0])  # fmt: skip
 

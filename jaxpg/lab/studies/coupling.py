@@ -1,7 +1,5 @@
 """Batches that couple their trajectories, and the choice of the policy that gathers them."""
 
-from typing import Any
-
 import jax
 import numpy as np
 from scipy import optimize
@@ -9,9 +7,11 @@ from scipy import optimize
 from jaxpg.estimators import Estimator, baselines, credit, importance, surrogates
 from jaxpg.lab import exact
 from jaxpg.lab.exact import Moments, enumeration
-from jaxpg.lab.exact.tables import squared_returns, tabulate, visits
-from jaxpg.lab.studies.estimators import Form, form, gradient
-from jaxpg.lab.studies.pairs import intervals, norm
+from jaxpg.lab.exact.tables import softmax, squared_returns, tabulate, visits
+from jaxpg.lab.studies.estimators import batch_moments, form, gradient
+from jaxpg.lab.studies.forms import Form
+from jaxpg.lab.studies.pairs import norm
+from jaxpg.lab.studies.rows import draw_exact, draw_measured, where
 from jaxpg.lab.studies.sampling import measure
 from jaxpg.lab.studies.study import (
     Experiment,
@@ -24,7 +24,7 @@ from jaxpg.lab.studies.study import (
     tidy,
     world_of,
 )
-from jaxpg.lab.worlds.world import TABLES, World, coordinates, table_params, tabular_world
+from jaxpg.lab.worlds.world import TABLES, World, table_params, tabular_world
 from jaxpg.stats import figures
 from jaxpg.types import Hyperparams
 
@@ -45,9 +45,8 @@ def coupled(settings: Settings, progress: Progress) -> Result:
         found = measure(world, forms, key, settings.trajectories, (size,))
         for each in forms:
             one = found[each.name]
-            known = batch_moments(world, each.estimator, size)
-            row = {"estimator": each.name, "batch": size, "trajectories": one.trajectories}
-            row |= {"env_steps": one.env_steps, "warning": each.warning}
+            known = batch_moments(each, world, size)
+            row = {"estimator": each.name, "batch": size, "warning": each.warning, **one.counts}
             value = None if known is None else size * known.trace
             trace = (size * x for x in one.trace(size))
             rows.append(estimated(trace, quantity="batch_trace", exact=value, **row))
@@ -65,30 +64,6 @@ def coupled(settings: Settings, progress: Progress) -> Result:
             if r["quantity"] == quantity and r["exact"] is not None
         }
     return Result(tidy(rows), summary, lambda figure: _draw_coupled(figure, rows, names))
-
-
-def batch_moments(world: World, estimator: Estimator | None, size: int) -> Moments | None:
-    """Exact moments of a batch of N with a mean baseline; None where no closed form is known.
-
-    The own mean shrinks leave-one-out, sample by sample, by (N-1)/N (Kool et al., 2019).
-    """
-    if not world.is_tabular or estimator is None or estimator.surrogate is not surrogates.score:
-        return None
-    shrinkage: dict[Any, float] = {
-        baselines.leave_one_out: 1.0,
-        baselines.batch_mean: (size - 1) / size,
-    }
-    if not np.any(
-        world.mdp.terminal
-    ):  # everyone survives, so the mean over survivors is that of all
-        shrinkage[baselines.time_mean] = 1.0
-    scale = shrinkage.get(estimator.baseline)
-    if scale is None or estimator.credit not in (credit.total_return, credit.reward_to_go):
-        return None
-    known = exact.leave_one_out_moments(
-        world.mdp, world.logits, estimator.credit, world.gamma, size
-    )
-    return coordinates(world, Moments(scale * known.mean, scale**2 * known.covariance))
 
 
 def standardised_bandit() -> list[dict]:
@@ -150,12 +125,9 @@ def _draw_coupled(figure, rows, names):
     axes = figures.panels(figure, columns=len(texts) + 1, width=4.8)
     for axis, (quantity, (title, y)) in zip(axes, texts.items(), strict=False):
         for i, name in enumerate(names):
-            found = [r for r in rows if (r["estimator"], r["quantity"]) == (name, quantity)]
-            sizes = [r["batch"] for r in found]
-            if found and found[0]["exact"] is not None:
-                figures.line(axis, sizes, [r["exact"] for r in found], i)
-            columns = intervals(found)
-            figures.points(axis, sizes, *columns, i, name)
+            found = where(rows, estimator=name, quantity=quantity)
+            draw_exact(axis, found, "batch", i)
+            draw_measured(axis, found, "batch", i, name)
         figures.label(
             axis, title, "trajectories per batch $N$", y, legend=quantity == list(texts)[-1]
         )
@@ -164,8 +136,7 @@ def _draw_coupled(figure, rows, names):
     for i, (quantity, text) in enumerate(
         {"scale": r"$|E\hat g|\,/\,|\nabla J|$", "cosine": "cosine"}.items()
     ):
-        found = [r for r in bandit if r["quantity"] == quantity]
-        figures.line(axes[-1], [r["batch"] for r in found], [r["exact"] for r in found], i, text)
+        draw_exact(axes[-1], where(bandit, quantity=quantity), "batch", i, text)
         axes[-1].lines[-1].set_marker(figures.MARKERS[i])
     figures.label(
         axes[-1], "Standardised advantages, 3 arms, exact", "trajectories per batch $N$", "ratio"
@@ -193,8 +164,8 @@ def behaviour(settings: Settings, progress: Progress) -> Result:
         key = jax.random.fold_in(key_of(settings), index)
         found = measure(other, [form("is_pdis", other)], key, settings.trajectories)["is_pdis"]
         row = next(r for r in rows if np.isclose(r["alpha"], alpha))
-        row |= estimated(found.trace(), trajectories=found.trajectories, env_steps=found.env_steps)
-        row |= {"warning": found.warning, "effective_sample_size": found.effective_sample_size}
+        row |= estimated(found.trace(), warning=found.warning, **found.counts)
+        row["effective_sample_size"] = found.effective_sample_size
     best = min(rows, key=lambda r: r["exact"])
     lines = {
         "uniform behaviour": _trace(world, np.zeros_like(world.logits)),
@@ -221,7 +192,7 @@ def tilted(world: World, alpha: float) -> np.ndarray:
     mean_square = np.einsum("ts,tsa,so->oa", visited, square, seen)
     met = np.einsum("ts,so->o", visited, seen)[:, None]
     mean_square = mean_square / np.where(met > 0, met, 1.0)
-    policy = np.exp(world.logits - np.log(np.exp(world.logits).sum(axis=1, keepdims=True)))
+    policy = softmax(world.logits)
     length = np.sqrt((policy**2).sum(axis=1, keepdims=True) - 2 * policy + 1)  # of e_a - pi
     # A floor keeps the support where an action's return is 0.
     weight = np.maximum(length * np.sqrt(mean_square), FLOOR)
@@ -265,10 +236,8 @@ def _bandit_world() -> World:
 
 def _draw_behaviour(figure, rows, lines):
     (axis,) = figures.panels(figure)
-    figures.line(axis, [r["alpha"] for r in rows], [r["exact"] for r in rows], 0, "exact")
-    found = [r for r in rows if r.get("measured") is not None]
-    columns = intervals(found)
-    figures.points(axis, [r["alpha"] for r in found], *columns, 0, "measured")
+    draw_exact(axis, rows, "alpha", 0, "exact")
+    draw_measured(axis, rows, "alpha", 0, "measured")
     for i, (text, value) in enumerate(lines.items(), 1):
         figures.line(axis, [0, 2], [value, value], i, text)
     axis.set_yscale("log", base=2)

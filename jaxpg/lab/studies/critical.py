@@ -14,10 +14,10 @@ import jax
 import numpy as np
 
 from jaxpg.lab import exact
-from jaxpg.lab.studies import ascent
+from jaxpg.lab.studies import ascent, training
 from jaxpg.lab.studies.estimators import form
 from jaxpg.lab.studies.forms import regulator_hessian
-from jaxpg.lab.studies.pairs import intervals
+from jaxpg.lab.studies.rows import intervals, where
 from jaxpg.lab.studies.study import (
     Experiment,
     Progress,
@@ -29,21 +29,12 @@ from jaxpg.lab.studies.study import (
     tidy,
     world_of,
 )
-from jaxpg.lab.studies.training import (
-    Curves,
-    best_objective,
-    learner,
-    objective_of,
-    replaced,
-    small_rate,
-)
 from jaxpg.lab.worlds.world import REGULATOR, World, has_exact, regulator_world
 from jaxpg.optimizers import sgd
 from jaxpg.stats import figures
 from jaxpg.stats.intervals import Estimate, ratio, told, unresolved
 from jaxpg.training.algorithm import Algorithm
 
-NO_CLIP = 1e9  # max_grad_norm
 SHARE = 0.9  # of the runs that must be at the target at the same time
 NOT_REACHED = "not reached by 90 % of the runs at {} learning rate"
 NO_END = "no upper end: the share of the runs was never clear of 90 %"
@@ -96,9 +87,9 @@ def large_batch(settings: Settings, progress: Progress) -> Result:
     world = curved_world(settings.gamma) if _curved(settings) else world_of(settings)
     grid = grid_of(settings)
     if not has_exact(world):
-        grid = grid._replace(rates=grid.rates * small_rate(world, key_of(settings)))
+        grid = grid._replace(rates=grid.rates * training.small_rate(world, key_of(settings)))
     rows, target, trials = train_to_target(world, grid, settings, progress)
-    fronts = [r for r in rows if r["quantity"] == "updates_at_best_rate"]
+    fronts = where(rows, quantity="updates_at_best_rate")
     law = law_of(fronts, trials, settings.seed)
     scales = noise_scales(world, target)
     summary = {
@@ -135,13 +126,15 @@ def train_to_target(
     trials = []
     for index, size in enumerate(grid.sizes):
         progress(f"{len(rates)} learning rates x {settings.repeats} runs with batches of {size}")
-        run = learner(world, slots, num_envs=size, num_updates=num_updates, per_repeat=len(rates))
+        run = training.learner(
+            world, slots, num_envs=size, num_updates=num_updates, per_repeat=len(rates)
+        )
         count = len(rates) * settings.repeats
         keys = jax.random.split(jax.random.fold_in(key_of(settings), index), count)
         repeated = np.repeat(rates, settings.repeats)
-        numbers = world.hyperparams._replace(learning_rate=repeated, max_grad_norm=NO_CLIP)
+        numbers = world.hyperparams._replace(learning_rate=repeated, max_grad_norm=training.NO_CLIP)
         shape = len(rates), settings.repeats, num_updates
-        curves = Curves(*(x.reshape(shape) for x in run(keys, numbers)))
+        curves = training.Curves(*(x.reshape(shape) for x in run(keys, numbers)))
         target = _target(world, curves.score, grid.fraction) if np.isnan(target) else target
         rows += _grid_rows(curves, target, size, rates)
         trials.append(Trial(size, rates, curves.score >= target))
@@ -304,7 +297,7 @@ def _first(there) -> float:
 def _target(world: World, scores, fraction) -> float:
     if has_exact(world):
         start = float(scores[0, 0, 0])
-        return start + fraction * (best_objective(world) - start)
+        return start + fraction * (training.best_objective(world) - start)
     start = np.nanmean(scores[..., 0])
     best = np.nanmax(np.nanmean(scores[..., -5:], axis=(1, 2)))
     if not best > start:
@@ -318,7 +311,7 @@ def _target(world: World, scores, fraction) -> float:
 def _on_target(world: World, target: float) -> World:
     """The world with the parameters at which exact ascent first reaches the target."""
     if world.is_regulator:
-        value = jax.jit(jax.value_and_grad(objective_of(world)))
+        value = jax.jit(jax.value_and_grad(training.objective_of(world)))
         params = world.params
         for _ in range(2000):
             score, slope = value(params)
@@ -352,9 +345,9 @@ def _grid_rows(curves, target, size, rates):
 
 def _draw(figure, rows, fronts, law: Law | None, scales):
     axes = figures.panels(figure, columns=3, width=4.6)
-    grid = [r for r in rows if r["quantity"] == "updates"]
+    grid = where(rows, quantity="updates")
     for i, size in enumerate(dict.fromkeys(r["batch"] for r in grid)):
-        mine = [r for r in grid if r["batch"] == size and np.isfinite(r["measured"])]
+        mine = [r for r in where(grid, batch=size) if np.isfinite(r["measured"])]
         figures.points(axes[0], [r["rate"] for r in mine], *drawable(mine), i, f"N = {size}")
     figures.label(axes[0], "Updates to the target", "learning rate of SGD", "updates, 90 % of runs")
     reached = [r for r in fronts if np.isfinite(r["measured"])]
@@ -422,7 +415,7 @@ def drawable(rows):
 def _replaces(settings, checkpoint) -> list[str]:
     return [
         "SGD at the laboratory's learning rates",
-        *replaced(checkpoint, None, unlimited=True),
+        *training.replaced(checkpoint, None, unlimited=True),
     ]
 
 

@@ -1,17 +1,19 @@
 """Where the variance of one episode's gradient comes from, and how it grows with the horizon."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpg.envs import from_lqr
 from jaxpg.estimators import credit
 from jaxpg.lab import exact
 from jaxpg.lab.measure.samples import roll, rows_of, weigh
-from jaxpg.lab.studies.estimators import available, form, value_tables
-from jaxpg.lab.studies.pairs import grouped, intervals
+from jaxpg.lab.studies.estimators import available, form
+from jaxpg.lab.studies.forms import value_tables
+from jaxpg.lab.studies.pairs import grouped
+from jaxpg.lab.studies.rows import draw_exact, draw_measured, intervals, where
 from jaxpg.lab.studies.sampling import check_episodes, measure, options_for, source_of
 from jaxpg.lab.studies.study import (
     Experiment,
@@ -24,8 +26,7 @@ from jaxpg.lab.studies.study import (
     tidy,
     world_of,
 )
-from jaxpg.lab.worlds.regulators import coefficients, value_critic
-from jaxpg.lab.worlds.world import World, num_params, tabular_world
+from jaxpg.lab.worlds.world import World, at_horizon, num_params
 from jaxpg.stats import figures
 from jaxpg.stats.intervals import Estimate, within
 from jaxpg.stats.moments import SampleMoments, jackknife
@@ -51,13 +52,11 @@ def total_variance(settings: Settings, progress: Progress) -> Result:
     starts = split_by_start(world, forms, k_split, settings.trajectories)
     for each, (start, rest) in zip(forms, starts, strict=True):
         known = decompositions(world, each.name) if not world.is_projected else {}
-        found, total, initial = (
-            measured[each.name],
-            *(known.get(("doob", part, None)) for part in ("total", "initial")),
-        )
+        found = measured[each.name]
+        total, initial = (known.get(("doob", part, None)) for part in ("total", "initial"))
         others = None if total is None or initial is None else total - initial
-        common = {"estimator": each.name, "quantity": "trace", "env_steps": found.env_steps}
-        common |= {"trajectories": found.trajectories, "warning": each.warning}
+        common = {"estimator": each.name, "quantity": "trace", "warning": each.warning}
+        common |= found.counts
         for part, estimate, value in (
             ("total", found.trace(), total), ("initial", start, initial), ("rest", rest, others),
         ):  # fmt: skip
@@ -156,9 +155,7 @@ def horizon(settings: Settings, progress: Progress) -> Result:
             row["warning"] = each.warning
             if each.name in found:
                 one = found[each.name]
-                row |= estimated(
-                    one.trace(), trajectories=one.trajectories, env_steps=one.env_steps
-                )
+                row |= estimated(one.trace(), **one.counts)
                 row["warning"] = "; ".join(x for x in (each.warning, one.warning) if x)
             if cuts and steps < base.env.horizon and each.name == "rtg_value":
                 # The critic still counts the rewards beyond the cut.
@@ -170,30 +167,11 @@ def horizon(settings: Settings, progress: Progress) -> Result:
     )
 
 
-def at_horizon(world: World, steps: int) -> World:
-    """The same world with episodes of another length."""
-    if world.is_regulator:
-        regulator = world.regulator._replace(horizon=steps)
-        numbers = coefficients(world.policy, world.params)
-        critic, table = value_critic(regulator, numbers, world.gamma)
-        return world._replace(
-            env=from_lqr(regulator), exact=regulator, critic=critic, critic_params=table
-        )
-    if not world.is_tabular or world.is_projected:
-        env = world.env._replace(horizon=steps)
-        return world._replace(env=env, exact=None)
-    mdp = world.mdp._replace(horizon=steps)
-    return tabular_world(
-        world.name, mdp, world.logits, world.table.behaviour_logits, gamma=world.gamma
-    )
-
-
 def growth(rows) -> dict[str, float]:
     """Exponents of the trace between the last two horizons, exact where known."""
     exponents = {}
     for name in dict.fromkeys(r["estimator"] for r in rows):
-        found = [r for r in rows if r["estimator"] == name]
-        found = [r for r in found if _value(r) is not None][-2:]
+        found = [r for r in where(rows, estimator=name) if _value(r) is not None][-2:]
         # A trace that may be 0 has no logarithm.
         if (
             len(found) == 2
@@ -204,26 +182,24 @@ def growth(rows) -> dict[str, float]:
     return exponents
 
 
-def _value(row):
+def _value(row) -> Any:
     return row["exact"] if row["exact"] is not None else row.get("measured")
 
 
 def _draw_total(figure, rows, names):
     known = [r for r in rows if r["quantity"] in ("doob", "tucker")]
     axes = figures.panels(figure, columns=3 if known else 1, width=4.6)
-    measured = [r for r in rows if r["quantity"] == "trace"]
+    measured = where(rows, quantity="trace")
     if not known:
         parts = {"initial": "initial state", "rest": "all that follows"}
         _bars(axes[0], measured, names, parts, "measured", "Law of total variance")
     else:
-        doob = [r for r in known if r["quantity"] == "doob" and r["step"] is None]
+        doob, tucker = where(known, quantity="doob", step=None), where(known, quantity="tucker")
         _bars(axes[0], doob, names, PARTS, "exact", "One episode, by random draw")
-        tucker = [r for r in known if r["quantity"] == "tucker"]
         _bars(axes[1], tucker, names, SPLIT, "exact", "One state and action")
         _by_step(axes[2], known, names)
-    totals = [r for r in measured if r["component"] == "total"]
-    columns = intervals(totals)
-    figures.points(axes[0], np.arange(len(totals)), *columns, 7, "measured total")
+    totals = intervals(where(measured, component="total"))
+    figures.points(axes[0], np.arange(len(names)), *totals, 7, "measured total")
     axes[0].legend(fontsize=8, frameon=False)
 
 
@@ -246,10 +222,8 @@ def _by_step(axis, known, names):
     series = [(name, "action", f"{name}: actions") for name in shown]
     series.append((shown[0], "transition", "any: transitions, reward noise"))
     for i, (name, part, label) in enumerate(series):
-        found = [r for r in known if (r["estimator"], r["component"]) == (name, part)]
-        found = [r for r in found if r["step"] is not None]
-        steps = [r["step"] for r in found]
-        figures.line(axis, steps, [r["exact"] for r in found], i, label)
+        found = where(known, estimator=name, component=part)
+        draw_exact(axis, [r for r in found if r["step"] is not None], "step", i, label)
         axis.lines[-1].set_marker(figures.MARKERS[i])
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_ylim(0, 1.4 * axis.get_ylim()[1])
@@ -259,15 +233,10 @@ def _by_step(axis, known, names):
 def _draw_horizon(figure, rows, slopes):
     (axis,) = figures.panels(figure, width=6.4, height=4.6)
     for i, name in enumerate(dict.fromkeys(r["estimator"] for r in rows)):
-        found = [r for r in rows if r["estimator"] == name]
+        found = where(rows, estimator=name)
         label = f"{name} ({slopes[name]:.2f})" if name in slopes else name
-        known = [r for r in found if r["exact"]]
-        if known:
-            figures.line(axis, [r["horizon"] for r in known], [r["exact"] for r in known], i, label)
-        found = [r for r in found if r.get("measured") is not None]
-        columns = intervals(found)
-        steps = [r["horizon"] for r in found]
-        figures.points(axis, steps, *columns, i, None if known else label)
+        known = draw_exact(axis, [r for r in found if r["exact"]], "horizon", i, label)
+        draw_measured(axis, found, "horizon", i, None if known else label)
     axis.set_xscale("log")
     if any(r["exact"] or r.get("measured") for r in rows):  # unless all rewards were 0
         axis.set_yscale("log")

@@ -6,9 +6,9 @@ import numpy as np
 
 from jaxpg.estimators import Estimator, importance
 from jaxpg.lab import exact
-from jaxpg.lab.exact.tables import action_values, discounts, tabulate, visits
-from jaxpg.lab.studies.estimators import Form
-from jaxpg.lab.studies.pairs import intervals, norm, paired, squares
+from jaxpg.lab.studies.forms import Form
+from jaxpg.lab.studies.pairs import norm, paired, squares
+from jaxpg.lab.studies.rows import draw_exact, draw_measured, where
 from jaxpg.lab.studies.sampling import measure
 from jaxpg.lab.studies.study import (
     Experiment,
@@ -41,22 +41,22 @@ def discount(settings: Settings, progress: Progress) -> Result:
     measured = measure(
         world, list(forms.values()), key_of(settings), settings.trajectories, progress=progress
     )
+    known = {g: discount_bias(world, g) for g in gammas} if world.is_tabular else {}
     rows = []
     for gamma in gammas:
         true, other = (measured[forms[gamma, start].name] for start in (True, False))
         pairs = paired(true.levels[1], other.levels[1])
-        known = {} if not world.is_tabular else discount_bias(world, gamma)
-        common = {"gamma": gamma, "trajectories": other.trajectories, "env_steps": other.env_steps}
+        exact_ = known.get(gamma, {})
         for quantity, function in (("relative_bias", _relative), ("cosine", _cosine)):
-            row = {"estimator": "without_start", "quantity": quantity, "exact": known.get(quantity)}
+            row = {"estimator": "without_start", "quantity": quantity, "gamma": gamma}
+            row |= {"exact": exact_.get(quantity), **other.counts}
             value = function(pairs)
             warning = NO_GRADIENT if np.isfinite(value.value) else NOISE
-            rows.append(estimated(value, **row, **common, warning=warning))
+            rows.append(estimated(value, **row, warning=warning))
         for name, warning in (("without_start", NO_GRADIENT), ("from_start", "")) if known else ():
             row = {"estimator": name, "quantity": "asymmetry", "gamma": gamma, "warning": warning}
-            rows.append(row | {"exact": known[f"asymmetry_{name}"]})
-    known = {} if not world.is_tabular else {g: discount_bias(world, g) for g in gammas}
-    found = {r["gamma"]: stated_row(r) for r in rows if r["quantity"] == "relative_bias"}
+            rows.append(row | {"exact": exact_[f"asymmetry_{name}"]})
+    found = {r["gamma"]: stated_row(r) for r in where(rows, quantity="relative_bias")}
     summary = {"relative_bias": found, "exact": known}
     return Result(tidy(rows), summary, lambda figure: _draw_discount(figure, rows))
 
@@ -66,19 +66,18 @@ def discount_bias(world: World, gamma: float) -> dict[str, float]:
 
     The asymmetry is that of the Jacobian in the logits, 0 for the gradient of any function.
     """
-    size = world.logits.size
-    true, other = (
-        coordinates(world, exact.Moments(_field(world, gamma, start)(world.logits), np.eye(size)))[
-            0
-        ]
-        for start in (True, False)
-    )
+
+    def field(start):
+        return lambda logits: exact.gradient(world.mdp, logits, gamma, from_start=start)
+
+    each = (exact.Moments(field(x)(world.logits), np.eye(world.logits.size)) for x in (True, False))
+    true, other = (coordinates(world, moments).mean for moments in each)
     return {
         "bias": norm(other - true),
         "relative_bias": norm(other - true) / norm(true),
         "cosine": float(other @ true) / norm(true) / norm(other),
-        "asymmetry_without_start": asymmetry(_field(world, gamma, False), world.logits),
-        "asymmetry_from_start": asymmetry(_field(world, gamma, True), world.logits),
+        "asymmetry_without_start": asymmetry(field(False), world.logits),
+        "asymmetry_from_start": asymmetry(field(True), world.logits),
     }
 
 
@@ -91,19 +90,6 @@ def asymmetry(field, point, step: float = 1e-5) -> float:
     ]
     jacobian = np.stack([(up - down) / (2 * step) for up, down in ends], axis=1)
     return norm(jacobian - jacobian.T) / norm(jacobian)
-
-
-def _field(world: World, gamma, from_start):
-    """The expected gradient [O A] as a function of the logits."""
-
-    def field(logits):
-        found = tabulate(world.mdp, logits)
-        weight = discounts(gamma if from_start else 1.0, found.horizon)[:, None] * visits(found)
-        _, action_value = action_values(found, gamma)
-        parts = (weight, found.policy, found.score, action_value)
-        return np.einsum("ts,sa,sap,tsa->p", *parts, optimize=True)
-
-    return field
 
 
 def _discounted(world, gamma, from_start) -> Form:
@@ -131,18 +117,17 @@ def _cosine(pairs: SampleMoments) -> Estimate:
 
 
 def _draw_discount(figure, rows):
-    exact_rows = [r for r in rows if r["quantity"] == "asymmetry"]
+    exact_rows = where(rows, quantity="asymmetry")
     axes = figures.panels(figure, columns=3 if exact_rows else 2)
     titles = {
         "relative_bias": (r"Bias of dropping $\gamma^t$", r"$|E\hat g - \nabla J|\,/\,|\nabla J|$"),
         "cosine": ("Direction", r"cosine of $E\hat g$ to $\nabla J$"),
     }
     for axis, (quantity, (title, y)) in zip(axes, titles.items(), strict=False):
-        found = [r for r in rows if r["quantity"] == quantity]
+        found = where(rows, quantity=quantity)
         gammas = [r["gamma"] for r in found]
-        if found[0]["exact"] is not None:
-            figures.line(axis, gammas, [r["exact"] for r in found], 0, "exact")
-        figures.points(axis, gammas, *intervals(found), 0, "measured")
+        draw_exact(axis, found, "gamma", 0, "exact")
+        draw_measured(axis, found, "gamma", 0, "measured")
         figures.label(axis, title, r"discount $\gamma$ [per step]", y)
         axis.set_xlim(gammas[0] - 0.03, 1.0)  # even if only a few could be measured
         lost = {g for g, r in zip(gammas, found, strict=True) if np.isnan(r["measured"])}
@@ -152,11 +137,7 @@ def _draw_discount(figure, rows):
     for i, (name, label) in enumerate(
         {"without_start": "$c_t = 1$", "from_start": r"$c_t = \gamma^t$"}.items()
     ):
-        found = [r for r in exact_rows if r["estimator"] == name]
-        if found:
-            figures.line(
-                axes[2], [r["gamma"] for r in found], [r["exact"] for r in found], i, label
-            )
+        if draw_exact(axes[2], where(exact_rows, estimator=name), "gamma", i, label):
             figures.label(axes[2], "Is it the gradient of a function?", r"discount $\gamma$ [per step]",
                           r"$|K - K^T|\,/\,|K|$ of its Jacobian $K$ (0: yes)")  # fmt: skip
 

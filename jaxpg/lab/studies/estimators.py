@@ -17,11 +17,9 @@ from jaxpg.lab.studies.forms import (
     all_action,
     best,
     best_seen,
-    by_observation,
     control_variate,
     exact_advantage,
     known,
-    known_advantage,
     lambda_form,
     mean_to_go,
     named_moments,
@@ -31,27 +29,8 @@ from jaxpg.lab.studies.forms import (
     regulator_gradient,
     slots,
     value_baseline,
-    value_tables,
-    value_tables_of_actions,
 )
 from jaxpg.lab.worlds.world import World, coordinates, has_exact, lifted
-
-__all__ = [
-    "ESTIMATORS",
-    "Form",
-    "Named",
-    "available",
-    "batch_moments",
-    "by_observation",
-    "coupled",
-    "form",
-    "gradient",
-    "known_advantage",
-    "lambda_form",
-    "true_gradient",
-    "value_tables",
-    "value_tables_of_actions",
-]
 
 
 class Named(NamedTuple):

@@ -9,10 +9,9 @@ import numpy as np
 
 from jaxpg.estimators import Estimator, Slot, baselines, credit, importance
 from jaxpg.lab import exact
-from jaxpg.lab.exact import Coefficients, Moments, lqr, pair_moments
+from jaxpg.lab.exact import Moments, lqr
 from jaxpg.lab.exact.baselines import controlled, minimisers, projections
 from jaxpg.lab.exact.compose import composed
-from jaxpg.lab.exact.tables import discounts, tabulate
 from jaxpg.lab.measure.samples import couples
 from jaxpg.lab.worlds import regulators
 from jaxpg.lab.worlds.world import World, coordinates, step_table, tables
@@ -225,10 +224,11 @@ def value_baseline(world):
 
 def exact_advantage(world):
     def moments():
-        value, action_value = exact.observation_values(world.mdp, world.logits, world.gamma)
-        start = discounts(world.gamma, world.mdp.horizon)[:, None, None]
-        c = Coefficients(action_value, decay=0.0, step=start, shift=start * value[:, :, None])
-        return coordinates(world, pair_moments(world.mdp, world.logits, c))
+        place = world.mdp, world.logits, world.gamma
+        value, action_value = exact.observation_values(*place)
+        b = value[:, :, None]
+        found = exact.advantage_moments(*place, baseline=b, action_value=action_value)
+        return coordinates(world, found)
 
     start = _start(world, importance.on_policy)
     table = known_advantage(value_tables_of_actions(world, world.logits))
@@ -237,12 +237,9 @@ def exact_advantage(world):
 
 def all_action(world):
     def moments():
-        _, action_value = exact.observation_values(world.mdp, world.logits, world.gamma)
-        found = tabulate(world.mdp, world.logits)
-        local = np.einsum("sa,sap,tsa->tsp", found.policy, found.score, action_value)
-        start = discounts(world.gamma, world.mdp.horizon)[:, None, None]
-        c = Coefficients(0.0, decay=0.0, step=0.0, drift=-(start * local)[:, :, None])
-        return coordinates(world, pair_moments(world.mdp, world.logits, c))
+        place = world.mdp, world.logits, world.gamma
+        _, action_value = exact.observation_values(*place)
+        return coordinates(world, exact.all_action_moments(*place, action_value))
 
     return {"exact": cache(moments)}
 

@@ -10,13 +10,15 @@ from jaxpg.lab import exact
 from jaxpg.lab.measure.samples import log_probs, roll, trajectory_bytes
 from jaxpg.lab.measure.statistics import MIN_EFFECTIVE
 from jaxpg.lab.studies.estimators import form
-from jaxpg.lab.studies.lags import Lag, lag_of
+from jaxpg.lab.studies.lags import lag_of
+from jaxpg.lab.studies.pairs import grouped
+from jaxpg.lab.studies.rows import draw_exact, draw_measured, where
 from jaxpg.lab.studies.sampling import check_episodes, group_size, source_of
 from jaxpg.lab.studies.study import Experiment, Progress, Result, Settings, estimated, key_of, tidy
-from jaxpg.lab.worlds.world import World, tabular_world
-from jaxpg.stats.figures import caption, label, line, panels, points
-from jaxpg.stats.intervals import Estimate, quantile, within
-from jaxpg.stats.moments import GROUPS
+from jaxpg.lab.worlds.world import World, at_horizon
+from jaxpg.stats.figures import caption, label, panels
+from jaxpg.stats.intervals import Estimate, mean_interval, within
+from jaxpg.stats.moments import GROUPS, jackknife
 
 SHIFT = 0.3  # between the means of two unit Gaussians, per step
 FORMS = ("is_total", "is_pdis", "is_step")
@@ -28,14 +30,14 @@ def horizon_is(settings: Settings, progress: Progress) -> Result:
     For Gaussian actions with means delta apart, ESS/N = exp(-T delta^2) and Var log W = T delta^2. In a
     tabular world, (1/T) log E[W^2] tends to log of the spectral radius of sum_a pi^2 / beta P.
     """
-    lag = lag_of(settings)
+    pair = lag_of(settings).at(1.0)
     longest = 50 if settings.quick else 100
-    tables = lag.world.is_tabular
+    tables = pair.is_tabular
     if not tables:
-        longest = min(longest, lag.world.env.horizon)
+        longest = min(longest, pair.env.horizon)
     horizons = [t for t in (1, 2, 5, 10, 20, 50, 100, 200) if t <= longest]
     size = group_size(settings.trajectories, 2)
-    world = _longer(lag, longest)
+    world = at_horizon(pair, longest)
     source = source_of(world, form("is_total", world), key_of(settings))
     # The log weights of both worlds, in 64 bits and twice; and the rollouts of one group.
     each = 32 * len(horizons) + trajectory_bytes(source, 0) / GROUPS
@@ -52,36 +54,26 @@ def horizon_is(settings: Settings, progress: Progress) -> Result:
         for t, log_weight, env_steps in zip(horizons, *columns, strict=True):
             known = exact.gaussian.gaussian_chain(SHIFT, t)
             if name != "gaussian":
-                known = _weights(lag, t) if tables else None
+                known = _weights(pair, t) if tables else None
             rows += _rows(name, t, log_weight, known, env_steps)
     summary: dict[str, Any] = {"delta": SHIFT, "gaussian_rate": SHIFT**2}
     if not tables:
-        return Result(
-            tidy(rows), summary, lambda figure: _draw(figure, rows, horizons, world.name, None)
-        )
+        return Result(tidy(rows), summary, lambda figure: _draw(figure, rows, world.name, None))
     progress("exact traces")
-    rows += _traces(lag, horizons, settings.estimators or FORMS)
+    for t in horizons:
+        for name in settings.estimators or FORMS:
+            trace = form(name, at_horizon(pair, t)).moments().trace
+            rows.append({"estimator": name, "horizon": t, "quantity": "trace", "exact": trace})
     growth = exact.weight_growth(world.mdp, world.logits, world.table.behaviour_logits)
     summary |= {
         f"{world.name}_growth": growth,
-        f"{world.name}_second_moment": {str(t): _weights(lag, t).square for t in horizons},
+        f"{world.name}_second_moment": {str(t): _weights(pair, t).square for t in horizons},
     }
-    return Result(
-        tidy(rows), summary, lambda figure: _draw(figure, rows, horizons, world.name, growth)
-    )
+    return Result(tidy(rows), summary, lambda figure: _draw(figure, rows, world.name, growth))
 
 
-def _longer(lag: Lag, horizon: int) -> World:
-    """The pair of policies at lag 1, in the world with another horizon."""
-    there = lag.at(1.0)
-    if not there.is_tabular:
-        return there._replace(env=there.env._replace(horizon=horizon))
-    mdp = there.mdp._replace(horizon=horizon)
-    return tabular_world(there.name, mdp, there.logits, lag.behaviour, gamma=there.gamma)
-
-
-def _weights(lag: Lag, horizon: int):
-    world = _longer(lag, horizon)
+def _weights(pair: World, horizon: int):
+    world = at_horizon(pair, horizon)
     return exact.weight_moments(world.mdp, world.logits, world.table.behaviour_logits)
 
 
@@ -119,30 +111,15 @@ def _world_log_weights(source, size, horizons):
 def _rows(name, horizon, log_weight, known, env_steps) -> list[dict[str, Any]]:
     """Effective share of the sample and variance of log W, with intervals over the groups."""
     count = len(log_weight)
-    peak = log_weight.max()
-    weight = np.exp(log_weight - peak)
-    share = weight.sum() ** 2 / (weight**2).sum() / count
+    weight = np.exp(log_weight - log_weight.max())
+    moments = grouped(np.stack([weight, weight**2], axis=1))
+    share = within(jackknife(lambda m: m.mean[0] ** 2 / m.mean[1], moments), 0.0, 1.0)
     warning = None
-    if share * count < MIN_EFFECTIVE:
-        warning = f"ESS {share * count:.1f} < {MIN_EFFECTIVE}: no interval"
-    parts = weight.reshape(GROUPS, -1), log_weight.reshape(GROUPS, -1)
-    sums, squares = parts[0].sum(axis=1), (parts[0] ** 2).sum(axis=1)
-    left = (sums.sum() - sums) ** 2 / (squares.sum() - squares) / (count - parts[0].shape[1])
-    half = quantile(0.95, GROUPS) * np.sqrt(
-        (GROUPS - 1) / GROUPS * ((left - left.mean()) ** 2).sum()
-    )
-    half = np.nan if warning else half
-    spread = parts[1].var(axis=1, ddof=1)
-    spread_half = quantile(0.95, GROUPS) * spread.std(ddof=1) / GROUPS**0.5
-    common = {
-        "estimator": name,
-        "horizon": horizon,
-        "trajectories": count,
-        "env_steps": env_steps,
-    }
-    share = within(Estimate(share, share - half, share + half), 0.0, 1.0)
-    mean = spread.mean()
-    spread = within(Estimate(mean, mean - spread_half, mean + spread_half))
+    if share.value * count < MIN_EFFECTIVE:
+        warning = f"ESS {share.value * count:.1f} < {MIN_EFFECTIVE}: no interval"
+        share = Estimate(share.value, np.nan, np.nan)
+    spread = within(mean_interval(log_weight.reshape(GROUPS, -1).var(axis=1, ddof=1)))
+    common = {"estimator": name, "horizon": horizon, "trajectories": count, "env_steps": env_steps}
     return [
         estimated(share, quantity="ESS / N", exact=known and known.ess_fraction,
                   warning=warning, **common),
@@ -150,17 +127,7 @@ def _rows(name, horizon, log_weight, known, env_steps) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _traces(lag, horizons, names) -> list[dict[str, Any]]:
-    rows = []
-    for t in horizons:
-        world = _longer(lag, t)
-        for name in names:
-            trace = form(name, world).moments().trace
-            rows.append({"estimator": name, "horizon": t, "quantity": "trace", "exact": trace})
-    return rows
-
-
-def _draw(figure, rows, horizons, world, growth):
+def _draw(figure, rows, world, growth):
     axes = panels(figure, 2 if growth is None else 3, width=4.6)
     rate = "" if growth is None else f", rate {growth:.3f}"
     names = {"gaussian": f"Gaussian, δ = {SHIFT}", world: world + rate}
@@ -169,12 +136,9 @@ def _draw(figure, rows, horizons, world, growth):
         (axes[1], "Var log W", "Spread of the log weight", "Var log W"),
     ):
         for index, (name, text) in enumerate(names.items()):
-            mine = [r for r in rows if r["estimator"] == name and r["quantity"] == quantity]
-            known = [r["exact"] for r in mine]
-            if known[0] is not None:
-                line(axis, horizons, known, index, text)
-            seen = ([r[k] for r in mine] for k in ("measured", "low", "high"))
-            points(axis, horizons, *seen, index=index, label=text if known[0] is None else None)
+            mine = where(rows, estimator=name, quantity=quantity)
+            known = draw_exact(axis, mine, "horizon", index, text)
+            draw_measured(axis, mine, "horizon", index, None if known else text)
         axis.set_yscale("log")
         if quantity == "Var log W":
             axis.set_xscale("log")
@@ -182,10 +146,9 @@ def _draw(figure, rows, horizons, world, growth):
     caption(figure)
     if growth is None:
         return
-    traces = [r for r in rows if r["quantity"] == "trace"]
+    traces = where(rows, quantity="trace")
     for index, name in enumerate(dict.fromkeys(r["estimator"] for r in traces)):
-        mine = [r for r in traces if r["estimator"] == name]
-        line(axes[2], horizons, [r["exact"] for r in mine], index, name)
+        draw_exact(axes[2], where(traces, estimator=name), "horizon", index, name)
     axes[2].set_yscale("log")
     label(
         axes[2], f"Variance of the gradient, {world}", "horizon T (steps)", "tr Cov, one trajectory"

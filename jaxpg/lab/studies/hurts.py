@@ -8,10 +8,11 @@ import numpy as np
 
 from jaxpg.lab.exact import bandits
 from jaxpg.lab.studies.estimators import form
+from jaxpg.lab.studies.rows import draw_exact, draw_measured, intervals, where
 from jaxpg.lab.studies.sampling import measure
 from jaxpg.lab.studies.study import Experiment, Progress, Result, Settings, estimated, key_of, tidy
 from jaxpg.lab.worlds.world import world as make_world
-from jaxpg.stats.figures import caption, label, line, panels, points
+from jaxpg.stats.figures import caption, label, panels, points
 from jaxpg.stats.intervals import within
 from jaxpg.stats.moments import GROUPS, SampleMoments, jackknife, moments_of
 
@@ -81,25 +82,17 @@ def _cases(settings, progress) -> list[dict[str, Any]]:
         found = measure(place, forms, key_of(settings), settings.trajectories, (1,), progress)
         for each in forms:
             measured = found[each.name]
-            rows.append(estimated(
-                measured.trace(), estimator=each.name, world=name, quantity="trace",
-                exact=each.moments().trace, trajectories=measured.trajectories,
-                env_steps=measured.env_steps,
-            ))  # fmt: skip
+            row = {"estimator": each.name, "world": name, "quantity": "trace", **measured.counts}
+            rows.append(estimated(measured.trace(), exact=each.moments().trace, **row))
     return rows
 
 
 def _draw_hurts(figure, rows, kinds, rewards):
     axes = panels(figure, 3, width=4.7)
     for index, name in enumerate(kinds):
-        mine = [r for r in rows if r["estimator"] == name]
-        line(axes[0], [r["probability"] for r in mine], [r["exact"] for r in mine], index, name)
-        seen = [r for r in mine if "measured" in r]
-        points(
-            axes[0],
-            *([r[k] for r in seen] for k in ("probability", "measured", "low", "high")),
-            index=index,
-        )
+        mine = where(rows, estimator=name)
+        draw_exact(axes[0], mine, "probability", index, name)
+        draw_measured(axes[0], mine, "probability", index)
     label(axes[0], "Sigmoid bandit, rewards 1 and 0", "p, probability of the better arm",
           "variance of one gradient", loc="upper center")  # fmt: skip
     p, b = np.meshgrid(np.linspace(0.02, 0.98, 97), np.linspace(-0.5, 1.5, 101))
@@ -121,7 +114,7 @@ def _draw_hurts(figure, rows, kinds, rewards):
     axes[2].bar(
         place, [r["exact"] for r in cases], 0.6, color="0.82", edgecolor="0.45", linewidth=0.6
     )
-    points(axes[2], place, *([r[k] for r in cases] for k in ("measured", "low", "high")), index=0)
+    points(axes[2], place, *intervals(cases), index=0)
     axes[2].set_xticks(
         place, [f"{r['estimator']}\n{r['world']}" for r in cases], fontsize=7, rotation=20
     )

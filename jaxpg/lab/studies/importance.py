@@ -10,9 +10,19 @@ from jaxpg.lab.studies.estimators import form, gradient
 from jaxpg.lab.studies.lags import Lag, lag_of
 from jaxpg.lab.studies.measured import Measured, need_effective
 from jaxpg.lab.studies.pairs import paired, squares
+from jaxpg.lab.studies.rows import draw_exact, draw_measured, where
 from jaxpg.lab.studies.sampling import measurer
-from jaxpg.lab.studies.study import Experiment, Progress, Result, Settings, estimated, key_of, tidy
-from jaxpg.stats.figures import caption, label, line, panels, plain_logarithms, points
+from jaxpg.lab.studies.study import (
+    Experiment,
+    Progress,
+    Result,
+    Settings,
+    compared,
+    estimated,
+    key_of,
+    tidy,
+)
+from jaxpg.stats.figures import caption, label, panels, plain_logarithms
 from jaxpg.stats.moments import Estimate, jackknife
 
 FORMS = ("is_total", "is_pdis", "is_first_order", "is_marginal", "is_step")
@@ -71,12 +81,15 @@ def measured_result(lag: Lag, forms, lags, settings, progress) -> Result:
     """Measure traces and distances to the mean of on-policy rewards to go, without exact answers."""
     aim = form("rtg", lag.at(1.0))
     found = measured_lags(lag, [*forms, aim], lags, settings, progress)
-    rows = [
-        row
-        for x in lags
-        for each in forms
-        for row in _seen_rows(each, x, found[x][each.name], found[x][aim.name])
-    ]
+    rows = []
+    for x in lags:
+        for each in forms:
+            measured = found[x][each.name]
+            common = {"estimator": each.name, "lag": float(x), **measured.counts}
+            common["warning"] = each.warning if x and each.warning else None
+            common["effective_sample_size"] = measured.effective_sample_size
+            values = {REFERENCE: distance(measured, found[x][aim.name]), "trace": measured.trace()}
+            rows += [estimated(value, quantity=name, **common) for name, value in values.items()]
     summary = {
         "horizon": lag.world.env.horizon,
         "measured_at_lag_1": {
@@ -87,19 +100,6 @@ def measured_result(lag: Lag, forms, lags, settings, progress) -> Result:
     return Result(
         tidy(rows), summary, lambda figure: _draw_lags(figure, rows, names, title, REFERENCE)
     )
-
-
-def _seen_rows(each, x, measured: Measured, on_policy: Measured) -> list[dict]:
-    common = {
-        "estimator": each.name,
-        "lag": float(x),
-        "warning": each.warning if x and each.warning else None,
-        "trajectories": measured.trajectories,
-        "env_steps": measured.env_steps,
-        "effective_sample_size": measured.effective_sample_size,
-    }
-    values = {REFERENCE: distance(measured, on_policy), "trace": measured.trace()}
-    return [estimated(value, quantity=name, **common) for name, value in values.items()]
 
 
 def distance(measured: Measured, on_policy: Measured) -> Estimate:
@@ -114,19 +114,11 @@ def lag_rows(name, x, moments: Moments, truth, measured: Measured | None, **more
     bias = bias if bias > 1e-20 else 0.0  # only rounding
     common: dict[str, Any] = {"estimator": name, "lag": float(x), **more}
     common["warning"] = f"biased by {bias**0.5:.3g}" if bias else None
-    values: dict[str, Any] = {"squared_bias": None, "trace": None}
+    seen = {}
     if measured is not None:
-        common |= {
-            "trajectories": measured.trajectories,
-            "env_steps": measured.env_steps,
-            "effective_sample_size": measured.effective_sample_size,
-        }
-        values = {"squared_bias": measured.bias(truth), "trace": measured.trace()}
-    known = {"squared_bias": bias, "trace": moments.trace}
-    return [
-        {**common, "quantity": k, "exact": known[k]} | (estimated(v) if v is not None else {})
-        for k, v in values.items()
-    ]
+        common |= {**measured.counts, "effective_sample_size": measured.effective_sample_size}
+        seen = {"squared_bias": measured.bias(truth), "trace": measured.trace()}
+    return compared({"squared_bias": bias, "trace": moments.trace}, seen, **common)
 
 
 def _draw_lags(figure, rows, names, title, other="squared_bias"):
@@ -138,24 +130,17 @@ def _draw_lags(figure, rows, names, title, other="squared_bias"):
          "|E g − ∇J|²" if known else "|E g − E g on-policy|²"),
     ):  # fmt: skip
         for index, name in enumerate(names):
-            mine = [r for r in rows if r["estimator"] == name and r["quantity"] == quantity]
-            if known:
-                line(axis, [r["lag"] for r in mine], [r["exact"] for r in mine], index, name)
-            seen = [r for r in mine if r.get("measured") is not None]
-            columns = [[r[k] for r in seen] for k in ("lag", "measured", "low", "high")]
-            points(axis, *columns, index=index, label=None if known else name)
+            mine = where(rows, estimator=name, quantity=quantity)
+            draw_exact(axis, mine, "lag", index, name)
+            draw_measured(axis, mine, "lag", index, None if known else name)
         label(axis, f"{text}, {title}", "lag: policy = behaviour + lag · step", unit,
               legend=axis is axes[0])  # fmt: skip
     plain_logarithms(axes[0])
     if known:
         caption(figure)
-        axes[1].set_ylim(*_clear([r for r in rows if r["quantity"] == other]))
-
-
-def _clear(rows):
-    """Limits by the exact curves, so that the noise of unbiased forms does not hide the biased ones."""
-    top = 1.3 * max(max(r["exact"] for r in rows), 1e-6)
-    return -0.35 * top, top
+        # Limits by the exact curves, so that the noise of unbiased forms does not hide the biased ones.
+        top = 1.3 * max(*(r["exact"] for r in where(rows, quantity=other)), 1e-6)
+        axes[1].set_ylim(-0.35 * top, top)
 
 
 EXPERIMENTS = {

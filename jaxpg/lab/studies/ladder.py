@@ -4,16 +4,18 @@ from typing import Any
 
 import numpy as np
 
-from jaxpg.lab.studies.estimators import Form, batch_moments, coupled, form, gradient
+from jaxpg.lab.studies.estimators import batch_moments, coupled, form, gradient
+from jaxpg.lab.studies.forms import Form
 from jaxpg.lab.studies.measured import Measured, need_effective
 from jaxpg.lab.studies.pairs import square
+from jaxpg.lab.studies.rows import intervals, where
 from jaxpg.lab.studies.sampling import group_size, measure
 from jaxpg.lab.studies.study import (
     Experiment,
     Progress,
     Result,
     Settings,
-    estimated,
+    compared,
     key_of,
     stated_row,
     tidy,
@@ -94,13 +96,8 @@ def _rung(world: World, each: Form, measured: Measured | None, truth) -> list[di
     warning = None if harmless else each.warning or None
     common = {"estimator": each.name, "batch": size, "warning": warning}
     if measured is not None:
-        common |= {"trajectories": measured.trajectories, "env_steps": measured.env_steps}
-    return [
-        {**common, "quantity": name, "exact": exact_values[name]}
-        | (estimated(values[name]) if name in values else {})
-        for name in exact_values
-        if name in values or exact_values[name] is not None
-    ]
+        common |= measured.counts
+    return compared(exact_values, values, **common)
 
 
 def _numbers(rows) -> dict[str, Any]:
@@ -117,7 +114,7 @@ def _draw_ladder(figure, names, rows, world):
         "noise_scale": ("Trajectories until noise equals signal", "B_simple (trajectories)"),
     }  # fmt: skip
     for axis, (quantity, (title, unit)) in zip(axes, titles.items(), strict=True):
-        _bars(axis, names, [row for row in rows if row["quantity"] == quantity])
+        _bars(axis, names, where(rows, quantity=quantity))
         label(axis, f"{title}, {world.name}", unit, "", legend=False)
         axis.grid(False, axis="y")
     axes[1].set_yticklabels([])
@@ -138,16 +135,14 @@ def _bars(axis, names, rows):
         )  # fmt: skip
     seen = [row for row in rows if row.get("measured") is not None]
     for row in seen:
-        at, known = place[row["estimator"]], (row["measured"], row["low"], row["high"])
-        bounds(axis, at, Estimate(*known), 0, across=True)
+        known = Estimate(row["measured"], row["low"], row["high"])
+        bounds(axis, place[row["estimator"]], known, 0, across=True)
     seen = [row for row in seen if np.isfinite(row["measured"])]
     if seen:
-        middle = np.array([row["measured"] for row in seen])
-        error = np.array(
-            [[row["measured"] - row["low"], row["high"] - row["measured"]] for row in seen]
-        ).T
+        middle, low, high = map(np.array, intervals(seen))
+        error = np.maximum([middle - low, high - middle], 0)
         axis.errorbar(
-            middle, [place[row["estimator"]] for row in seen], xerr=np.maximum(error, 0), fmt="o",
+            middle, [place[row["estimator"]] for row in seen], xerr=error, fmt="o",
             color=COLOURS[0], markerfacecolor="white", markersize=5, capsize=2.5, linewidth=1.0,
             label="measured, 95 %",
         )  # fmt: skip
@@ -166,15 +161,9 @@ def _bars(axis, names, rows):
             text = told(row["low"])
         elif row["exact"] is not None and np.isinf(reach):
             reach = value
-        where = reach, place[row["estimator"]]
-        axis.annotate(
-            text,
-            where,
-            xytext=(16 if np.isnan(value) else 6, 0),
-            textcoords="offset points",
-            fontsize=8,
-            va="center",
-        )
+        at = reach, place[row["estimator"]]
+        away = (16 if np.isnan(value) else 6, 0)
+        axis.annotate(text, at, xytext=away, textcoords="offset points", fontsize=8, va="center")
     axis.margins(x=0.15)
 
 

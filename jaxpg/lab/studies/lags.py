@@ -58,10 +58,14 @@ def measured_world(settings: Settings) -> World:
     world = world_of(settings)
     if world.is_tabular and not world.is_projected:
         return world
-    # Not with a trained policy: its episodes begin to differ only much later.
-    if settings.quick and settings.checkpoint is None:
-        world = world._replace(env=world.env._replace(horizon=min(world.env.horizon, QUICK_STEPS)))
-    return world._replace(exact=None)
+    return shortened(world, settings)._replace(exact=None)
+
+
+def shortened(world: World, settings: Settings) -> World:
+    """The world, with short episodes in a quick run, except a trained one: its episodes differ only late."""
+    if not settings.quick or settings.checkpoint is not None:
+        return world
+    return world._replace(env=world.env._replace(horizon=min(world.env.horizon, QUICK_STEPS)))
 
 
 def _random_lag(world: World, settings: Settings) -> Lag:

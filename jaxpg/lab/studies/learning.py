@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from jaxpg.lab.studies import ascent, critical
+from jaxpg.lab.studies.rows import where
 from jaxpg.lab.studies.study import (
     Experiment,
     Progress,
@@ -14,7 +15,7 @@ from jaxpg.lab.studies.study import (
     tidy,
     world_of,
 )
-from jaxpg.lab.studies.training import adam_rate, best_objective, learner, replaced
+from jaxpg.lab.studies.training import NO_CLIP, adam_rate, best_objective, learner, replaced
 from jaxpg.lab.worlds.world import Checkpoint, has_exact
 from jaxpg.optimizers import OPTIMIZERS, adam
 from jaxpg.stats import figures
@@ -26,7 +27,6 @@ from jaxpg.stats.reliability import (
 )
 from jaxpg.training.algorithm import Algorithm, algorithm
 
-NO_CLIP = 1e9  # max_grad_norm
 COUNTS = ("num_epochs", "num_minibatches", "critic_epochs", "critic_minibatches")
 
 
@@ -59,12 +59,13 @@ def seeds(settings: Settings, progress: Progress) -> Result:
         name: curves[name][:, :, -max(1, num_updates // 10) :].mean(axis=-1) for name in names
     }
     rows += list(_final_rows(finals, num_envs * num_updates))
-    summary = {r["estimator"]: {"iqm": [r["measured"], r["low"], r["high"]]} for r in rows
-               if r["quantity"] == "iqm_final"}  # fmt: skip
+    summary = {
+        r["estimator"]: {"iqm": [r["measured"], r["low"], r["high"]]}
+        for r in where(rows, quantity="iqm_final")
+    }
     summary["improvement"] = {
         f"{r['estimator']} over {r['other']}": [r["measured"], r["low"], r["high"]]
-        for r in rows
-        if r["quantity"] == "probability_of_improvement"
+        for r in where(rows, quantity="probability_of_improvement")
     }
     return Result(tidy(rows), summary, lambda figure: _draw_seeds(figure, rows, names))
 
@@ -150,7 +151,7 @@ def _draw_seeds(figure, rows, names):
     axes = figures.panels(figure, columns=3, width=4.8)
     for i, name in enumerate(names):
         for axis, quantity, x in ((axes[0], "iqm", "update"), (axes[1], "profile", "threshold")):
-            found = [r for r in rows if (r["estimator"], r["quantity"]) == (name, quantity)]
+            found = where(rows, estimator=name, quantity=quantity)
             at = [r[x] for r in found]
             figures.line(axis, at, [r["measured"] for r in found], i, name)
             axis.fill_between(at, [r["low"] for r in found], [r["high"] for r in found],
@@ -159,7 +160,7 @@ def _draw_seeds(figure, rows, names):
     figures.label(
         axes[1], "Performance profile", r"normalised J $\tau$", r"fraction of runs above $\tau$"
     )
-    pairs = [r for r in rows if r["quantity"] == "probability_of_improvement"]
+    pairs = where(rows, quantity="probability_of_improvement")
     pairs = [r for r in pairs if names.index(r["estimator"]) > names.index(r["other"])]
     for i, row in enumerate(pairs):
         x = row["measured"]

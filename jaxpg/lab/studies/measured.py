@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpg.lab.measure.statistics import MIN_EFFECTIVE, heavy_tail
+from jaxpg.lab.measure.statistics import MIN_EFFECTIVE, heavy_tail, signal_of, trace_of
 from jaxpg.stats.intervals import Estimate, mean_interval, within
 from jaxpg.stats.moments import SampleMoments, jackknife, jackknife_ratio, merge_groups
 
@@ -22,11 +22,11 @@ class Measured(NamedTuple):
 
     def trace(self, size: int = 1) -> Estimate:
         """tr Cov of the mean over `size` trajectories."""
-        return within(self.estimate(_trace, size))
+        return within(self.estimate(trace_of, size))
 
     def bias(self, truth: np.ndarray, size: int = 1) -> Estimate:
         """|E g - truth|^2, unbiased: it may be negative."""
-        return self.estimate(lambda m: ((m.mean - truth) ** 2).sum() - _trace(m) / m.count, size)
+        return self.estimate(lambda m: signal_of(m._replace(mean=m.mean - truth)), size)
 
     def signal(self, size: int = 1) -> Estimate:
         """|E g|^2, unbiased: it may be negative."""
@@ -36,7 +36,7 @@ class Measured(NamedTuple):
         """size tr Cov / |E g|^2: B_simple in trajectories (McCandlish et al., 2018); see `ratio`."""
         if self.effective_sample_size < MIN_EFFECTIVE:
             return Estimate(*[float("nan")] * 3)
-        return within(jackknife_ratio(lambda m: size * _trace(m), _signal, self.levels[size]))
+        return within(jackknife_ratio(lambda m: size * trace_of(m), signal_of, self.levels[size]))
 
     def estimate(self, function: Callable[[SampleMoments], Any], size: int = 1) -> Estimate:
         """A function of moments with its jackknife interval, which is nan if the weights are degenerate."""
@@ -50,6 +50,11 @@ class Measured(NamedTuple):
         found = mean_interval(self.cosines[size], (-1.0, 1.0))
         one, other = (Estimate(*map(float, each)) for each in zip(*found, strict=True))
         return one, other
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The columns of a row that say how much was sampled."""
+        return {"trajectories": self.trajectories, "env_steps": self.env_steps}
 
     @property
     def mean(self) -> np.ndarray:
@@ -74,11 +79,3 @@ def need_effective(found: Measured, name: str) -> None:
             f"{MIN_EFFECTIVE}: an interval would mean nothing; use more --trajectories than "
             f"{found.trajectories}, or a closer behaviour"
         )
-
-
-def _trace(moments: SampleMoments):
-    return moments.squares.sum() / (moments.count - 1)
-
-
-def _signal(moments: SampleMoments):
-    return (moments.mean**2).sum() - _trace(moments) / moments.count

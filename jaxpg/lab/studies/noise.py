@@ -8,6 +8,7 @@ from jaxpg.lab import exact
 from jaxpg.lab.studies import regulated
 from jaxpg.lab.studies.critical import FEW_SIZES
 from jaxpg.lab.studies.estimators import batch_moments, coupled, form, true_gradient
+from jaxpg.lab.studies.rows import draw_exact, draw_measured, where
 from jaxpg.lab.studies.sampling import measure, measurer, powers
 from jaxpg.lab.studies.study import (
     Experiment,
@@ -21,7 +22,7 @@ from jaxpg.lab.studies.study import (
     world_of,
 )
 from jaxpg.lab.worlds.world import World, has_exact, table_params
-from jaxpg.stats.figures import caption, label, line, panels, points
+from jaxpg.stats.figures import caption, label, panels
 from jaxpg.stats.intervals import Estimate, ratio
 
 UPDATES, STEP = 40, 0.25  # of exact ascent
@@ -50,15 +51,13 @@ def noise_scale(settings: Settings, progress: Progress) -> Result:
     to_target, law = regulated.hyperbola(settings, progress)
     rows += [*steps, *to_target]
     summary: dict[str, Any] = {
-        "noise_scale": {
-            r["estimator"]: stated_row(r) for r in rows if r["quantity"] == "noise scale"
-        },
+        "noise_scale": {r["estimator"]: stated_row(r) for r in where(rows, quantity="noise scale")},
         "regulator_noise_to_signal": {
             f"{r['estimator']} k={r['k']:g}": r["exact"] for r in rows if "k" in r
         },
         "regulator_progress": {
             "noise_scale": scale,
-            "at_noise_scale": next(r["measured"] for r in steps if r["batch"] == round(scale)),
+            "at_noise_scale": where(steps, batch=round(scale))[0]["measured"],
         },
         "regulator_hyperbola": {"reason": FEW_SIZES} if law is None else law.stated(),
     }
@@ -73,12 +72,7 @@ def _over_batches(world, forms, settings, progress) -> list[dict[str, Any]]:
     for each in forms:
         measured, known = found[each.name], batch_moments(each, world, 1)
         scale = None if known is None else known.trace / float(known.mean @ known.mean)
-        common: dict[str, Any] = {
-            "estimator": each.name,
-            "trajectories": measured.trajectories,
-            "env_steps": measured.env_steps,
-            "warning": each.warning or None,
-        }
+        common = {"estimator": each.name, "warning": each.warning or None, **measured.counts}
         value = measured.noise_scale()
         rows.append(estimated(value, quantity="noise scale", exact=scale, **common))
         for n in sizes:
@@ -87,9 +81,8 @@ def _over_batches(world, forms, settings, progress) -> list[dict[str, Any]]:
             else:
                 signal, trace = Estimate(*[float(truth @ truth)] * 3), measured.trace(n)
                 error = ratio(trace, signal, Estimate(*(x / signal.value for x in trace)))
-            known = None if scale is None else scale / n
-            row = {"quantity": "relative error", "batch": n, "exact": known, **common}
-            rows.append(estimated(error, **row))
+            row = {"quantity": "relative error", "batch": n, **common}
+            rows.append(estimated(error, exact=None if scale is None else scale / n, **row))
     return rows
 
 
@@ -118,20 +111,15 @@ def _over_training(world: World, settings, progress) -> list[dict[str, Any]]:
             row = {"estimator": name, "update": update, "objective": value, "quantity": "over training",
                    "exact": float(np.trace(covariance) / (mean @ mean))}  # fmt: skip
             if name in found:
-                measured = found[name]
-                row |= estimated(
-                    measured.noise_scale(),
-                    trajectories=measured.trajectories,
-                    env_steps=measured.env_steps,
-                )
+                row |= estimated(found[name].noise_scale(), **found[name].counts)
             rows.append(row)
     return rows
 
 
 def _draw(figure, rows, world, scale, law):
-    training = [r for r in rows if r["quantity"] == "over training"]
+    training = where(rows, quantity="over training")
     axes = panels(figure, 3 if training else 2, 2, width=4.6)
-    _draw_errors(axes[0], [r for r in rows if r["quantity"] == "relative error"], world)
+    _draw_errors(axes[0], where(rows, quantity="relative error"), world)
     if training:
         _draw_training(axes[1], training, world)
         axes.pop().set_axis_off()
@@ -143,13 +131,10 @@ def _draw(figure, rows, world, scale, law):
 
 def _draw_errors(axis, rows, world):
     for index, name in enumerate(dict.fromkeys(r["estimator"] for r in rows)):
-        mine = [r for r in rows if r["estimator"] == name]
-        n, known = [r["batch"] for r in mine], mine[0]["exact"]
-        if known is not None:
-            scale = f"{name}: B_simple = {known:.3g}"
-            line(axis, n, [r["exact"] for r in mine], index, scale)
-        columns = [[r[k] for r in mine] for k in ("measured", "low", "high")]
-        points(axis, n, *columns, index=index, label=None if known is not None else name)
+        mine = where(rows, estimator=name)
+        scale = f"{name}: B_simple = {mine[0]['exact'] or 0:.3g}"
+        known = draw_exact(axis, mine, "batch", index, scale)
+        draw_measured(axis, mine, "batch", index, None if known else name)
     axis.axhline(1.0, color="0.5", linewidth=0.8)
     axis.annotate("noise = signal", (max(r["batch"] for r in rows), 1.0), xytext=(0, 3), fontsize=7,
                   textcoords="offset points", ha="right")  # fmt: skip
@@ -161,12 +146,9 @@ def _draw_errors(axis, rows, world):
 
 def _draw_training(axis, rows, world):
     for index, name in enumerate(dict.fromkeys(r["estimator"] for r in rows)):
-        mine = [r for r in rows if r["estimator"] == name]
-        line(axis, [r["update"] for r in mine], [r["exact"] for r in mine], index, name)
-        seen = [r for r in mine if "measured" in r]
-        if seen:
-            columns = ([r[k] for r in seen] for k in ("update", "measured", "low", "high"))
-            points(axis, *columns, index=index)
+        mine = where(rows, estimator=name)
+        draw_exact(axis, mine, "update", index, name)
+        draw_measured(axis, mine, "update", index)
     axis.set_yscale("log")
     label(axis, f"Noise grows as learning goes on, {world}", "update of exact ascent",
           "B_simple (trajectories)")  # fmt: skip

@@ -4,16 +4,18 @@ from typing import Any
 
 import numpy as np
 
-from jaxpg.lab.studies.estimators import Form, form, gradient, lambda_form
+from jaxpg.lab.studies.estimators import form, gradient
+from jaxpg.lab.studies.forms import Form, lambda_form
 from jaxpg.lab.studies.measured import Measured
-from jaxpg.lab.studies.pairs import intervals, norm
+from jaxpg.lab.studies.pairs import norm
+from jaxpg.lab.studies.rows import draw_exact, draw_measured, intervals, where
 from jaxpg.lab.studies.sampling import measure
 from jaxpg.lab.studies.study import (
     Experiment,
     Progress,
     Result,
     Settings,
-    estimated,
+    compared,
     key_of,
     need_exact,
     tidy,
@@ -40,15 +42,12 @@ def partial_observability(settings: Settings, progress: Progress) -> Result:
     for each in forms:
         found = measured[each.name]
         lambda_ = float(each.hyperparams.lambda_) if each.critic is not None else None
-        row = {"estimator": each.name, "lambda": lambda_, "trajectories": found.trajectories}
-        row |= {"env_steps": found.env_steps, "warning": _warning(each)}
+        row = {"estimator": each.name, "lambda": lambda_, "warning": _warning(each), **found.counts}
         known = each.moments()
         bias = norm(known.mean - true) / norm(true)
-        rows.append(
-            estimated(relative_bias(found, true), quantity="relative_bias", exact=bias, **row)
-        )
-        rows.append(estimated(found.trace(), quantity="trace", exact=known.trace, **row))
         summary[each.name] = {"relative_bias": bias, "trace": known.trace}
+        seen = {"relative_bias": relative_bias(found, true), "trace": found.trace()}
+        rows += compared(summary[each.name], seen, **row)
     rows += list(_control(full))
     return Result(tidy(rows), summary, lambda figure: _draw(figure, rows))
 
@@ -85,8 +84,7 @@ def _control(full: World):
         known, lambda_ = each.moments(), float(each.hyperparams.lambda_)
         row = {"estimator": f"{each.name}_fully_observed", "lambda": lambda_}
         bias = norm(known.mean - true) / norm(true)
-        yield row | {"quantity": "relative_bias", "exact": bias}
-        yield row | {"quantity": "trace", "exact": known.trace}
+        yield from compared({"relative_bias": bias, "trace": known.trace}, {}, **row)
 
 
 def _warning(each: Form) -> str:
@@ -102,17 +100,14 @@ def _draw(figure, rows):
         "trace": ("Variance", r"tr Cov of one gradient [return$^2$]"),
     }
     for axis, (quantity, (title, y)) in zip(axes, texts.items(), strict=True):
-        rest = [r for r in rows if r["quantity"] == quantity]
+        rest = where(rows, quantity=quantity)
         partly = [r for r in rest if r.get("measured") is not None and r["lambda"] is not None]
         fully = [r for r in rest if r["estimator"].endswith("_fully_observed")]
-        lambdas = [r["lambda"] for r in partly]
-        figures.line(axis, lambdas, [r["exact"] for r in partly], 0, "states look alike, exact")
-        columns = intervals(partly)
-        figures.points(axis, lambdas, *columns, 0, "states look alike, measured")
-        figures.line(axis, lambdas, [r["exact"] for r in fully], 1, "fully observed, exact")
-        returns = [r for r in rest if r["estimator"] == "rtg"]
-        columns = intervals(returns)
-        figures.points(axis, [1.05], *columns, 2, "reward to go, no critic")
+        draw_exact(axis, partly, "lambda", 0, "states look alike, exact")
+        draw_measured(axis, partly, "lambda", 0, "states look alike, measured")
+        draw_exact(axis, fully, "lambda", 1, "fully observed, exact")
+        returns = intervals(where(rest, estimator="rtg"))
+        figures.points(axis, [1.05], *returns, 2, "reward to go, no critic")
         figures.label(axis, title, r"$\lambda$ of the advantage estimate", y)
 
 

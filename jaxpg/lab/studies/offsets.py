@@ -11,8 +11,9 @@ from jaxpg.estimators import Estimator, Slot, baselines, credit
 from jaxpg.lab.exact import bandits
 from jaxpg.lab.exact.baselines import minimisers
 from jaxpg.lab.exact.compose import composed
-from jaxpg.lab.studies.estimators import Form
-from jaxpg.lab.studies.lags import QUICK_STEPS
+from jaxpg.lab.studies.forms import Form
+from jaxpg.lab.studies.lags import shortened
+from jaxpg.lab.studies.rows import draw_exact, draw_measured, where
 from jaxpg.lab.studies.sampling import measure
 from jaxpg.lab.studies.study import (
     Experiment,
@@ -25,7 +26,7 @@ from jaxpg.lab.studies.study import (
     world_of,
 )
 from jaxpg.lab.worlds.world import tables
-from jaxpg.stats.figures import COLOURS, caption, label, line, panels, points
+from jaxpg.stats.figures import COLOURS, caption, label, panels
 from jaxpg.stats.moments import moments_of
 
 OFFSETS = (0.0, 1.0, 10.0, 1e2, 1e3, 1e4, 1e5, 1e6)
@@ -40,8 +41,8 @@ def offset(settings: Settings, progress: Progress) -> Result:
     of N points the wrong way, and how well float32 computes its variance.
     """
     world = world_of(settings)
-    if settings.quick and not world.is_tabular and settings.checkpoint is None:
-        world = world._replace(env=world.env._replace(horizon=min(world.env.horizon, QUICK_STEPS)))
+    if not world.is_tabular:
+        world = shortened(world, settings)
     traces = _exact_traces if world.is_tabular else _measured_traces
     rows, summary = traces(world, settings, progress)
     progress("signs and precision of the bandit")
@@ -71,11 +72,11 @@ def _exact_traces(world, settings, progress) -> tuple[list[dict[str, Any]], dict
         kind, k, _ = named[each.name]
         known = composed(tables(world), each.sampled, hyperparams).trace
         measured = found[each.name]
-        for kappa in OFFSETS if k is None else (k,):
-            rows.append(estimated(
-                measured.trace(), estimator=kind, offset=kappa, batch=1, quantity="trace", exact=known,
-                trajectories=measured.trajectories, env_steps=measured.env_steps,
-            ))  # fmt: skip
+        row = {"estimator": kind, "batch": 1, "quantity": "trace", **measured.counts}
+        rows += [
+            estimated(measured.trace(), offset=kappa, exact=known, **row)
+            for kappa in (OFFSETS if k is None else (k,))
+        ]
     return rows, {"optimal_constant": best, "quadratic": _quadratic(world)}
 
 
@@ -87,13 +88,11 @@ def _measured_traces(world, settings, progress) -> tuple[list[dict[str, Any]], d
         for k in OFFSETS
     ]
     found = measure(world, forms, key_of(settings), settings.trajectories, (1,), progress)
+    row = {"estimator": "none", "batch": 1, "quantity": "trace"}
     rows = [
-        estimated(
-            found[each.name].trace(), estimator="none", offset=kappa, batch=1, quantity="trace",
-            trajectories=found[each.name].trajectories, env_steps=found[each.name].env_steps,
-        )
+        estimated(found[each.name].trace(), offset=kappa, **row, **found[each.name].counts)
         for kappa, each in zip(OFFSETS, forms, strict=True)
-    ]  # fmt: skip
+    ]
     return rows, {"horizon": world.env.horizon}
 
 
@@ -167,41 +166,27 @@ def _precisions(settings) -> list[dict[str, Any]]:
 
 
 def _draw_offset(figure, rows, world):
-    axes, known = panels(figure, 3, width=4.7), []
+    axes, known = panels(figure, 3, width=4.7), False
     for index, (kind, text) in enumerate((("none", "no baseline"), ("optimal", "best constant"))):
-        mine = [r for r in rows if r["estimator"] == kind and r["quantity"] == "trace"]
-        known = [r["exact"] for r in mine if "exact" in r]
-        if known:
-            line(axes[0], [r["offset"] for r in mine], known, index, text)
-        seen = ([r[k] for r in mine] for k in ("offset", "measured", "low", "high"))
-        if mine:
-            points(axes[0], *seen, index=index, label=None if known else text)
+        mine = where(rows, estimator=kind, quantity="trace")
+        known = draw_exact(axes[0], mine, "offset", index, text)
+        draw_measured(axes[0], mine, "offset", index, None if known else text)
     axes[0].set_xscale("symlog", linthresh=1.0)
     axes[0].set_yscale("log")
     added = "the return" if known else "every reward"
     label(axes[0], f"Variance of REINFORCE, {world}", f"offset κ added to {added}",
           "tr Cov, one trajectory", loc="upper left")  # fmt: skip
     for index, kappa in enumerate((1e6, 10.0, 0.0)):
-        mine = [r for r in rows if r["quantity"] == "wrong sign" and r["offset"] == kappa]
-        line(
-            axes[1],
-            [r["batch"] for r in mine],
-            [r["exact"] for r in mine],
-            index,
-            f"κ = {kappa:,.0f}",
-        )
-        points(
-            axes[1],
-            *([r[k] for r in mine] for k in ("batch", "measured", "low", "high")),
-            index=index,
-        )
+        mine = where(rows, quantity="wrong sign", offset=kappa)
+        draw_exact(axes[1], mine, "batch", index, f"κ = {kappa:,.0f}")
+        draw_measured(axes[1], mine, "batch", index)
     axes[1].set_xscale("log")
     axes[1].set_ylim(-0.02, 0.62)
     label(axes[1], "Batches that point the wrong way, bandit κ ± 1", "batch size N (pulls)",
           "probability", ncols=3, loc="upper right")  # fmt: skip
-    names = dict.fromkeys(r["estimator"] for r in rows if r["quantity"] == "variance of the reward")
-    for index, name in enumerate(names):
-        mine = [r for r in rows if r["estimator"] == name]
+    found = where(rows, quantity="variance of the reward")
+    for index, name in enumerate(dict.fromkeys(r["estimator"] for r in found)):
+        mine = where(found, estimator=name)
         axes[2].plot([r["offset"] for r in mine], [max(r["measured"], 1e-3) for r in mine], label=name,
                      marker="osD"[index], markersize=8 - 2 * index, markerfacecolor="white",
                      linestyle=("--", "-", ":")[index], color=COLOURS[index])  # fmt: skip

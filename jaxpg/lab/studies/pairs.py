@@ -1,4 +1,4 @@
-"""Pairs: compare two estimates from the same episodes without their shared noise; and groups of rows."""
+"""Pairs: compare two estimates from the same episodes without their shared noise; and groups of samples."""
 
 import numpy as np
 
@@ -35,9 +35,3 @@ def square(x) -> float:
     """|x|^2, or 0 if it is only rounding."""
     found = float((x**2).sum())
     return found if found > 1e-20 else 0.0
-
-
-def intervals(rows) -> tuple[list, list, list]:
-    """The columns measured, low and high of a table's rows."""
-    measured, low, high = ([r[name] for r in rows] for name in ("measured", "low", "high"))
-    return measured, low, high

@@ -15,7 +15,7 @@ from jaxpg.lab.exact import lqr
 from jaxpg.lab.measure.samples import gradient_samples
 from jaxpg.lab.studies import critical
 from jaxpg.lab.studies.estimators import form
-from jaxpg.lab.studies.pairs import intervals
+from jaxpg.lab.studies.rows import draw_exact, draw_measured, intervals, where
 from jaxpg.lab.studies.sampling import source_of
 from jaxpg.lab.studies.study import Progress, Settings, estimated, key_of
 from jaxpg.lab.worlds.regulators import objective
@@ -89,10 +89,9 @@ def hyperbola(
     """Updates S and trajectories E to a target J, in units of the least of each, at the best rates."""
     settings = settings._replace(env="LQR", policy=None, repeats=32 if settings.quick else RUNS)
     world = critical.curved_world()
-    rows, _, trials = critical.train_to_target(
-        world, critical.grid_of(settings), settings, progress
-    )
-    fronts = [r for r in rows if r["quantity"] == "updates_at_best_rate"]
+    grid = critical.grid_of(settings)
+    rows, _, trials = critical.train_to_target(world, grid, settings, progress)
+    fronts = where(rows, quantity="updates_at_best_rate")
     law = critical.law_of(fronts, trials, settings.seed)
     if law is None:
         return [], None
@@ -111,8 +110,7 @@ def hyperbola(
 
 def draw_near_optimum(axis, rows) -> None:
     for index, name in enumerate(("rtg", "rtg_value")):
-        mine = [r for r in rows if "k" in r and r["estimator"] == name]
-        line(axis, [r["k"] for r in mine], [r["exact"] for r in mine], index, name)
+        draw_exact(axis, where(rows, estimator=name, quantity="regulator"), "k", index, name)
     axis.axvline(BEST_GAIN, color="0.5", linewidth=0.8)
     axis.set_yscale("log")
     label(axis, "Noise diverges at the optimum: LQR", "gain k (line: the best)",
@@ -120,11 +118,10 @@ def draw_near_optimum(axis, rows) -> None:
 
 
 def draw_one_step(axis, rows, scale) -> None:
-    mine = [r for r in rows if r["quantity"] == "progress of one step"]
+    mine = where(rows, quantity="progress of one step")
     size = np.geomspace(min(r["batch"] for r in mine), max(r["batch"] for r in mine), 50)
     line(axis, size, 1 / (1 + scale / size), 0, "1 / (1 + B_simple / B)")
-    columns = ([r[k] for r in mine] for k in ("measured", "low", "high"))
-    points(axis, [r["batch"] for r in mine], *columns, index=0, label="measured")
+    draw_measured(axis, mine, "batch", 0, "measured")
     axis.axvline(scale, color="0.5", linewidth=0.8)
     axis.axhline(0.5, color="0.5", linewidth=0.8)
     axis.set_xscale("log", base=2)
@@ -134,10 +131,7 @@ def draw_one_step(axis, rows, scale) -> None:
 
 
 def draw_hyperbola(axis, rows, law: critical.Law | None) -> None:
-    time, data = (
-        [r for r in rows if r["quantity"] == f"{name} / least"]
-        for name in ("updates", "trajectories")
-    )
+    time, data = (where(rows, quantity=f"{name} / least") for name in ("updates", "trajectories"))
     if law is None:
         axis.set_axis_off()
         return
@@ -148,15 +142,13 @@ def draw_hyperbola(axis, rows, law: critical.Law | None) -> None:
         [r["low"] if np.isnan(r["measured"]) else r["measured"] for r in each]
         for each in (data, time)
     )
-    points(
-        axis, x, *intervals(time), index=0, label=f"measured: B {critical.said(law.critical_batch)}"
-    )
+    text = f"measured: B {critical.said(law.critical_batch)}"
+    points(axis, x, *intervals(time), index=0, label=text)
     bounds(axis, y, Estimate(*intervals(data)), 0, across=True)
     for each, *place in zip(data, x, y, strict=True):
         if np.isfinite(place).all():
-            axis.annotate(
-                f"{each['batch']}", place, xytext=(6, 3), textcoords="offset points", fontsize=7
-            )
+            text = f"{each['batch']}"
+            axis.annotate(text, place, xytext=(6, 3), textcoords="offset points", fontsize=7)
     axis.set_xscale("log")
     axis.set_yscale("log")
     label(axis, "Time against data, by batch size: LQR",

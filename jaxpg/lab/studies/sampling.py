@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 from jaxpg.devices import available_bytes, check_fits, compiler_options, needed_bytes
 from jaxpg.lab.measure.samples import Source, log_probs, roll, trajectory_bytes, weigh
 from jaxpg.lab.measure.statistics import log_power_sums
-from jaxpg.lab.studies.estimators import Form
+from jaxpg.lab.studies.forms import Form
 from jaxpg.lab.studies.measured import Measured
 from jaxpg.lab.studies.study import Progress
 from jaxpg.lab.worlds.world import World, num_params
@@ -61,15 +61,8 @@ def measurer(
     toward = jnp.zeros(num_params(world)) if reference is None else jnp.asarray(reference)
 
     def group(key, params, start):
-        return _group(
-            world._replace(params=params),
-            forms,
-            per_group,
-            tuple(sorted(sizes)),
-            toward,
-            key,
-            start,
-        )
+        there = world._replace(params=params)
+        return _group(there, forms, per_group, tuple(sorted(sizes)), toward, key, start)
 
     progress(f"compiling {len(forms)} estimator{'s' * (len(forms) > 1)} on {world.name}")
     lowered = jax.jit(group).lower(jax.random.key(0, impl="threefry2x32"), world.params, 0)
@@ -138,9 +131,7 @@ def _group(world, forms, per_group, sizes, toward, key, start):
         for group in critics:
             source = source_of(world, group[-1], key)  # the last: forms without a critic come first
             trajectory = roll(source, start, per_group)
-            batches = jax.tree.map(
-                lambda x: x.reshape(x.shape[0], -1, unit, *x.shape[2:]), trajectory
-            )
+            batches = jax.tree.map(lambda x: x.reshape(len(x), -1, unit, *x.shape[2:]), trajectory)
             steps[off_policy] = trajectory.mask.sum()
             log_weights[off_policy] = _log_weights(source, trajectory)
             sources = [source_of(world, form, key) for form in group]
@@ -176,9 +167,8 @@ def _shared(forms):
         for form in same:
             if form.critic is not None:
                 leaves = jax.tree.leaves(form.critic_params)
-                groups.setdefault(b"".join(np.asarray(x).tobytes() for x in leaves), []).append(
-                    form
-                )
+                params = b"".join(np.asarray(x).tobytes() for x in leaves)
+                groups.setdefault(params, []).append(form)
         plain = [form for form in same if form.critic is None]
         first, *others = list(groups.values()) or [[]]
         yield off_policy, [plain + first, *others]

@@ -3,12 +3,15 @@
 import numpy as np
 
 from jaxpg.lab import exact
+from jaxpg.lab.exact.tables import softmax
 from jaxpg.lab.studies.estimators import form, gradient
 from jaxpg.lab.studies.importance import distance, measured_lags
 from jaxpg.lab.studies.lags import Lag, lag_of
+from jaxpg.lab.studies.pairs import norm
+from jaxpg.lab.studies.rows import draw_exact, draw_measured, where
 from jaxpg.lab.studies.study import Experiment, Progress, Result, Settings, estimated, tidy
 from jaxpg.lab.worlds.world import World
-from jaxpg.stats.figures import label, line, panels, points
+from jaxpg.stats.figures import label, panels
 
 
 def stale(settings: Settings, progress: Progress) -> Result:
@@ -27,21 +30,15 @@ def stale(settings: Settings, progress: Progress) -> Result:
     rows = []
     for x in lags:
         there = lag.at(float(x))
-        error, gap = (
-            np.linalg.norm(form(name, there).moments().mean - gradient(there)),
-            abs(_gap(lag, there)),
-        )
-        rows.append({"estimator": name, "lag": float(x), "quantity": "gradient error",
-                     "exact": float(error), "warning": "biased"})  # fmt: skip
+        common, known = {"estimator": name, "lag": float(x)}, form(name, there).moments()
+        row = common | {"quantity": "gradient error", "warning": "biased"}
+        row["exact"] = norm(known.mean - gradient(there))
         if x in found:
             measured = found[x][name]
             # The interval of the error runs between the roots of the ends of its square's interval.
             value = [np.sqrt(max(v, 0.0)) for v in measured.bias(gradient(there))]
-            rows[-1] |= estimated(
-                value, trajectories=measured.trajectories, env_steps=measured.env_steps
-            )
-        rows.append({"estimator": name, "lag": float(x), "quantity": "objective gap",
-                     "exact": float(gap)})  # fmt: skip
+            row |= estimated(value, **measured.counts)
+        rows += [row, common | {"quantity": "objective gap", "exact": abs(_gap(lag, there))}]
     slopes = {name: _slope(rows, name) for name in ("gradient error", "objective gap")}
     return Result(
         tidy(rows),
@@ -58,10 +55,8 @@ def _stale_measured(lag: Lag, each, lags, settings, progress) -> Result:
     for x in lags:
         measured = found[x][each.name]
         value = [np.sqrt(max(v, 0.0)) for v in distance(measured, found[x][aim.name])]
-        rows.append(estimated(
-            value, estimator=each.name, lag=float(x), quantity="distance to on-policy", warning="biased",
-            trajectories=measured.trajectories, env_steps=measured.env_steps,
-        ))  # fmt: skip
+        row = {"estimator": each.name, "lag": float(x), "warning": "biased", **measured.counts}
+        rows.append(estimated(value, quantity="distance to on-policy", **row))
     summary = {"horizon": lag.world.env.horizon}
     slopes = {"distance to on-policy": None}
     return Result(
@@ -71,7 +66,7 @@ def _stale_measured(lag: Lag, each, lags, settings, progress) -> Result:
 
 def _slope(rows, quantity) -> float:
     """The slope of the logarithms over two decades of small lags."""
-    small = [r for r in rows if r["quantity"] == quantity and r["lag"] <= 0.11]
+    small = [r for r in where(rows, quantity=quantity) if r["lag"] <= 0.11]
     x, y = np.log([[r["lag"], r["exact"]] for r in small]).T
     return float(np.polyfit(x, y, 1)[0])
 
@@ -81,7 +76,7 @@ def _gap(lag: Lag, there: World) -> float:
     world = lag.world
     gamma, mdp = world.gamma, world.mdp
     value, action_value = exact.values(mdp, lag.behaviour, gamma)
-    target = np.exp(there.logits - np.logaddexp.reduce(there.logits, axis=1, keepdims=True))
+    target = softmax(there.logits)
     visits = exact.occupancy(mdp, lag.behaviour) * gamma ** np.arange(mdp.horizon)[:, None]
     visits = visits * ~np.asarray(mdp.terminal, bool)
     advantage = action_value - value[:-1, :, None]
@@ -95,14 +90,10 @@ def _draw_stale(figure, rows, slopes, world):
     units = {"gradient error": "|E g − ∇J|", "objective gap": "|J − L|",
              "distance to on-policy": "|E g − E g on-policy|"}  # fmt: skip
     for index, (quantity, slope) in enumerate(slopes.items()):
-        mine = [r for r in rows if r["quantity"] == quantity]
+        mine = where(rows, quantity=quantity)
         if slope is not None:
-            text = f"{units[quantity]}, exact: slope {slope:.3f}"
-            line(axis, [r["lag"] for r in mine], [r["exact"] for r in mine], index, text)
-        seen = [r for r in mine if r.get("measured") is not None]
-        if seen:
-            columns = [[r[k] for r in seen] for k in ("lag", "measured", "low", "high")]
-            points(axis, *columns, index=index, label=f"{units[quantity]}, measured, 95 %")
+            draw_exact(axis, mine, "lag", index, f"{units[quantity]}, exact: slope {slope:.3f}")
+        draw_measured(axis, mine, "lag", index, f"{units[quantity]}, measured, 95 %")
     axis.set_xscale("log")
     axis.set_yscale("log")
     label(axis, f"The surrogate's error on stale data, {world}",

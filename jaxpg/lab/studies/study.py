@@ -100,6 +100,16 @@ def estimated(estimate, **rest) -> dict[str, Any]:
     return {"measured": value, "low": low, "high": high, **rest}
 
 
+def compared(known: dict[str, Any], seen: dict[str, Any], **common) -> list[dict[str, Any]]:
+    """A row for each quantity with its exact value and its estimate, unless both are missing."""
+    return [
+        {**common, "quantity": name, "exact": value}
+        | (estimated(seen[name]) if name in seen else {})
+        for name, value in known.items()
+        if name in seen or value is not None
+    ]
+
+
 def stated(estimate: Estimate, name: str = "value") -> dict[str, Any]:
     """An estimate for a summary: its finite numbers, or the bound `above` of a ratio that is not resolved."""
     value, low, high = map(float, estimate)

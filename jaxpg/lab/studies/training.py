@@ -23,6 +23,8 @@ from jaxpg.training.algorithm import Algorithm
 from jaxpg.training.trainer import make_trainer, train
 from jaxpg.types import Array, Hyperparams, Key, Params
 
+NO_CLIP = 1e9  # max_grad_norm
+
 
 class Curves(NamedTuple):
     """The learning curves of R replicas, [R, num_updates]."""
@@ -94,7 +96,7 @@ def learner(
 def objective_of(world: World) -> Callable[[Params], Array]:
     """J of the world's policy as a function of its parameters, by V_t = sum_a pi (r + gamma P V_{t+1})."""
     if world.is_regulator:
-        return partial(_of_regulator, world)
+        return partial(regulators.objective, world.regulator, world.policy, gamma=world.gamma)
     mdp, dtype = check_mdp(world.mdp), jnp.result_type(float)
     alive = ~mdp.terminal[:, None]
     reward = jnp.asarray(np.where(alive, mdp.reward, 0.0), dtype)
@@ -116,27 +118,19 @@ def objective_of(world: World) -> Callable[[Params], Array]:
     return objective
 
 
-def _of_regulator(world: World, params: Params) -> Array:
-    return regulators.objective(world.regulator, world.policy, params, world.gamma)
-
-
 def best_objective(world: World) -> float:
     """The best J: of any policy of state and time by dynamic programming, or of a regulator's parameters."""
     if world.is_regulator:
-        return _best_of_regulator(world)
+        flat, unravel = ravel_pytree(world.params)
+        slope = jax.jit(jax.value_and_grad(lambda x: -objective_of(world)(unravel(x))))
+        found = optimize.minimize(lambda x: jax.tree.map(np.float64, slope(x)), flat, jac=True)
+        return -float(found.fun)
     mdp, gamma = check_mdp(world.mdp), world.gamma
     alive = ~mdp.terminal[:, None]
     value = np.zeros(len(mdp.initial))
     for _ in range(mdp.horizon):
         value = (np.where(alive, mdp.reward + gamma * mdp.transition @ value, 0.0)).max(axis=1)
     return float(mdp.initial @ value)
-
-
-def _best_of_regulator(world: World) -> float:
-    flat, unravel = ravel_pytree(world.params)
-    slope = jax.jit(jax.value_and_grad(lambda x: -objective_of(world)(unravel(x))))
-    found = optimize.minimize(lambda x: jax.tree.map(np.float64, slope(x)), flat, jac=True)
-    return -float(found.fun)
 
 
 def scaled(env: Env, factor) -> Env:

@@ -9,17 +9,11 @@ from jax.flatten_util import ravel_pytree
 
 from jaxpg.estimators import baselines
 from jaxpg.lab.measure.samples import gradient_samples
+from jaxpg.lab.studies import streams
 from jaxpg.lab.studies.estimators import form, gradient
-from jaxpg.lab.studies.pairs import grouped, intervals
+from jaxpg.lab.studies.pairs import grouped
+from jaxpg.lab.studies.rows import draw_exact, draw_measured, where
 from jaxpg.lab.studies.sampling import source_of
-from jaxpg.lab.studies.streams import (
-    LONG_SHORT,
-    Lanes,
-    exact_pooled,
-    exact_windows,
-    long_short,
-    measure_windows,
-)
 from jaxpg.lab.studies.study import (
     Experiment,
     Progress,
@@ -42,33 +36,33 @@ WINDOWS = {
     "unmasked": "reward-to-go across resets",
 }
 BIASED = "biased: {} (Glynn and Heidelberger, 1990)"
+SHORT = "short episodes complete more often"
 POOLED_LENGTH, POOLED_SIZES = 8, (1, 2, 4, 16, 64)
 
 
 def windows(settings: Settings, progress: Progress) -> Result:
     """The gradient from windows of L steps of an auto-reset stream, by several ways of averaging them."""
-    own = settings.env == LONG_SHORT
-    world = long_short() if own else world_of(settings)
+    own = settings.env == streams.LONG_SHORT
+    world = streams.long_short() if own else world_of(settings)
     horizon = world.env.horizon
     lengths = (2, 4, 8, 16, 24) if own else [max(1, int(horizon * f)) for f in (0.5, 1, 2, 4)]
     k_truth, k_windows = jax.random.split(key_of(settings))
     direction, truth = _true_direction(world, k_truth, settings.trajectories)
     progress(f"{settings.trajectories} windows of up to {max(lengths)} steps of {world.name}")
-    measured = measure_windows(world, direction, k_windows, settings.trajectories, lengths)
+    measured = streams.measure_windows(world, direction, k_windows, settings.trajectories, lengths)
     rows = [truth]
     for length, lanes in zip(lengths, measured, strict=True):
-        rows += _window_rows(lanes, length, exact_windows(length) if own else {})
+        rows += _window_rows(lanes, length, streams.exact_windows(length) if own else {})
     if own:
         rows += _pooled_rows(measured[lengths.index(POOLED_LENGTH)])
     table = tidy(rows)
-    pooled = [r for r in rows if r["estimator"] == "pooled" and r["quantity"] == "gradient"]
+    pooled = where(rows, estimator="pooled", quantity="gradient", num_envs=None)
     true = truth["exact"] if truth["exact"] is not None else truth["measured"]
     summary: dict[str, Any] = {
         "true_gradient": true,
         "pooled_bias": {
             r["steps"]: stated(Estimate(*(r[k] - true for k in ("measured", "low", "high"))))
             for r in pooled
-            if not r["num_envs"]
         },
     }
     return Result(table, summary, lambda figure: _draw_windows(figure, rows, true, own))
@@ -85,8 +79,8 @@ def _true_direction(world: World, key, num_trajectories):
         size = float(np.linalg.norm(vector))
         return unravel(jnp.asarray(vector / size, flat.dtype)), row | {"exact": size}
     source = source_of(world, form("rtg", world), key)
-    compared = source.estimator._replace(baseline=baselines.leave_one_out)
-    source = source._replace(estimator=compared)
+    others = source.estimator._replace(baseline=baselines.leave_one_out)
+    source = source._replace(estimator=others)
     sample = jax.jit(lambda key: gradient_samples(source._replace(key=key), number))
     vector, rows = (np.asarray(sample(k), np.float64) for k in jax.random.split(key))
     unit = vector.mean(axis=0) / np.linalg.norm(vector.mean(axis=0))
@@ -94,24 +88,21 @@ def _true_direction(world: World, key, num_trajectories):
     return unravel(jnp.asarray(unit, flat.dtype)), estimated(estimate, **row, exact=None)
 
 
-def _window_rows(lanes: Lanes, length, known):
+def _window_rows(lanes: streams.Lanes, length, known):
     own = np.divide(
         lanes.completed, lanes.ends, out=np.zeros_like(lanes.ends), where=lanes.ends > 0
     )
-    moments = grouped(
-        np.stack(
-            [own, lanes.started / lanes.starts, lanes.unmasked, lanes.completed, lanes.returns, lanes.ends],
-            axis=1,
-        )
-    )  # fmt: skip
+    full = lanes.started / lanes.starts
+    columns = [own, full, lanes.unmasked, lanes.completed, lanes.returns, lanes.ends]
+    moments = grouped(np.stack(columns, axis=1))
     common = {"steps": length, "num_envs": None, "trajectories": len(own)}
     common |= {"env_steps": len(own) * length}
     quantities = {
         "per_environment": ("gradient", 0, ""),
-        "pooled": ("gradient", 3, "short episodes complete more often"),
+        "pooled": ("gradient", 3, SHORT),
         "partial_as_full": ("gradient", 1, "a cut episode's return is incomplete"),
         "unmasked": ("gradient", 2, "the gradient of the reward per window"),
-        "pooled_return": ("return", 4, "short episodes complete more often"),
+        "pooled_return": ("return", 4, SHORT),
     }  # fmt: skip
     rows = []
     for name, (quantity, place, why) in quantities.items():
@@ -129,7 +120,7 @@ def _window_rows(lanes: Lanes, length, known):
     return rows
 
 
-def _pooled_rows(lanes: Lanes):
+def _pooled_rows(lanes: streams.Lanes):
     rows = []
     for size in POOLED_SIZES:
         whole = len(lanes.ends) // size * size
@@ -137,24 +128,24 @@ def _pooled_rows(lanes: Lanes):
             x[:whole].reshape(-1, size).sum(axis=1) for x in (lanes.completed, lanes.ends)
         )
         estimate = jackknife(lambda m: m.mean[0], grouped((gain / count)[:, None]))
-        rows.append(
-            estimated(
-                estimate, estimator="pooled", quantity="gradient", steps=POOLED_LENGTH, num_envs=size,
-                exact=exact_pooled(POOLED_LENGTH, size), trajectories=whole, env_steps=whole * POOLED_LENGTH,
-                warning=BIASED.format("short episodes complete more often"),
-            )
-        )  # fmt: skip
+        row = {
+            "estimator": "pooled",
+            "quantity": "gradient",
+            "steps": POOLED_LENGTH,
+            "num_envs": size,
+        }
+        row |= {"trajectories": whole, "env_steps": whole * POOLED_LENGTH}
+        known, warning = streams.exact_pooled(POOLED_LENGTH, size), BIASED.format(SHORT)
+        rows.append(estimated(estimate, exact=known, warning=warning, **row))
     return rows
 
 
 def _draw_windows(figure, rows, true, own):
     axes = figures.panels(figure, columns=2)
     for i, (name, label) in enumerate(WINDOWS.items()):
-        found = [r for r in rows if r["estimator"] == name and r["num_envs"] is None]
-        steps = [r["steps"] for r in found]
-        if found and found[0]["exact"] is not None:
-            figures.line(axes[0], steps, [r["exact"] for r in found], i)
-        figures.points(axes[0], steps, *intervals(found), i, label)
+        found = where(rows, estimator=name, num_envs=None)
+        draw_exact(axes[0], found, "steps", i)
+        draw_measured(axes[0], found, "steps", i, label)
     axes[0].axhline(true, color="0.3", linewidth=0.8)
     axes[0].annotate("true gradient", (rows[1]["steps"], true), fontsize=8, va="bottom")
     axes[0].set_xscale("log", base=2)
@@ -164,18 +155,15 @@ def _draw_windows(figure, rows, true, own):
     )  # fmt: skip
     if own:
         found = [r for r in rows if r["num_envs"]]
-        sizes = [r["num_envs"] for r in found]
-        figures.line(axes[1], sizes, [r["exact"] for r in found], 1, "exact")
-        figures.points(axes[1], sizes, *intervals(found), 1, "measured")
-        axes[1].set_xscale("log", base=2)
+        draw_exact(axes[1], found, "num_envs", 1, "exact")
+        draw_measured(axes[1], found, "num_envs", 1, "measured")
         title = f"Pooled completed episodes, {POOLED_LENGTH} steps"
         figures.label(axes[1], title, "environments pooled", r"gradient along $\nabla J$ [return]")
     else:
-        found = [r for r in rows if r["quantity"] == "return"]
-        figures.points(axes[1], [r["steps"] for r in found], *intervals(found), 1, "pooled")
-        axes[1].set_xscale("log", base=2)
+        draw_measured(axes[1], where(rows, quantity="return"), "steps", 1, "pooled")
         title = "Mean return of the completed episodes"
         figures.label(axes[1], title, "window length [environment steps]", "return")
+    axes[1].set_xscale("log", base=2)
 
 
 SAMPLED = 2**27  # numbers in the sampled gradients that estimate an unknown direction
@@ -184,8 +172,8 @@ EXPERIMENTS = {
     "windows": Experiment(
         "windows of an auto-reset stream: which averages are biased by episode length, and by how much",
         windows,
-        Settings(env=LONG_SHORT, trajectories=2**20),
-        Settings(env=LONG_SHORT, trajectories=2**15, quick=True),
+        Settings(env=streams.LONG_SHORT, trajectories=2**20),
+        Settings(env=streams.LONG_SHORT, trajectories=2**15, quick=True),
         ignores=("estimators", "repeats", "gamma"),
     ),
 }

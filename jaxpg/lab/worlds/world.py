@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jaxpg.envs import Discrete, Env, Lqr, Mdp, from_gymnax, from_lqr, from_mdp, gymnax_names
 from jaxpg.lab.exact.tables import Moments, Tables, tabulate
 from jaxpg.lab.worlds.instances import INSTANCES
-from jaxpg.lab.worlds.regulators import PARAMS, gain_policy, value_critic
+from jaxpg.lab.worlds.regulators import PARAMS, coefficients, gain_policy, value_critic
 from jaxpg.policies import NETWORKS, Agent, AgentParams, Network, actor_critic
 from jaxpg.types import Hyperparams, Params
 
@@ -197,6 +197,21 @@ def regulator_world(
         REGULATOR, env, network, params, Hyperparams(gamma=gamma), regulator, critic=critic,
         critic_params=table,
     )  # fmt: skip
+
+
+def at_horizon(world: World, steps: int) -> World:
+    """The same world with episodes of another length; a network's world loses its exact answers."""
+    if world.is_regulator:
+        regulator = world.regulator._replace(horizon=steps)
+        numbers = coefficients(world.policy, world.params)
+        critic, table = value_critic(regulator, numbers, world.gamma)
+        return world._replace(
+            env=from_lqr(regulator), exact=regulator, critic=critic, critic_params=table
+        )
+    if not world.is_tabular or world.is_projected:
+        return world._replace(env=world.env._replace(horizon=steps), exact=None)
+    mdp, behaviour = world.mdp._replace(horizon=steps), world.table.behaviour_logits
+    return tabular_world(world.name, mdp, world.logits, behaviour, gamma=world.gamma)
 
 
 def has_exact(world: World) -> bool:
