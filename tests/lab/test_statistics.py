@@ -122,7 +122,7 @@ def test_chunks_do_not_change_the_result(monkeypatch):
 
 
 def test_merging_survives_a_million_plus_minus_one():
-    """float32: E[x^2] - E[x]^2 would say 131 072 for a variance of 1."""
+    """In float32, E[x^2] - E[x]^2 would give 131 072 for a variance of 1."""
     rng = np.random.default_rng(0)
     x = (1e6 + rng.choice([-1.0, 1.0], (64, 512, 1))).astype(np.float32)
     merged = moments_of(jnp.asarray(x[0]))

@@ -154,7 +154,7 @@ def _surrogate(slot, world, hyperparams, c, factors) -> Coefficients:
     elif name == "kl_penalised":
         if factors.weighted or np.ndim(factors.carry):
             raise ValueError(
-                "kl_penalised adds a penalty that products of ratios do not weigh, which no recursion "
+                "kl_penalised adds a penalty that products of ratios do not multiply, which no recursion "
                 "covers; use on_policy or one_step, or lab.enumeration for a small world"
             )
         penalty = float(hyperparams.kl_coef) * (rho - 1.0)

@@ -1,8 +1,8 @@
 """Critical batches: train to a target at many batch sizes, and fit the law of updates against data.
 
-With a batch of N, an update gains 1 / (1 + B / N) of what a noiseless one would, at the same fraction of
-its best learning rate (McCandlish et al., 2018). So the rate grows linearly, then like a square root
-around N = B, then levels off; and updates S and trajectories E to a target obey
+With a batch of N, an update gains 1 / (1 + B / N) of a noiseless one's gain, and its best learning rate is
+that fraction of the noiseless one's (McCandlish et al., 2018). So the rate grows linearly, then like a
+square root around N = B, then levels off; and updates S and trajectories E to a target obey
 
     (S / S_min - 1) (E / E_min - 1) = 1.
 """

@@ -1,4 +1,4 @@
-"""The named estimators: what each subtracts and weighs."""
+"""The named estimators, with their credits, baselines and weights."""
 
 import difflib
 from typing import NamedTuple

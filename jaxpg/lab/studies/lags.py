@@ -24,7 +24,7 @@ class Lag(NamedTuple):
 
     world: World
     behaviour: Any  # [O, A] logits, or a network's parameters where the world has no tables
-    step: Any  # likewise
+    step: Any  # of the same form
 
     def at(self, lag: float) -> World:
         """The world with its policy ahead of its data by this lag."""
