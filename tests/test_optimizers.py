@@ -157,7 +157,7 @@ def test_mistakes_are_one_clear_line():
     with pytest.raises(ValueError, match="unknown batch scaling 'squared'; did you mean"):
         build_algorithm(Config("CartPole-v1", "reinforce", batch_scaling="squared"))
     with pytest.raises(
-        ValueError, match=r"batch_scaling=linear scales from .* give reference_batch"
+        ValueError, match=r"batch_scaling=linear needs the batch size .* give reference_batch"
     ):
         build_algorithm(Config("CartPole-v1", "reinforce", batch_scaling="linear"))
     with pytest.raises(ValueError, match="unknown optimizer 'muom'; did you mean muon"):

@@ -350,3 +350,12 @@ def test_both_kinds_of_key_give_the_same_numbers(monkeypatch):
     typed, raw = run(jax.random.key(3)), run(jax.random.PRNGKey(3))
     jax.tree.map(np.testing.assert_array_equal, typed, raw)
     assert (typed["episodes"][0].log_prob != 0).any()
+
+
+def test_parameters_without_a_critics_are_refused_for_an_agent_with_one():
+    env = clock(3)
+    agent = actor_critic(env)
+    state = make_trainer(env, agent, algorithm("reinforce"), num_envs=2).init(jax.random.key(0))
+    with pytest.raises(ValueError, match=r"an algorithm without one; use Agent\(agent.policy\)"):
+        episodes(env, agent, state.params, jax.random.key(1), 2)
+    episodes(env, Agent(agent.policy), state.params, jax.random.key(1), 2)

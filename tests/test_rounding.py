@@ -7,10 +7,10 @@ import pytest
 
 from jaxpg import Hyperparams, make_trainer, train
 from jaxpg.envs import Box, Discrete, Env
-from jaxpg.estimators import Estimator, assess, baselines, credit, rescaled, surrogates
+from jaxpg.estimators import Estimator, assess, baselines, credit, importance, rescaled, surrogates
 from jaxpg.optimizers import sgd
 from jaxpg.policies import actor_critic
-from jaxpg.training.algorithm import Algorithm
+from jaxpg.training.algorithm import Algorithm, algorithm, check_algorithm
 from jaxpg.training.data import episodes as own_episodes
 from jaxpg.types import TimeStep, Trajectory
 
@@ -90,3 +90,12 @@ def test_small_differences_that_are_real_are_standardised():
     exact = (exact - exact.mean()) / exact.std()
     for scale in (1e-12, 1.0, 1e6):
         assert np.allclose(advantage(scale * reward), exact, atol=2e-3)
+
+
+def test_a_constant_credit_is_not_standardised():
+    """Its advantage would be 0 at every step; weighted by ratios it is not."""
+    row = algorithm("reinforce")._replace(estimator=Estimator(credit.unit, surrogate=STANDARDISED))
+    with pytest.raises(ValueError, match="an advantage of 0, so the policy would never move"):
+        check_algorithm(row, has_critic=False)
+    weighted = row.estimator._replace(importance=importance.one_step)
+    check_algorithm(row._replace(estimator=weighted), has_critic=False)

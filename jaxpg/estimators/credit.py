@@ -54,7 +54,7 @@ def total_return(trace: Array, trajectory: Trajectory, hyperparams: Hyperparams)
     return jnp.broadcast_to(whole, trajectory.reward.shape)
 
 
-@slot()
+@slot(constant=True)
 def unit(trace: Array, trajectory: Trajectory, hyperparams: Hyperparams) -> Array:
     """psi_t = 1: with the score surrogate, the maximum-likelihood gradient."""
     del trace, hyperparams

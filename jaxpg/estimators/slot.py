@@ -24,6 +24,7 @@ class Facts(NamedTuple):
     couples: bool = False  # what one lane contributes depends on the other lanes of its batch
     min_lanes: int = 1  # with fewer it is undefined, or its gradient is always 0
     whole_episodes: bool = False  # undefined on a stream, which cuts episodes
+    constant: bool = False  # of a credit: the same number at every step
     reads_critic: bool = False
     corrects: bool = True  # correct for data that another policy gathered
     linear: bool = False  # of a reduction: linear in the gain, so it may be taken in parts

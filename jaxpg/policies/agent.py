@@ -4,6 +4,7 @@
 >>> agent = actor_critic(env, "linear", normalise=True)
 >>> check_agent(env, agent)
 >>> params, carry = init_params(agent, jax.random.key(0)), initial_carry(agent, 2)
+>>> check_params(agent, params)
 >>> isinstance(agent, Agent), isinstance(params, AgentParams), isinstance(carry, AgentCarry)
 (True, True, True)
 >>> trajectory = Trajectory(*[jnp.ones((3, 2, 1))] * 7, jnp.ones((3, 2), bool), None, None)
@@ -46,6 +47,16 @@ def init_params(agent: Agent, key: Key) -> AgentParams:
     k_policy, k_critic = jax.random.split(key)
     critic = agent.critic.init(k_critic) if agent.critic else ()
     return AgentParams(agent.policy.init(k_policy), critic)
+
+
+def check_params(agent: Agent, params: AgentParams) -> None:
+    """Raises ValueError if the agent has a critic and the parameters, as of a row without one, have none for it."""
+    if agent.critic is not None and isinstance(params.critic, tuple) and not params.critic:
+        if jax.tree.leaves(jax.eval_shape(agent.critic.init, jax.random.key(0))):
+            raise ValueError(
+                "the parameters have none for the agent's critic: they are of an algorithm without one; "
+                "use Agent(agent.policy)"
+            )
 
 
 def initial_carry(agent: Agent, num_lanes: int) -> AgentCarry:

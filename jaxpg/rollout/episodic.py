@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxpg.batching import any_replica, fair_divisor
 from jaxpg.devices import backend
 from jaxpg.envs import Env
-from jaxpg.policies import Agent, AgentParams, initial_carry
+from jaxpg.policies import Agent, AgentParams, check_params, initial_carry
 from jaxpg.rollout.stepping import (
     EpisodeSums,
     act,
@@ -50,6 +50,7 @@ def episodes(
     """
     num_steps = env.horizon if num_steps is None else num_steps
     check_sizes(num_episodes, num_steps)
+    check_params(agent, params)
     lanes, part = lanes_at_once(num_episodes), partial(_part, env, agent, params, key)
     part = partial(part, num_episodes=num_episodes, num_steps=num_steps)
     if lanes == num_episodes:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxpg.batching import any_replica, divisor, if_any
 from jaxpg.devices import backend
 from jaxpg.envs import Env, check_env
-from jaxpg.policies import Agent, AgentCarry, AgentParams, Network, initial_carry
+from jaxpg.policies import Agent, AgentCarry, AgentParams, Network, check_params, initial_carry
 from jaxpg.rollout.stepping import (
     EpisodeSums,
     act,
@@ -67,6 +67,7 @@ def unroll(
     successor, with its own carry, before the reset.
     """
     check_env(env)
+    check_params(agent, params)
     num_envs, critic = state.first.shape[0], agent.critic
     # A critic without memory can wait: one pass over all steps is cheaper than a small one per step.
     waits = critic is not None and not jax.tree.leaves(state.carry.critic)

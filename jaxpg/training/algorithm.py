@@ -158,6 +158,12 @@ def check_algorithm(algorithm: Algorithm, has_critic: bool) -> None:
             f"credit {describe(estimator.credit)} with baseline {describe(estimator.baseline)} reads a "
             "critic; give the agent one and the algorithm a critic_optimizer"
         )
+    weighs = facts_of(estimator.importance).corrects
+    if facts_of(estimator.surrogate).rescale and facts_of(estimator.credit).constant and not weighs:
+        raise ValueError(
+            f"{describe(estimator.surrogate)} makes the constant credit {describe(estimator.credit)} an "
+            "advantage of 0, so the policy would never move; leave out standardised"
+        )
     corrects = facts_of(estimator.surrogate).corrects
     reuses = algorithm.num_epochs * algorithm.num_minibatches > 1 and source.gathers
     if reuses and not corrects:
@@ -166,7 +172,7 @@ def check_algorithm(algorithm: Algorithm, has_critic: bool) -> None:
             "away from its data, which the score surrogate cannot correct; use ratio, clipped or "
             "kl_penalised, or one step per batch"
         )
-    if source.reweighs and not facts_of(estimator.importance).corrects:
+    if source.reweighs and not weighs:
         raise ValueError(
             f"{source.name} holds data of other policies, which {describe(estimator.importance)} treats as "
             "the current one's; use per_decision, trajectory, prefix, one_step, truncated or a "

@@ -216,7 +216,7 @@ def test_an_agent_that_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(health, "available_bytes", lambda: 2e9)
     monkeypatch.setattr(health, "needed_bytes", lambda train: 3e9)
     with pytest.raises(
-        ValueError, match=r"one agent needs 3.0 GB of memory, and 2.0 GB are free; few"
+        ValueError, match=r"one agent needs 3.0 GB of memory, and 2.0 GB are free; give fewer"
     ):
         replica_batches.plan(replica_batches.SweepJob(*[None] * 6), [8], lambda: None)
 

@@ -200,7 +200,7 @@ def config(**settings):
             {"algorithm": "reinforce", "demonstrations": "a.npz", "imitate": 5},
             "nothing uses; add --warm-start",
         ),
-        ({"algorithm": "reinforce", "imitate": 5}, "imitate=5 imitates demonstrations"),
+        ({"algorithm": "reinforce", "imitate": 5}, "imitate=5 needs demonstrations"),
         ({"algorithm": "reinforce", "settings": "size"}, "'size' is not name=number"),
         ({"algorithm": "reinforce", "settings": "sise=3"}, "no setting 'sise'"),
         ({"algorithm": "ppo", "importance": "per_decision"}, "per_decision needs whole episodes"),
