@@ -50,13 +50,14 @@ def init_params(agent: Agent, key: Key) -> AgentParams:
 
 
 def check_params(agent: Agent, params: AgentParams) -> None:
-    """Raises ValueError if the agent has a critic and the parameters, as of a row without one, have none for it."""
-    if agent.critic is not None and isinstance(params.critic, tuple) and not params.critic:
-        if jax.tree.leaves(jax.eval_shape(agent.critic.init, jax.random.key(0))):
-            raise ValueError(
-                "the parameters have none for the agent's critic: they are of an algorithm without one; "
-                "use Agent(agent.policy)"
-            )
+    """Raises ValueError if parameters, as of a row without a critic, have none for the agent's critic."""
+    if agent.critic is None or not isinstance(params.critic, tuple) or params.critic:
+        return
+    if jax.tree.leaves(jax.eval_shape(agent.critic.init, jax.random.key(0))):
+        raise ValueError(
+            "the parameters have none for the agent's critic: they are of an algorithm without one; "
+            "use Agent(agent.policy)"
+        )
 
 
 def initial_carry(agent: Agent, num_lanes: int) -> AgentCarry:
