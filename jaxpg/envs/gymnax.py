@@ -2,7 +2,6 @@
 
 import difflib
 import inspect
-import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +23,7 @@ from jaxpg.types import TimeStep
 # gymnax imports these, which takes nearly two seconds.
 _DRAWING = ("matplotlib", "matplotlib.pyplot", "matplotlib.colors", "seaborn")
 _NARROW = {f"{kind}64": f"{kind}32" for kind in ("int", "uint", "float")}
+LEAST, MOST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 MOST_SIZE = 2**12  # of a constructor's argument, which sets the size of tables
 
 
@@ -150,16 +150,21 @@ def _checked(environment, settings, defaults):
     checked = {}
     for name, value in settings.items():
         default = defaults[name]
-        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, Real) and not isinstance(value, bool) and _held(value)
         holds, kind = {
             bool: (isinstance(value, bool) or (number and value in (0, 1)), "true or false"),
             int: (number and value % 1 == 0, "a whole number"),
-            float: (number, "a finite number"),
+            float: (number, "a number that float32 holds"),
         }.get(type(default), (True, ""))
         if not holds and not isinstance(value, jax.Array):
             raise ValueError(f"{environment}: {name}={value} must be {kind}, as {default} is")
         checked[name] = type(default)(value) if kind and isinstance(value, Real) else value
     return checked
+
+
+def _held(value: Any) -> bool:
+    """Whether float32 holds the number, neither as 0 nor as infinity."""
+    return value == 0 or LEAST <= abs(value) <= MOST
 
 
 def _make(name, settings):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from jaxpg.runs.host import health
 from jaxpg.runs.play.policy import load_policy
 from jaxpg.runs.store import checkpoint
 from jaxpg.runs.store.lock import locked
+from jaxpg.runs.sweep import sweep
 from jaxpg.runs.train.report import table
 from jaxpg.training.algorithm import algorithm
 from jaxpg.training.data import episode_metrics
@@ -319,6 +321,24 @@ def test_a_run_that_cannot_fit_is_refused_and_leaves_nothing(tmp_path, monkeypat
     monkeypatch.setattr(health, "available_bytes", lambda: 1000)
     with pytest.raises(ValueError, match="of memory"):
         start(tmp_path / "r", "--updates", "8")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("trains", "room"), [(True, 1.7e7), (False, 9e6)])
+def test_an_evaluation_that_cannot_fit_is_refused_before_training(
+    trains, room, tmp_path, monkeypatch
+):
+    """There is room for the environments of all episodes, but not for what their steps need beside them."""
+    monkeypatch.setattr(health, "available_bytes", lambda: room)
+    flags = ("--updates", "1", "--evaluation-episodes", "100000")
+
+    def swept():
+        given = [*FLAGS.split(), *flags, "--gamma", ".9,.99", "--run", str(tmp_path / "s")]
+        sweep.execute(sweep.prepare(given))
+
+    run = partial(start, tmp_path / "r", *flags) if trains else swept
+    with pytest.raises(ValueError, match=r"of memory.*fewer .*--evaluation-episodes"):
+        run()
     assert list(tmp_path.iterdir()) == []
 
 

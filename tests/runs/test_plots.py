@@ -103,6 +103,22 @@ def test_both_files_tell_the_same_run(tmp_path, parquet):
     np.testing.assert_allclose(one.ratios["noise_scale"].value, [np.nan] * 3 + [16 * 3.0])
 
 
+def test_a_flipped_byte_of_a_table_is_no_other_curve(tmp_path):
+    folder = write_run(tmp_path / "r", rates=(0.1,), updates=250)
+    (part,) = (x for x in (folder / TABLE).iterdir() if x.stat().st_size > 20_000)
+    (truth,), whole, refused = read([folder]), part.read_bytes(), 0
+    for place in range(100, len(whole), 997):
+        part.write_bytes(whole[:place] + bytes([whole[place] ^ 0x41]) + whole[place + 1 :])
+        try:
+            (found,) = read([folder])
+        except ValueError as error:
+            refused += str(folder) in str(error)
+            continue
+        for name, values in truth.metrics.items():
+            np.testing.assert_array_equal(found.metrics[name], values)
+    assert refused > 5
+
+
 def test_long_runs_are_averaged_over_windows(tmp_path):
     (series,) = read([write_run(tmp_path / "r", rates=(0.1,), updates=250)])
     assert series.metrics["kl"].shape == (SEEDS, MOST_POINTS)

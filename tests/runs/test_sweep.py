@@ -7,6 +7,7 @@ from concurrent import futures
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -43,6 +44,7 @@ SMALL = (
     "--updates 8 --evaluation-episodes 8 --schedule constant --quiet"
 )
 GRID = f"{SMALL} --learning-rate 1e-3:1:log3 --gamma .5,.9"
+FEW = SimpleNamespace(evaluation_episodes=1)
 DEVICES = jax.device_count()  # may be several outside this test suite
 
 
@@ -194,7 +196,7 @@ def test_batches_fit_the_memory_that_there_is(monkeypatch, totals, free):
     monkeypatch.setattr(replica_batches, "state_bytes", lambda parts: 40)
     monkeypatch.setattr(health, "available_bytes", lambda: free)
     monkeypatch.setattr(health, "needed_bytes", lambda train: 30 + 200 * tried[-1])
-    job = replica_batches.SweepJob(*[None] * 6)._replace(parts=None)
+    job = replica_batches.SweepJob(FEW, *[None] * 5)
     plan = replica_batches.plan(job, totals, lambda: None)
     assert plan.size == tried[-1] and len(tried) <= 2
     assert free is None or plan.bytes <= 0.9 * free
@@ -218,7 +220,7 @@ def test_an_agent_that_does_not_fit_is_refused(monkeypatch):
     with pytest.raises(
         ValueError, match=r"one agent needs 3.0 GB of memory, and 2.0 GB are free; give fewer"
     ):
-        replica_batches.plan(replica_batches.SweepJob(*[None] * 6), [8], lambda: None)
+        replica_batches.plan(replica_batches.SweepJob(FEW, *[None] * 5), [8], lambda: None)
 
 
 def test_a_signal_ranks_what_is_known(halved, tmp_path, monkeypatch, capsys):
@@ -239,6 +241,21 @@ def test_a_signal_ranks_what_is_known(halved, tmp_path, monkeypatch, capsys):
     assert not record["complete"]
     assert 1 <= len(record["points"]) < 6
     assert "best: --learning-rate" in capsys.readouterr().out
+
+
+def test_a_signal_while_drawing_finds_a_finished_sweep(halved, tmp_path, monkeypatch):
+    stopped, folder = [], tmp_path / "r"
+
+    @contextmanager
+    def signals():
+        yield lambda: len(stopped) and 15
+
+    monkeypatch.setattr(replica_batches, "plan", lambda job, totals, poll: halved[3])
+    monkeypatch.setattr(sweep, "signals", signals)
+    monkeypatch.setattr(ranking, "draw", lambda *each: stopped.append(each))
+    sweep.execute(sweep.prepare([*f"{GRID} --halving 3".split(), "--run", str(folder)]))
+    assert stopped and json.loads((folder / "sweep.json").read_text())["complete"]
+    assert not (folder / "batches").exists()
 
 
 def test_a_killed_sweep_goes_on_and_trains_nothing_twice(halved, tmp_path, monkeypatch, capsys):

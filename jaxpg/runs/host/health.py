@@ -23,6 +23,7 @@ FEW_UPDATES = 100
 REPLICA_BYTES = 2000  # host memory per replica, besides its state
 PACKAGE, JAX = Path(__file__).parents[2], Path(jax.__file__).parent
 MANY_STEPS = 100_000  # steps of one agent, enough for FEW_UPDATES or more
+MANY_EPISODES = 2**16  # of all agents; fewer fit, unless networks are huge
 
 
 class Diverged(Ended):
@@ -131,6 +132,12 @@ def check_memory(compiled: Any, replicas: int = 1, force: bool = False) -> None:
         f"training needs about {giga(needed)} of memory, and there is {giga(available)}; {more}give "
         "fewer --seeds, --num-envs or --num-steps, or a smaller grid, or --force to try"
     )
+
+
+def check_episodes(compiled: Any, count: int, remedy: str = "give fewer") -> None:
+    """Raises ValueError if a compiled program of this many episodes needs more memory than there is."""
+    each = (needed_bytes(compiled) or 0) / count
+    check_fits(available_bytes(), each, count, "playing", "episode", remedy)
 
 
 def explain(environment: str, update: Callable, *arguments: Any) -> str:

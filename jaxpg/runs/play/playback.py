@@ -78,12 +78,7 @@ def evaluation(run: Run, count: int, greedy: bool, seed: int = 0) -> Evaluation:
 
 def _fitting(compiled: Any, count: int) -> Any:
     """The program of `count` episodes. Raises ValueError if it needs more memory than there is."""
-    needed, available = health.needed_bytes(compiled), health.available_bytes()
-    if needed is not None and available is not None and needed > available:
-        raise ValueError(
-            f"{count:,} episodes need about {needed / 1e9:,.1f} GB of memory, and there is "
-            f"{available / 1e9:.1f} GB; about {int(count * available / needed):,} fit"
-        )
+    health.check_episodes(compiled, count)
     return compiled
 
 

@@ -340,7 +340,7 @@ def _batches(path: Path, wanted: Callable[[str], bool]) -> Iterator[dict[str, np
     parts = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     try:
         for part in parts:
-            with parquet.ParquetFile(part) as file:
+            with parquet.ParquetFile(part, page_checksum_verification=True) as file:
                 schema = file.schema_arrow
                 for name in COUNTERS:
                     if name not in schema.names:

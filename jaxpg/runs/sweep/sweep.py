@@ -187,11 +187,12 @@ def execute(sweep: Sweep) -> None:
             if not (folder / files.BATCHES).exists():
                 files.discard_folder(folder)
             raise
-        ranking.write(folder, config, search, outcomes, costs, complete=not stopped())
+        cut = stopped()  # a later signal finds all results written, and ends nothing
+        ranking.write(folder, config, search, outcomes, costs, complete=not cut)
         show("drawing")
         ranking.draw(folder, config, search, outcomes)
         gone = outcomes.diverged.all()
-        if not stopped():
+        if not cut:
             shutil.rmtree(folder / files.BATCHES, ignore_errors=True)
     say(*ranking.report(config, search, outcomes, costs))
     if gone:
@@ -199,13 +200,13 @@ def execute(sweep: Sweep) -> None:
             f"nothing is ranked: all {len(search.points)} points diverged, the last seed at update "
             f"{outcomes.diverged.max()}; smaller steps may help; the table is in {folder}"
         )
-    if stopped():
+    if cut:
         done = int((outcomes.updates > 0).sum())
         said = (
             f"before the end; {done} of {len(search.points)} points are ranked in {folder}; "
             f"the same command with --run {folder} --resume-or-start resumes it"
         )
-        raise Interrupted(stopped(), said)
+        raise Interrupted(cut, said)
     say(f"saved in {folder}")
 
 

@@ -42,7 +42,7 @@ class BatchPlan(NamedTuple):
 
     size: int
     programs: Programs
-    bytes: int | None  # memory that training needs on one device
+    bytes: int | None  # memory that it needs on one device
 
 
 def plan(
@@ -56,7 +56,7 @@ def plan(
     free, most = health.available_bytes(), _wanted(totals)
     if size is not None:
         programs = _start(job, size)
-        needed = health.needed_bytes(wait_for(programs.train, poll))
+        needed = _needed(job, programs, size, poll)
         if needed is not None and free is not None and needed > free:
             raise ValueError(
                 f"the sweep began in batches of {size} agents, which need {needed / 1e9:.1f} GB of memory, "
@@ -71,17 +71,25 @@ def plan(
     while True:
         size = _equal(total, most)
         programs = _start(job, size)
-        needed = health.needed_bytes(wait_for(programs.train, poll))
+        needed = _needed(job, programs, size, poll)
         if needed is None or free is None or needed <= SHARE * free:
             break
         if size == 1:
             raise ValueError(
                 f"one agent needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; "
-                "give fewer --num-envs or --num-steps"
+                "give fewer --num-envs, --num-steps or --evaluation-episodes"
             )
         most = max(1, min(size - 1, int(size * SHARE * free / needed)))
     wait_for(programs.init, poll)  # type: ignore[arg-type]
     return BatchPlan(size, programs, needed)
+
+
+def _needed(job: SweepJob, programs: Programs, size: int, poll: Callable[[], Any]) -> int | None:
+    """Bytes for training or, if it has so many episodes that it could need more, evaluating a batch."""
+    needed = health.needed_bytes(wait_for(programs.train, poll))
+    if needed is None or size * job.config.evaluation_episodes <= health.MANY_EPISODES:
+        return needed
+    return max(needed, health.needed_bytes(wait_for(programs.evaluate, poll)) or 0)
 
 
 def _wanted(totals: list[int]) -> int:

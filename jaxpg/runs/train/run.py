@@ -303,7 +303,12 @@ def _compiled(job: TrainingJob, fresh: bool, done: int, say):
     for each in (programs.train, programs.init):
         if each is not None:
             wait_for(each, stop)
-    health.check_memory(programs.train.result(), len(job.replicas.labels), config.force)
+    count, episodes = len(job.replicas.labels), config.evaluation_episodes
+    health.check_memory(programs.train.result(), count, config.force)
+    if count * episodes > health.MANY_EPISODES and not config.force:
+        # Training does not wait for evaluation to compile, unless it could be in vain.
+        evaluate = wait_for(programs.evaluate, stop)
+        health.check_episodes(evaluate, episodes, "give fewer --evaluation-episodes or --seeds")
     seconds = time.perf_counter() - started
     job.show(f"compiled in {seconds:.1f} s")
     return programs, seconds
