@@ -36,12 +36,13 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-# No device is looked for; without the last two libtpu asks in vain where it is.
+# No device is looked for: libtpu would ask in vain where it is, and refuse to be loaded twice on a machine.
 QUIET = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
 
@@ -636,14 +637,14 @@ HEADER = (
 )
 
 
-def show(row: dict[str, Any]) -> None:
+def show(row: dict[str, Any], whose: str = "") -> None:
     def number(value, form):
         return "-" if value is None else f"{value:{form}}"
 
     most = "<=" if row["bounds"] else ""
     moved = f"{row['collectives']:.0f}: {row['collective_bytes'] / 1e6:.2f} MB"
     print(
-        f"{row['case']:26}{most + number(row['operations'], '.0f'):>11}"
+        f"{whose + row['case']:26}{most + number(row['operations'], '.0f'):>11}"
         f"{number(row['round_trips'], '.0f'):>12}{number(row['megacycles'], '.2f'):>9}"
         f"{row['temporary_bytes'] / 1e6:>8.1f} MB{moved if row['collectives'] else '0':>14}"
         f"{row['compile_seconds']:>8.1f} ({row['compile_processor_seconds']:>4.1f}) s  "
@@ -802,7 +803,7 @@ def _rows(chosen, names, make) -> Iterator[dict[str, Any]]:
     with platform, jax.default_matmul_precision(precision):
         for name in names:
             row, text = row_of(name, make(name), chip, where)
-            show(row)
+            show(row, "rejax " if make is rejax else "")
             if chosen.explain:
                 explain(text, measured(text, chip))
             yield row
