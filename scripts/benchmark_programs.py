@@ -700,9 +700,8 @@ def installed(chip: str) -> Path:
         text=True,
     )
     if done.returncode:
-        said = [
-            x for x in done.stderr.splitlines() if x.startswith("ERROR")
-        ] or done.stderr.splitlines()
+        lines = [x.strip() for x in done.stderr.splitlines()]
+        said = [x for x in lines if "ERROR:" in x] or lines  # pip indents what a build said
         fail(f"the compiler for {chip} does not install: {said[-1] if said else 'no reason given'}")
     return ROOT / found.environment / "bin" / "python"
 
