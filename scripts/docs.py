@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pdoc
+from pdoc import render
 
 import jaxpg
 
@@ -66,7 +67,7 @@ def main() -> None:
             ):
                 with_fields(cls)
     jaxpg.__doc__ = front()
-    pdoc.render.configure(math=True)
+    render.configure(math=True)
     # pdoc warns of a NamedTuple that refers to itself, as envs.Env does.
     warnings.filterwarnings("ignore", "Error parsing type annotation")
     pdoc.pdoc(*PAGES, output_directory=folder)
