@@ -10,6 +10,7 @@ RANKS = {
     "types": 0,
     "devices": 0,
     "batching": 1,
+    "memory": 1,
     "stats": 1,
     "envs": 1,
     "policies": 2,

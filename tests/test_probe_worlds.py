@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import QUICK
 
 from jaxpg import Hyperparams, make_trainer, train
 from jaxpg.envs import Discrete, Env
@@ -137,9 +136,7 @@ def learnt(name):
     keys = jax.random.split(jax.random.key(0), SEEDS)
     worlds = jnp.arange(len(WORLDS)).repeat(SEEDS)
     gammas = jnp.array([world.gamma for world in WORLDS.values()])[worlds]
-    found = jax.jit(jax.vmap(learn), compiler_options=QUICK)(
-        worlds, gammas, jnp.tile(keys, len(WORLDS))
-    )
+    found = jax.jit(jax.vmap(learn))(worlds, gammas, jnp.tile(keys, len(WORLDS)))
     found = [np.asarray(x).reshape(len(WORLDS), SEEDS, S) for x in found]
     return [dict(zip(WORLDS, x, strict=True)) for x in found]
 
@@ -190,5 +187,5 @@ def test_memory_finds_what_is_hidden():
     def run(key):
         return train(trainer, trainer.init(key), numbers, num_updates=150)[1]
 
-    metrics = jax.jit(run, compiler_options=QUICK)(jax.random.key(0))
+    metrics = jax.jit(run)(jax.random.key(0))
     assert metrics["episode_return"][0] < 1.5 and metrics["episode_return"][-10:].mean() > 2.8

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from quick import QUICK
 
 from jaxpg import Hyperparams, make_trainer
 from jaxpg.envs import from_mdp
@@ -95,7 +94,7 @@ def updated(name, network, trajectory):
 
 @cache
 def compiled(name, network="tabular"):
-    return jax.jit(partial(updated, name, network), compiler_options=QUICK)
+    return jax.jit(partial(updated, name, network))
 
 
 def assert_close(one, other):

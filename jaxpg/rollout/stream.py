@@ -80,9 +80,9 @@ def unroll(
         places = jnp.arange(num_envs // sharing)
         pools = jax.vmap(lambda key: _starts(env, key, places))(keys.reset)
 
-    def value_of(carry, obs, first):
+    def value_of(carry, obs, first) -> tuple[Any, Any]:
         if critic is None:
-            return (), jnp.zeros(())
+            return (), ()
         carry, value = critic.apply(params.critic, carry, obs[None], first[None])
         return carry, value[0].astype(state.episode_return.dtype)
 
@@ -90,7 +90,7 @@ def unroll(
         key, noise, pool = inputs
         env_state, obs, first, carry = state
         action, log_prob, policy_carry = act(agent, params.policy, carry.policy, obs, first, noise)
-        critic_carry, value = carry.critic, jnp.zeros(())
+        critic_carry, value = carry.critic, ()
         if not waits:
             critic_carry, value = value_of(carry.critic, obs, first)
         env_state, result = step_lanes(env, key.step, env_state, action)
@@ -110,10 +110,12 @@ def unroll(
 
     start = state.env_state, state.obs, state.first, state.carry
     after, rows = jax.lax.scan(step, start, (keys, noise, pools))
+    value: Any
     seen, action, log_prob, reward, terminated, last, value, beyond = rows
     first = jnp.concatenate([state.first[None], last[:-1]])
-    value = next_value = jnp.zeros_like(reward) if critic is None else jnp.asarray(value)
-    if critic is not None:
+    if critic is None:
+        value = next_value = jnp.zeros_like(reward)
+    else:
         cut = last & ~terminated
         if keeps:
             beyond = _values(critic, params.critic, kept(cut, beyond), jnp.zeros_like(last), cut)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpg.devices import available_bytes
 from jaxpg.envs import Env, check_env
 from jaxpg.estimators import (
     Estimator,
@@ -25,6 +24,7 @@ from jaxpg.estimators import (
     lane_gradients,
 )
 from jaxpg.estimators.control_variates import ControlVariate
+from jaxpg.memory import available_bytes
 from jaxpg.policies import Agent, AgentParams, Network
 from jaxpg.rollout import episodes
 from jaxpg.types import Array, Hyperparams, Key, Params, Trajectory

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jaxpg.devices import available_bytes, check_fits, compiler_options, needed_bytes
+from jaxpg.devices import compiler_options
 from jaxpg.lab.measure.samples import Source, log_probs, roll, trajectory_bytes, weigh
 from jaxpg.lab.measure.statistics import log_power_sums
 from jaxpg.lab.studies.forms import Form
 from jaxpg.lab.studies.measured import Measured
 from jaxpg.lab.studies.study import Progress
 from jaxpg.lab.worlds.world import World, num_params
+from jaxpg.memory import available_bytes, check_fits, needed_bytes
 from jaxpg.stats.moments import GROUPS, SampleMoments, moments_of
 from jaxpg.types import Key
 

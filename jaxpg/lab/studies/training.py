@@ -10,7 +10,6 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from scipy import optimize
 
-from jaxpg.devices import available_bytes, check_fits, needed_bytes
 from jaxpg.envs import Env, check_mdp
 from jaxpg.lab.measure.samples import gradient_samples
 from jaxpg.lab.studies.estimators import form
@@ -18,6 +17,7 @@ from jaxpg.lab.studies.sampling import options_for, source_of
 from jaxpg.lab.studies.study import Settings
 from jaxpg.lab.worlds import regulators
 from jaxpg.lab.worlds.world import Checkpoint, World, has_exact
+from jaxpg.memory import available_bytes, check_fits, needed_bytes
 from jaxpg.policies import NETWORKS, Agent, AgentParams
 from jaxpg.training.algorithm import Algorithm
 from jaxpg.training.trainer import make_trainer, train

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpg.devices import available_bytes, check_fits, giga, needed_bytes
 from jaxpg.envs import Env
+from jaxpg.memory import available_bytes, check_fits, giga, needed_bytes
 from jaxpg.rollout.stepping import reset_lanes, step_lanes
 from jaxpg.runs.config.config import Config
 from jaxpg.runs.config.rows import counts_of

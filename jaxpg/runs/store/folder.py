@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypedDict, cast
 import jax
 import numpy as np
 
-from jaxpg.devices import machine_bytes
+from jaxpg.memory import machine_bytes
 from jaxpg.runs.config.config import CONFIG, FREE, Config, Grid, read_config
 from jaxpg.runs.config.schema import parsed
 from jaxpg.runs.host.cache import processor

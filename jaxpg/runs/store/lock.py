@@ -29,9 +29,11 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        owner = path.read_text(errors="replace")[:32].strip() or "unknown"
+        owner = ""
+        with suppress(OSError):  # it may have finished just now
+            owner = path.read_text(errors="replace")[:32].strip()
         raise ValueError(
-            f"{folder} is being written by process {owner}; wait for it, or stop it"
+            f"{folder} is being written by process {owner or 'unknown'}; wait for it, or stop it"
         ) from error
     try:
         path.write_text(f"{os.getpid()}\n")

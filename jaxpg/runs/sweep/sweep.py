@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 import jax
 import numpy as np
 
-from jaxpg.devices import machine_bytes
+from jaxpg.memory import machine_bytes
 from jaxpg.runs.config.config import Config, Grid, check, completed
 from jaxpg.runs.config.flags import request
 from jaxpg.runs.config.rows import settled
