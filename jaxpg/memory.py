@@ -44,8 +44,9 @@ def needed_bytes(compiled: Any) -> int | None:
 
 def available_bytes() -> int | None:
     """Free memory of one accelerator, or of this machine within its limits; None where unknown."""
-    if jax.default_backend() != "cpu":
-        found = jax.local_devices()[0].memory_stats() or {}
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        found = device.memory_stats() or {}
         limit = found.get("bytes_limit")
         return None if limit is None else limit - found.get("bytes_in_use", 0)
     return machine_bytes()
