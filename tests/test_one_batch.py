@@ -9,7 +9,7 @@ import optax
 import pytest
 from worlds import random_mdp
 
-from jaxpg import Hyperparams, batching, episodes, make_trainer, train
+from jaxpg import Hyperparams, batching, devices, episodes, make_trainer, train
 from jaxpg.envs import from_mdp
 from jaxpg.estimators import Estimator, baselines
 from jaxpg.optimizers import sgd
@@ -164,14 +164,14 @@ def test_chunks_of_updates_are_invisible_in_groups_too(groups_of_four):
 def as_on(monkeypatch, device):
     """Set sizes as on a processor with few cores and a small cache, which cuts everything; or cut nothing."""
     small = device == "processor"
+    monkeypatch.setattr(devices, "_told", ["cpu" if small else "gpu"])
     for module, name, size in (
         (accumulation, "BLOCK", 4),
         (episodic, "GROUPS_AT_ONCE", 1),
-        (stream, "ROWS_AT_ONCE", 4),
-        (stream, "SMALL", 64),
-        (stream, "SHARING", 8),
+        (stream, "AT_ONCE", 4),
+        (stream, "STEPS_PER_START", 2),
     ):
-        monkeypatch.setattr(module, name, {"cpu": size} if small else {})
+        monkeypatch.setitem(getattr(module, name), "cpu", size)
     monkeypatch.setattr(batching, "SIDE_BY_SIDE", 1)
     monkeypatch.setattr("os.cpu_count", lambda: 1 if small else 10**6)
 

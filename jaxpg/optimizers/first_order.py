@@ -31,22 +31,22 @@ Optimizer = Callable[[Hyperparams], optax.GradientTransformation]
 
 def sgd(hyperparams: Hyperparams) -> optax.GradientTransformation:
     """Plain ascent or descent, after clipping by global norm."""
-    return _clipped(hyperparams, optax.sgd(hyperparams.learning_rate))
+    return _flat(hyperparams, optax.sgd(hyperparams.learning_rate))
 
 
 def momentum(hyperparams: Hyperparams) -> optax.GradientTransformation:
     """SGD with heavy-ball momentum 0.9 (Polyak, 1964), after clipping by global norm."""
-    return _clipped(hyperparams, optax.sgd(hyperparams.learning_rate, momentum=0.9))
+    return _flat(hyperparams, optax.sgd(hyperparams.learning_rate, momentum=0.9))
 
 
 def rmsprop(hyperparams: Hyperparams) -> optax.GradientTransformation:
     """RMSProp (Hinton, 2012) with decay 0.99 and eps 1e-5, after clipping by global norm."""
-    return _clipped(hyperparams, optax.rmsprop(hyperparams.learning_rate, decay=0.99, eps=1e-5))
+    return _flat(hyperparams, optax.rmsprop(hyperparams.learning_rate, decay=0.99, eps=1e-5))
 
 
 def adam(hyperparams: Hyperparams) -> optax.GradientTransformation:
     """Adam (Kingma and Ba, 2015) with eps 1e-5, after clipping by global norm."""
-    return _clipped(hyperparams, optax.adam(hyperparams.learning_rate, eps=1e-5))
+    return _flat(hyperparams, optax.adam(hyperparams.learning_rate, eps=1e-5))
 
 
 def adamw(hyperparams: Hyperparams) -> optax.GradientTransformation:
@@ -77,6 +77,11 @@ OPTIMIZERS = {
     "rmsprop": rmsprop,
     "sgd": sgd,
 }
+
+
+def _flat(hyperparams, optimizer):
+    # What treats all parameters alike treats them as one vector: a few large operations, not many small ones.
+    return optax.flatten(_clipped(hyperparams, optimizer))
 
 
 def _clipped(hyperparams, optimizer):

@@ -13,16 +13,43 @@ bits for one step at a time cost more than the network.
 (2,)
 """
 
+from functools import reduce
+from itertools import accumulate
 from typing import NamedTuple, Union
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpg.devices import backend
 from jaxpg.types import Array, Key
 
 # Finite, so that masked entries give zero gradients where -inf would give NaN.
 MASKED_LOGIT = -1e9
+
+
+# Sums over up to this many entries are written out, so that an accelerator fuses them with what stands around
+# them. On a CPU that made a gradient step of two actions 4 % slower.
+FEW = {"gpu": 16, "tpu": 16}
+
+
+def _entries(x: Array) -> list[Array] | None:
+    """The entries of the last axis, if there are few."""
+    size = x.shape[-1]
+    return [x[..., i] for i in range(size)] if 0 < size <= FEW.get(backend(), 0) else None
+
+
+def _total(x: Array) -> Array:
+    few = _entries(x)
+    return x.sum(-1) if few is None else reduce(jnp.add, few)
+
+
+def _log_softmax(logits: Array) -> Array:
+    few = _entries(logits)
+    if few is None:
+        return jax.nn.log_softmax(logits)
+    shifted = logits - jax.lax.stop_gradient(reduce(jnp.maximum, few))[..., None]
+    return shifted - jnp.log(_total(jnp.exp(shifted)))[..., None]
 
 
 class Categorical(NamedTuple):
@@ -36,11 +63,16 @@ class Categorical(NamedTuple):
 
     def draw(self, noise: Array) -> Array:
         """Invert the distribution function: one uniform per draw, not one per action."""
-        cdf = jnp.cumsum(jax.nn.softmax(self.logits), axis=-1)
-        # Scaled by the last entry, which rounding may move off 1, so that an action of probability 0
-        # is never drawn.
-        threshold = (noise * cdf[..., -1])[..., None]
-        return jnp.sum(threshold >= cdf[..., :-1], axis=-1, dtype=jnp.int32)
+        few = _entries(self.logits)
+        # Scaled by the sum of all, so that an action of probability 0 is never drawn.
+        if few is None:
+            cdf = jnp.cumsum(jax.nn.softmax(self.logits), axis=-1)
+            threshold = (noise * cdf[..., -1])[..., None]
+            return jnp.sum(threshold >= cdf[..., :-1], axis=-1, dtype=jnp.int32)
+        top = reduce(jnp.maximum, few)
+        cdf = list(accumulate(jnp.exp(x - top) for x in few))
+        above = [(noise * cdf[-1] >= x).astype(jnp.int32) for x in cdf[:-1]]
+        return reduce(jnp.add, above, jnp.zeros(noise.shape, jnp.int32))
 
     def sample(self, key: Key) -> Array:
         """An action."""
@@ -49,18 +81,18 @@ class Categorical(NamedTuple):
     def log_prob(self, action: Array) -> Array:
         """log softmax(logits)_a, shape [...]."""
         # A one-hot product, not a gather: its gradient needs no scatter, slow on accelerators.
-        log_p = jax.nn.log_softmax(self.logits)
-        return (jax.nn.one_hot(action, log_p.shape[-1], dtype=log_p.dtype) * log_p).sum(-1)
+        log_p = _log_softmax(self.logits)
+        return _total(jax.nn.one_hot(action, log_p.shape[-1], dtype=log_p.dtype) * log_p)
 
     def entropy(self) -> Array:
         """-sum_a p_a log p_a, in nats."""
-        log_p = jax.nn.log_softmax(self.logits)
-        return -(jnp.exp(log_p) * log_p).sum(-1)
+        log_p = _log_softmax(self.logits)
+        return -_total(jnp.exp(log_p) * log_p)
 
     def kl(self, other: "Categorical") -> Array:
         """KL(self || other) = sum_a p_a (log p_a - log q_a), in nats."""
-        log_p, log_q = jax.nn.log_softmax(self.logits), jax.nn.log_softmax(other.logits)
-        return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+        log_p, log_q = _log_softmax(self.logits), _log_softmax(other.logits)
+        return _total(jnp.exp(log_p) * (log_p - log_q))
 
     def mode(self) -> Array:
         """The most probable action."""
@@ -86,15 +118,15 @@ class MultiCategorical(NamedTuple):
 
     def log_prob(self, action: Array) -> Array:
         """sum_d log p_d(a_d), shape [...]."""
-        return Categorical(self.logits).log_prob(action).sum(-1)
+        return _total(Categorical(self.logits).log_prob(action))
 
     def entropy(self) -> Array:
         """The sum over d of the entropies, in nats."""
-        return Categorical(self.logits).entropy().sum(-1)
+        return _total(Categorical(self.logits).entropy())
 
     def kl(self, other: "MultiCategorical") -> Array:
         """KL(self || other) = sum_d KL_d, in nats."""
-        return Categorical(self.logits).kl(Categorical(other.logits)).sum(-1)
+        return _total(Categorical(self.logits).kl(Categorical(other.logits)))
 
     def mode(self) -> Array:
         """The most probable action of each part."""
@@ -122,17 +154,17 @@ class Gaussian(NamedTuple):
     def log_prob(self, action: Array) -> Array:
         """-sum_d [ (a-mean)^2/(2 std^2) + log std + log(2 pi)/2 ]; d/dlog std is ((a-mean)/std)^2 - 1."""
         standard = (action - self.mean) * jnp.exp(-self.log_std)
-        return -(0.5 * standard**2 + self.log_std + 0.5 * jnp.log(2 * jnp.pi)).sum(-1)
+        return -_total(0.5 * standard**2 + self.log_std + 0.5 * jnp.log(2 * jnp.pi))
 
     def entropy(self) -> Array:
         """sum_d [ log std + log(2 pi e)/2 ], in nats."""
-        return (self.log_std + 0.5 * jnp.log(2 * jnp.pi * jnp.e)).sum(-1)
+        return _total(self.log_std + 0.5 * jnp.log(2 * jnp.pi * jnp.e))
 
     def kl(self, other: "Gaussian") -> Array:
         """KL(self || other), in nats."""
         ratio = jnp.exp(2 * (self.log_std - other.log_std))
         shift = ((self.mean - other.mean) * jnp.exp(-other.log_std)) ** 2
-        return (0.5 * (ratio + shift - 1) + other.log_std - self.log_std).sum(-1)
+        return _total(0.5 * (ratio + shift - 1) + other.log_std - self.log_std)
 
     def mode(self) -> Array:
         """The mean."""

@@ -35,6 +35,9 @@ from jaxpg.policies.distributions import (
 from jaxpg.policies.initializers import orthogonal
 from jaxpg.types import Array, Carry, Key, Params
 
+# Numbers in an activation that is large: it is then kept once.
+LARGE = 2**22
+
 ACTIVATIONS = {"tanh": nn.tanh, "relu": nn.relu, "silu": nn.silu, "gelu": nn.gelu}
 
 
@@ -220,10 +223,16 @@ def _body(hidden, activation, precision) -> _Apply:
     for width in hidden:
         # sqrt(2): the customary gain of hidden layers in policy-gradient code (Huang et al., 2022).
         layers.append(_dense(width, 2**0.5, precision))
-        layers.append(ACTIVATIONS[activation])
+        layers.append(partial(_activated, ACTIVATIONS[activation]))
     if not layers:
         return _Apply(lambda x: {}, lambda params, x: x)
     return _pure(nn.Sequential(layers))
+
+
+def _activated(function, x):
+    out = function(x)
+    # XLA would put the function into the next product, and keep both its input and output for the gradient.
+    return jax.lax.optimization_barrier(out) if x.size >= LARGE else out
 
 
 def _head(action: Space | None, initial_std, precision) -> _Apply:

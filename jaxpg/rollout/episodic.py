@@ -135,7 +135,8 @@ def _episodes(
     def step(state, inputs):
         t, key, noise = inputs
         env_state, obs, policy_carry, alive, cut = state
-        action, log_prob, policy_carry = act(agent, params.policy, policy_carry, obs, t == 0, noise)
+        action, chosen, policy_carry = act(agent, params.policy, policy_carry, obs, t == 0, noise)
+        log_prob = chosen.log_prob(action)
         env_state, result = step_lanes(env, key, env_state, action)
         last = alive & (result.terminated | result.truncated | (t == num_steps - 1))
         row = (

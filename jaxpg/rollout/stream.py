@@ -1,6 +1,7 @@
 """Streams: environments that carry on from rollout to rollout and are reset where an episode ends."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,27 +17,33 @@ from jaxpg.rollout.stepping import (
     act,
     kept,
     noise_function,
+    pack,
     reset_lanes,
     select,
+    small,
     step_keys,
     step_lanes,
+    unpack,
 )
 from jaxpg.types import Array, Key, Params, Trajectory
 
-# Up to this many lanes, pre-draw one start per lane and step. With more, the k-th lane that ended takes the
-# k-th start, so that few need drawing.
-FEW = 32
-
-# Lanes per pre-drawn start. On an accelerator drawing one costs next to nothing, and asking how many lanes
-# ended is a round trip to the host, so none are pre-drawn there: every step draws one per lane.
-SHARING = {"cpu": 8}
+# Steps per start that is drawn ahead for each lane, all at once before a rollout; a lane that ends more
+# often has its further starts drawn in the step. On an accelerator drawing costs next to nothing and asking
+# is a round trip to the host, so every step draws one per lane there.
+STEPS_PER_START = {"cpu": 8}
 
 # Size of an observation up to which the true successor of every step is kept, for a critic to evaluate after
 # the rollout: on a GPU to ask in every step whether a lane was truncated is a round trip to the host.
 SMALL = {"gpu": 64}
 
-# Steps that a feed-forward critic evaluates at once after a rollout; on a CPU, more would leave the cache.
-ROWS_AT_ONCE = {"cpu": 2048}
+# Steps that a feed-forward critic evaluates at once after a rollout. On a CPU more would leave the cache; on
+# an accelerator the activations would be the largest arrays of the program.
+AT_ONCE = {"cpu": 2048}
+OTHERS_AT_ONCE = 2**17
+
+
+# Steps in one pass of the loop. On a GPU four write their rows at once.
+UNROLL = {"gpu": 4}
 
 
 class RolloutState(NamedTuple):
@@ -74,11 +81,8 @@ def unroll(
     keeps = waits and math.prod(state.obs.shape[1:]) <= SMALL.get(backend(), 0)
     keys = step_keys(key, num_steps)
     noise = noise_function(agent, params.policy, state.obs)(keys.action)
-    sharing = 1 if num_envs <= FEW else SHARING.get(backend())
-    pools = None
-    if sharing:
-        places = jnp.arange(num_envs // sharing)
-        pools = jax.vmap(lambda key: _starts(env, key, places))(keys.reset)
+    lanes = jax.vmap(partial(jax.random.fold_in, keys.reset[0]))(jnp.arange(num_envs))
+    reset = _resets(env, lanes, num_steps)
 
     def value_of(carry, obs, first) -> tuple[Any, Any]:
         if critic is None:
@@ -87,9 +91,9 @@ def unroll(
         return carry, value[0].astype(state.episode_return.dtype)
 
     def step(state, inputs):
-        key, noise, pool = inputs
-        env_state, obs, first, carry = state
-        action, log_prob, policy_carry = act(agent, params.policy, carry.policy, obs, first, noise)
+        key, noise = inputs
+        env_state, obs, first, carry, resets = state
+        action, chosen, policy_carry = act(agent, params.policy, carry.policy, obs, first, noise)
         critic_carry, value = carry.critic, ()
         if not waits:
             critic_carry, value = value_of(carry.critic, obs, first)
@@ -104,14 +108,20 @@ def unroll(
                 cut,
                 lambda: value_of(critic_carry, kept(cut, result.obs), jnp.zeros_like(last))[1],
             )
-        env_state, next_obs = _reset_ended(env, last, pool, key.reset, env_state, result.obs)
-        row = obs, action, log_prob, result.reward, result.terminated, last, value, beyond
-        return (env_state, next_obs, last, AgentCarry(policy_carry, critic_carry)), row
+        env_state, next_obs = reset(last, resets, (env_state, result.obs))
+        # log pi(a|s), or while it is small what to find it from, for all steps at once.
+        chosen = chosen if small(chosen) else chosen.log_prob(action)
+        row = obs, action, chosen, result.reward, result.terminated, last, value, beyond
+        carry = AgentCarry(policy_carry, critic_carry)
+        return (env_state, next_obs, last, carry, resets + last), pack(row)
 
-    start = state.env_state, state.obs, state.first, state.carry
-    after, rows = jax.lax.scan(step, start, (keys, noise, pools))
+    none = jnp.zeros(num_envs, jnp.int32)
+    start = state.env_state, state.obs, state.first, state.carry, none
+    after, rows = jax.lax.scan(step, start, (keys, noise), unroll=UNROLL.get(backend(), 1))
+    env_state, obs, ending, carry, _ = after
     value: Any
-    seen, action, log_prob, reward, terminated, last, value, beyond = rows
+    seen, action, chosen, reward, terminated, last, value, beyond = unpack(rows)
+    log_prob = chosen.log_prob(action) if hasattr(chosen, "log_prob") else chosen
     first = jnp.concatenate([state.first[None], last[:-1]])
     if critic is None:
         value = next_value = jnp.zeros_like(reward)
@@ -122,13 +132,13 @@ def unroll(
         if waits:
             value = _values(critic, params.critic, seen, first)
         # Unless the episode ended, the successor's value is the next row's.
-        later = jnp.concatenate([value[1:], value_of(after[3].critic, *after[1:3])[1][None]])
+        later = jnp.concatenate([value[1:], value_of(carry.critic, obs, ending)[1][None]])
         next_value = jnp.where(last, kept(cut, beyond), later)
     mask, discount = jnp.ones_like(last), 1.0 - terminated
     trajectory = Trajectory(
         seen, action, log_prob, reward, discount, first, last, mask, value, next_value
     )
-    return _accounted(state, after, trajectory)
+    return _accounted(state, (env_state, obs, ending, carry), trajectory)
 
 
 def _accounted(state: RolloutState, after, trajectory: Trajectory):
@@ -152,7 +162,7 @@ def _values(critic: Network, params: Params, obs, first, asked=None) -> Array:
     asked: [T, B], where they are needed; all others may be 0.
     """
     num_steps, num_envs = first.shape
-    wanted = max(ROWS_AT_ONCE.get(backend(), num_steps * num_envs) // num_envs, 1)
+    wanted = max(AT_ONCE.get(backend(), OTHERS_AT_ONCE) // num_envs, 1)
     rows = divisor(num_steps, wanted)
 
     def judge(block):
@@ -167,34 +177,35 @@ def _values(critic: Network, params: Params, obs, first, asked=None) -> Array:
     return jax.lax.map(judge, blocks).reshape(num_steps, num_envs)
 
 
-def _starts(env: Env, key: Key, places: Array) -> Any:
-    """Draw fresh starts, each with its place's key, so that they are the same however many are drawn."""
-    return reset_lanes(env, jax.vmap(partial(jax.random.fold_in, key))(places))
+def _resets(env: Env, keys: Key, num_steps: int) -> Callable[[Array, Array, Any], Any]:
+    """Return (ended, resets, state) -> the state after lanes [B] that ended start afresh.
 
-
-def _reset_ended(env: Env, ended, pool, key, env_state, obs):
-    """Reset lanes whose episode ended: few lanes to their own starts, more to the k-th start for the k-th.
-
-    Starts are the same whether or not they were pre-drawn. Every step has its own starts, so all are
-    independent.
+    keys: [B]. resets: [B], how often each lane has ended before; its k-th start has the k-th key folded from
+    the lane's, whether or not it was drawn ahead, so that all are independent and the same on every backend.
     """
-    before = env_state, obs
 
-    def put(fresh):
-        return jax.tree.map(partial(select, ended), fresh, before)
+    def draw(number):
+        return reset_lanes(env, jax.vmap(jax.random.fold_in)(keys, number))
 
-    if len(ended) <= FEW:
-        return put(pool)
-    place = jnp.maximum(jnp.cumsum(ended) - 1, 0)
-    if pool is None:
-        return put(_starts(env, key, place))
-    size = jax.tree.leaves(pool)[0].shape[0]
+    ahead = num_steps // STEPS_PER_START.get(backend(), num_steps + 1)
+    lanes, everyone = jnp.arange(len(keys)), jnp.ones(len(keys), jnp.int32)
+    pool = jax.vmap(lambda number: draw(number * everyone))(jnp.arange(ahead))
 
-    def fresh():
+    def fresh(ended, resets):
+        if not ahead:
+            return draw(resets)
         return jax.lax.cond(
-            any_replica(ended.sum()[None] > size),
-            lambda: _starts(env, key, place),
-            lambda: jax.tree.map(lambda x: x[jnp.minimum(place, size - 1)], pool),
+            any_replica(ended & (resets >= ahead)),
+            lambda: draw(resets),
+            lambda: jax.tree.map(lambda x: x[jnp.minimum(resets, ahead - 1), lanes], pool),
         )
 
-    return jax.lax.cond(any_replica(ended), lambda: put(fresh()), lambda: before)
+    def reset(ended, resets, before):
+        def put():
+            return jax.tree.map(partial(select, ended), fresh(ended, resets), before)
+
+        if backend() not in STEPS_PER_START:
+            return put()
+        return jax.lax.cond(any_replica(ended), put, lambda: before)
+
+    return reset
