@@ -1,8 +1,10 @@
 """Devices: what programs are built for, compiler options, and one program on several devices."""
 
 import os
-from collections.abc import Callable, Iterator
+import pkgutil
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -12,6 +14,16 @@ from jax.sharding import AxisType, PartitionSpec
 
 # Mesh axis over the two devices on which `concurrently` runs its two functions.
 PAIR = "pair"
+# What a GPU may launch as one graph: jaxlib's own choice, and loops and choices, which the host would drive.
+GRAPHS = "xla_gpu_enable_command_buffer"
+_IN_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+# Before 0.10 a loop's graph crashed when it ran again (openxla/xla#35760); after 0.11 the names are untried.
+_GRAPHS_KNOWN = (0, 10) <= jax.__version_info__ < (0, 12)
+# Say how jax allocates a GPU's memory; jax refuses the first beside the second, its deprecated name.
+MEMORY = (
+    *("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"),
+    *("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_ALLOCATOR"),
+)
 
 _told: list[str] = []  # what `built_for` says, innermost last
 
@@ -48,12 +60,16 @@ def prefer(option: str, value: Any, default: Any) -> None:
 
 
 def check_devices() -> None:
-    """Raises ValueError when there is no device of the kind that JAX_PLATFORMS names."""
+    """Starts jax's devices. Raises ValueError when there is none of the kind that JAX_PLATFORMS names."""
+    plugins = find_spec("jax_plugins")
+    folders = plugins.submodule_search_locations if plugins else None
+    names = [module.name for module in pkgutil.iter_modules(folders or ())]
+    asked = jax.config.jax_platforms  # type: ignore[attr-defined]
+    take_gpu_memory(asked or "", names, os.environ)
     try:
         jax.devices()
     # RuntimeError: a platform unknown to jax; AssertionError: one without an installed plugin.
     except (RuntimeError, AssertionError) as error:
-        asked = jax.config.jax_platforms  # type: ignore[attr-defined]
         reason = str(error).partition("(set JAX_PLATFORMS")[0] or "it has no such device"
         raise ValueError(
             f"JAX_PLATFORMS={asked or ''}: jax cannot start: {reason.strip().rstrip('.')}; leave it unset "
@@ -64,11 +80,53 @@ def check_devices() -> None:
 def compiler_options(effort: int | None) -> dict[str, Any] | None:
     """Options of `jax.jit` for an optimisation effort of 0 (compiles fastest) to 3; None is the default.
 
-    Only the CPU's compiler takes one; other devices always compile with full effort.
+    Only the CPU's compiler takes one; other devices always compile with full effort. A GPU's puts loops and
+    choices into graphs, unless the user's XLA_FLAGS say what it puts there.
+
+    >>> compiler_options(2), compiler_options(None)
+    ({'xla_backend_optimization_level': 2}, None)
     """
+    if backend() == "gpu":
+        return _graphs() or None
     if effort is None or backend() != "cpu":
         return None
     return {"xla_backend_optimization_level": effort}
+
+
+def _graphs() -> dict[str, str]:
+    given = GRAPHS in os.environ.get("XLA_FLAGS", "")
+    return {} if given or not _GRAPHS_KNOWN else {GRAPHS: _IN_GRAPHS}
+
+
+def take_gpu_memory(
+    platforms: str, plugins: list[str], environment: MutableMapping[str, str]
+) -> None:
+    """Let arrays have 9/10 of a GPU's memory, not jax's 3/4, unless the user says how it is allocated.
+
+    Only where jax is about to start one: `platforms` (as in JAX_PLATFORMS, empty for the best) do not exclude
+    it, and one of the `plugins` drives it. The rest is for graphs and libraries.
+
+    >>> found = {}
+    >>> take_gpu_memory("", ["xla_cuda12"], found)
+    >>> found
+    {'XLA_CLIENT_MEM_FRACTION': '0.9'}
+    """
+    asked = not platforms or {"cuda", "rocm", "gpu"} & {*platforms.split(",")}
+    driven = any(name.startswith(("xla_cuda", "xla_rocm")) for name in plugins)
+    if asked and driven and not any(name in environment for name in MEMORY):
+        environment[MEMORY[0]] = "0.9"
+
+
+def launch_options() -> dict[str, str]:
+    """What a GPU's programs are launched with, for the record: their graphs and its memory.
+
+    >>> launch_options()  # on any other device
+    {}
+    """
+    if backend() != "gpu":
+        return {}
+    given = {name: os.environ[name] for name in MEMORY if name in os.environ}
+    return _graphs() | given
 
 
 def concurrently(one: Callable, other: Callable, *arguments: Any) -> tuple[Any, Any]:

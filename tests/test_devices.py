@@ -12,7 +12,16 @@ import pytest
 
 from jaxpg import Hyperparams, make_trainer
 from jaxpg.batching import in_groups
-from jaxpg.devices import backend, built_for, on_two_devices
+from jaxpg.devices import (
+    GRAPHS,
+    backend,
+    built_for,
+    check_devices,
+    compiler_options,
+    launch_options,
+    on_two_devices,
+    take_gpu_memory,
+)
 from jaxpg.envs import from_gymnax
 from jaxpg.policies import actor_critic
 from jaxpg.training.algorithm import algorithm
@@ -164,3 +173,58 @@ def test_one_function_asks_what_programs_are_built_for():
     root = Path(__file__).parent.parent / "jaxpg"
     found = {file.name for file in root.rglob("*.py") if "default_backend" in file.read_text()}
     assert found == {"devices.py"}
+
+
+def test_a_gpu_gets_graphs_of_loops_unless_the_user_says(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+    monkeypatch.setattr("jaxpg.devices._GRAPHS_KNOWN", True)
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", ".6")
+    assert (compiler_options(None), launch_options()) == (None, {})
+    with built_for("gpu"):
+        options = compiler_options(2)
+        assert options is not None and {"WHILE", "CONDITIONAL"} < {*options[GRAPHS].split(",")}
+        assert launch_options() == options | {"XLA_CLIENT_MEM_FRACTION": ".6"}
+        # The compiler of this machine shares the options of a GPU's, and refuses what it does not know.
+        jax.jit(lambda: 0).lower().compile(options)
+        with pytest.raises(RuntimeError, match="not a valid enum value"):
+            jax.jit(lambda: 0).lower().compile({GRAPHS: "LOOPS"})
+        monkeypatch.setenv("XLA_FLAGS", f"--{GRAPHS}=+WHILE")
+        assert compiler_options(2) is None
+        monkeypatch.delenv("XLA_FLAGS")
+        monkeypatch.setattr("jaxpg.devices._GRAPHS_KNOWN", False)
+        assert compiler_options(2) is None
+
+
+@pytest.mark.parametrize(
+    ("platforms", "plugins", "given", "found"),
+    [
+        ("", ["xla_cuda12"], {}, "0.9"),
+        ("cuda,cpu", ["xla_cuda13"], {}, "0.9"),
+        ("rocm", ["xla_rocm7"], {"HOME": "/"}, "0.9"),
+        ("cpu", ["xla_cuda12"], {}, None),
+        ("", ["xla_tpu"], {}, None),
+        ("", [], {}, None),
+        ("", ["xla_cuda12"], {"XLA_CLIENT_MEM_FRACTION": ".5"}, ".5"),
+        ("", ["xla_cuda12"], {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".5"}, None),
+        ("", ["xla_cuda12"], {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, None),
+    ],
+)
+def test_memory_is_taken_where_a_gpu_will_be_used_and_the_user_has_not_said(
+    platforms, plugins, given, found
+):
+    environment = dict(given)
+    take_gpu_memory(platforms, plugins, environment)
+    assert environment.get("XLA_CLIENT_MEM_FRACTION") == found
+    assert {name: environment[name] for name in given} == given
+
+
+def test_plugins_are_found_before_devices_start(tmp_path, monkeypatch):
+    (tmp_path / "jax_plugins" / "xla_cuda12").mkdir(parents=True)
+    (tmp_path / "jax_plugins" / "xla_cuda12" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE"):
+        monkeypatch.setenv(name, "")  # undone at the end
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(jax, "config", type("Asked", (), {"jax_platforms": None}))
+    check_devices()
+    assert os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.9"

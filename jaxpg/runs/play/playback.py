@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxpg.devices import check_devices
+from jaxpg.devices import check_devices, compiler_options
 from jaxpg.envs import Env, from_gymnax
 from jaxpg.policies import Agent, AgentParams, init_params
 from jaxpg.rollout import Evaluation, episodes
@@ -73,7 +73,9 @@ def evaluation(run: Run, count: int, greedy: bool, seed: int = 0) -> Evaluation:
 
     program = replicated(evaluated, (0, 0), replicas.sharding, ())
     arguments = jax.device_put(run.params, replicas.sharding), keys
-    return jax.device_get(_fitting(program.lower(*arguments).compile(), count)(*arguments))
+    return jax.device_get(
+        _fitting(program.lower(*arguments).compile(compiler_options(None)), count)(*arguments)
+    )
 
 
 def _fitting(compiled: Any, count: int) -> Any:
@@ -100,7 +102,9 @@ def record(argv: Sequence[str]) -> None:
     actor = _expert(given) if given.expert else _trained(given)
     roll = jax.jit(lambda key: episodes(actor.env, actor.agent, actor.params, key, given.episodes))
     key = jax.random.key(given.seed)
-    trajectory, _ = jax.device_get(_fitting(roll.lower(key).compile(), given.episodes)(key))
+    trajectory, _ = jax.device_get(
+        _fitting(roll.lower(key).compile(compiler_options(None)), given.episodes)(key)
+    )
     steps = int(trajectory.mask.any(axis=1).sum())  # rows after the longest episode hold nothing
     trajectory = jax.tree.map(lambda x: x[:steps], trajectory)
     write_trajectories(out, trajectory, actor.environment)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypedDict, cast
 import jax
 import numpy as np
 
+from jaxpg.devices import launch_options
 from jaxpg.memory import machine_bytes
 from jaxpg.runs.config.config import CONFIG, FREE, Config, Grid, read_config
 from jaxpg.runs.config.schema import parsed
@@ -282,6 +283,7 @@ def description(config: Config, grid: Grid, replicas: list[dict]) -> dict[str, A
             "processor": processor(),
         },
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "launch": launch_options(),
         # The networks ask for full float32 products, whatever the device's default.
         "precision": {
             "matmul": "highest",
