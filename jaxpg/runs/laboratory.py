@@ -284,22 +284,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _folder(out: str | None, name: str) -> Path:
-    from jaxpg.runs.store.folder import RUNS, new_folder
+    from jaxpg.runs.store.folder import RUNS, empty_folder, new_folder
 
-    if out is None:
-        return new_folder(RUNS, name)
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        occupied = any(folder.iterdir())
-        artifacts.write_atomically(folder / ".probe", lambda file: None)
-        (folder / ".probe").unlink()
-    except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"cannot write {out}: {reason}; name another folder with --out") from error
-    if occupied:
-        raise ValueError(f"{out} is not empty; name a new folder with --out, or leave it out")
-    return folder
+    return new_folder(RUNS, name) if out is None else empty_folder(out, "--out")
 
 
 def _discard(folder: Path) -> None:

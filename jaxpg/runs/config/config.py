@@ -26,6 +26,7 @@ FREE = (
     "checkpoint_seconds",
     "tensorboard",
     "wandb",
+    "profile",
     "debug_nans",
     "compilation_cache",
     "force",
@@ -147,6 +148,9 @@ class Config:
     )
     tensorboard: bool = _flag(False, "also write TensorBoard event files")
     wandb: bool = _flag(False, "also log to Weights & Biases, offline unless WANDB_MODE is set")
+    profile: str | None = _flag(
+        None, "new folder for a trace of two chunks of updates by jax's profiler"
+    )
     debug_nans: bool = _flag(False, "name the operation that first gave a NaN; slower")
     compilation_cache: bool = _flag(True, "keep compiled programs for later runs")
     force: bool = _flag(False, "try even if the estimated memory is more than is free")

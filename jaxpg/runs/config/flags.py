@@ -61,7 +61,7 @@ def request(argv: Sequence[str], prog: str) -> TrainRequest:
     saved = load_config(resume)
     if not Path(resume).is_dir():
         raise ValueError(f"--resume takes the folder of a run, and {resume} is a file")
-    saved = replace(saved[0], run=resume, quiet=False), saved[1]
+    saved = replace(saved[0], run=resume, quiet=False, profile=None), saved[1]
     asked = _changed(saved, given)
     _check_unchanged(saved, *asked, resume)
     return TrainRequest(*asked, True)
@@ -75,7 +75,7 @@ def parse(argv: Sequence[str], prog: str) -> tuple[Config, Grid]:
     given = _given(argv, prog)
     if given.get("--config") is not None:
         config, grid = load_config(given["--config"])
-        return _changed((replace(config, run=None, quiet=False), grid), given)
+        return _changed((replace(config, run=None, quiet=False, profile=None), grid), given)
     if "environment" not in given:
         raise ValueError(f"name an environment, such as CartPole-v1{_see(prog)}")
     return _changed(_preset(given), given)

@@ -27,7 +27,7 @@ LEAST_WINDOW = 10  # updates in such a window, at least
 RATIOS = ("noise_scale", "signal_to_noise")  # stored in metrics.jsonl for each chunk
 # Settings that do not distinguish one series from another.
 UNSAID = ("environment", "run", "quiet", "seeds", "checkpoint_seconds", "tensorboard", "wandb",
-          "debug_nans", "compilation_cache", "force",
+          "profile", "debug_nans", "compilation_cache", "force",
           "measure_noise", "evaluation_episodes")  # fmt: skip
 BATCH = 2**18  # rows of a table that are read at a time
 

@@ -49,19 +49,26 @@ def create_folder(config: Config, over: bool = False) -> Path:
     """
     if config.run is None:
         return new_folder(RUNS, f"{config.environment}-{config.algorithm}")
-    folder = Path(config.run)
+    advice = "; --resume-or-start goes on with a run of the same command"
+    return empty_folder(config.run, "--run", advice, _clear if over else None)
+
+
+def empty_folder(
+    path: str, flag: str, advice: str = "", clear: Callable[[Path], None] | None = None
+) -> Path:
+    """A new or empty folder, named by a flag. Raises ValueError when it is in use or cannot be written."""
+    folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if over:
-            _clear(folder)
+        if clear is not None:
+            clear(folder)
         if any(file.name != LOCK for file in folder.iterdir()):
             raise ValueError(
-                f"{folder} is not empty; name a new folder with --run, or leave it out; "
-                "--resume-or-start goes on with a run of the same command"
+                f"{folder} is not empty; name a new folder with {flag}, or leave it out{advice}"
             )
         _probe(folder)
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise _unwritable(folder, error, flag) from error
     return folder
 
 
@@ -105,9 +112,9 @@ def _probe(folder):
     (folder / ".probe").unlink()
 
 
-def _unwritable(folder, error):
+def _unwritable(folder, error, flag="--run"):
     return ValueError(
-        f"cannot write {folder}: {error.strerror or error}; name another folder with --run"
+        f"cannot write {folder}: {error.strerror or error}; name another folder with {flag}"
     )
 
 

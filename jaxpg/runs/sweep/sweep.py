@@ -34,7 +34,7 @@ from jaxpg.runs.train.replicas import use_cpu_cores
 from jaxpg.stats.intervals import attained
 
 NOTHING = "before the first update; nothing was saved"
-UNHEARD = ("tensorboard", "wandb", "debug_nans")  # flags of train that mean nothing here
+UNHEARD = ("tensorboard", "wandb", "profile", "debug_nans")  # flags of train that mean nothing here
 
 
 class Began(TypedDict):

@@ -41,6 +41,7 @@ class TrainingJob(NamedTuple):
     executor: Executor
     stopped: Callable[[], int]  # the number of a signal, or 0
     show: Show
+    before_chunk: Callable[[], None]
 
 
 class Recorder(NamedTuple):
@@ -78,6 +79,9 @@ def train_chunks(
     unsaid = unmeasured(build_algorithm(config))
     job.show(status := at(progress, none))
     while progress.updates < config.updates and not job.stopped():
+        paused = time.perf_counter()
+        job.before_chunk()
+        started += time.perf_counter() - paused
         before = state if config.debug_nans else None
         state, measured = _advance(job, program, state)
         measured = {name: x for name, x in measured.items() if name not in unsaid}

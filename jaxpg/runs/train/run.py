@@ -29,6 +29,7 @@ from jaxpg.runs.config.rows import settled
 from jaxpg.runs.host import health
 from jaxpg.runs.host.interrupt import heeding, signals
 from jaxpg.runs.host.progress import display
+from jaxpg.runs.host.trace import check_chunks, tracing
 from jaxpg.runs.store import checkpoint, metrics
 from jaxpg.runs.store import folder as files
 from jaxpg.runs.store.evaluation import read_evaluation
@@ -79,7 +80,23 @@ def prepare(config: Config, grid: Grid, over: bool = False) -> PreparedRun:
     config = settled(config)
     metrics.check_sinks(config)
     parts = _parts(config, grid)
-    return PreparedRun(config, grid, parts, files.create_folder(config, over))
+    _check_profile(config)
+    folder = files.create_folder(config, over)
+    try:
+        _check_profile(config, make=True)
+    except ValueError:
+        files.discard_folder(folder)
+        raise
+    return PreparedRun(config, grid, parts, folder)
+
+
+def _check_profile(config: Config, done: int = 0, make: bool = False) -> None:
+    """Raises ValueError for a --profile that cannot be; make: makes its folder."""
+    if config.profile is not None:
+        left = config.updates - done
+        check_chunks(left // chunk_length(config.updates, done))
+        if make:
+            files.empty_folder(config.profile, "--profile")
 
 
 def _parts(config: Config, grid: Grid) -> Parts:
@@ -140,6 +157,7 @@ def prepare_resume(config: Config, grid: Grid) -> PreparedRun:
         )
     parts = _parts(config, grid)
     files.check_demonstrations(folder, config)
+    _check_profile(config, start, make=True)
     return PreparedRun(config, grid, parts, folder, start)
 
 
@@ -171,13 +189,17 @@ def execute(experiment: PreparedRun, sinks: Sequence[Sink] = ()) -> None:
         stack.enter_context(locked(folder))
         stopped = stack.enter_context(signals())
         executor = stack.enter_context(workers())
+        length = chunk_length(config.updates, experiment.start or 0)
+        before_chunk = stack.enter_context(tracing(config.profile, length, say))
         replicas = make_replicas(config, points(grid))
         try:
             say(headline(config, grid))
             state, progress, now = _begin(experiment, replicas, say)
             shown = stack.enter_context(display(config.quiet))
             show, stopped = stack.enter_context(heeding(shown, stopped))
-            job = TrainingJob(config, grid, parts, folder, replicas, executor, stopped, show)
+            job = TrainingJob(
+                config, grid, parts, folder, replicas, executor, stopped, show, before_chunk
+            )
             programs, seconds = _compiled(job, state is None, progress.updates, say)
         except BaseException:
             if experiment.start is None:
