@@ -13,6 +13,7 @@ Every builder takes the observation space and the kind of output: an action spac
 ((3, 2), True)
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -35,8 +36,8 @@ from jaxpg.policies.distributions import (
 from jaxpg.policies.initializers import orthogonal
 from jaxpg.types import Array, Carry, Key, Params
 
-# Numbers in an activation that is large: it is then kept once.
-LARGE = 2**22
+# Numbers in an activation that is large: it is then kept once. On a TPU that doubled a minibatch's cycles.
+LARGE = {"gpu": 2**22}
 
 ACTIVATIONS = {"tanh": nn.tanh, "relu": nn.relu, "silu": nn.silu, "gelu": nn.gelu}
 
@@ -232,7 +233,8 @@ def _body(hidden, activation, precision) -> _Apply:
 def _activated(function, x):
     out = function(x)
     # XLA would put the function into the next product, and keep both its input and output for the gradient.
-    return jax.lax.optimization_barrier(out) if x.size >= LARGE else out
+    large = x.size >= LARGE.get(backend(), math.inf)
+    return jax.lax.optimization_barrier(out) if large else out
 
 
 def _head(action: Space | None, initial_std, precision) -> _Apply:

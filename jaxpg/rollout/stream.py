@@ -33,8 +33,9 @@ from jaxpg.types import Array, Key, Params, Trajectory
 STEPS_PER_START = {"cpu": 8}
 
 # Size of an observation up to which the true successor of every step is kept, for a critic to evaluate after
-# the rollout: on a GPU to ask in every step whether a lane was truncated is a round trip to the host.
-SMALL = {"gpu": 64}
+# the rollout. To ask in every step whether a lane was truncated is a round trip to the host on a GPU, and on a
+# TPU a tenth of the update.
+SMALL = {"gpu": 64, "tpu": 64}
 
 # Steps that a feed-forward critic evaluates at once after a rollout. On a CPU more would leave the cache; on
 # an accelerator the activations would be the largest arrays of the program.

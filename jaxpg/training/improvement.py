@@ -24,13 +24,13 @@ GROUP = 64
 # Minibatch steps in one pass of their loop. On a GPU its counter and metrics cost as much as a product.
 UNROLL = {"gpu": 4}
 
-# Where policy and critic have a loop each, which two devices can share; in one loop, steps of 2048 took a CPU
-# 1.05 times as long. On an accelerator one loop starts fewer operations.
-APART = {"cpu"}
+# Where policy and critic share one loop, which starts fewer operations. With a loop each, two CPU devices can
+# share them, steps of 2048 took one CPU 0.95 times as long, and a TPU's cycles are 0.91 to 1.04 of one loop's.
+ONE_LOOP = {"gpu"}
 
 # Steps in a minibatch from which on policy and critic take theirs one after the other: at once, the
 # activations of both are kept, the largest arrays of the program.
-ONE_BY_ONE = 2**16
+ONE_BY_ONE = {"gpu": 2**16}
 
 
 def optimizers(
@@ -114,7 +114,7 @@ def improve(
             for step, x in zip(steps, states, strict=True):
                 x, found = step(x, minibatch)
                 after, metrics = [*after, x], metrics | found
-                if minibatch[0].advantage.size >= ONE_BY_ONE:
+                if minibatch[0].advantage.size >= ONE_BY_ONE.get(backend(), math.inf):
                     after, minibatch = jax.lax.optimization_barrier((after, minibatch))
             names[:] = metrics
             # One array, because an accelerator takes as long to write one number as a few.
@@ -140,7 +140,7 @@ def improve(
     if agent.critic is None:
         (state,), metrics = fit(steps[:1], states[:1], data, keys)
         states = state, states[1]
-    elif backend() in APART:
+    elif backend() not in ONE_LOOP:
         (policy, metrics), (critic, more) = concurrently(
             lambda states, *rest: fit(steps[:1], states[:1], *rest),
             lambda states, *rest: fit(steps[1:], states[1:], *rest),
