@@ -1,13 +1,15 @@
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import Array
 from worlds import clock, random_mdp
 
 from jaxpg import Hyperparams, make_trainer, train
-from jaxpg.devices import compiler_options
+from jaxpg.devices import built_for, compiler_options
 from jaxpg.envs import Box, Discrete, Env, from_gymnax, from_mdp, repeat_action
 from jaxpg.estimators import Estimator
 from jaxpg.lab import Source, gradient_samples
@@ -92,6 +94,66 @@ def test_early_stop_does_not_depend_on_the_replicas_beside():
         alone = jax.jit(run)(jnp.array(limit))
         for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
             assert np.allclose(a[i], b, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_when_it_is_asked_who_is_alive_changes_no_bit(platform, monkeypatch):
+    """Steps after all have ended are masked, in the program of each kind of device."""
+    env = from_gymnax("CartPole-v1", max_steps_in_episode=40)
+    agent = actor_critic(env, hidden=(4,))
+    params = init_params(agent, jax.random.key(0))
+    monkeypatch.setattr(episodic, "GROUP", 2)
+
+    def run(steps):
+        monkeypatch.setattr(episodic, "BLOCK", steps)
+
+        def both(key):
+            return evaluate(env, agent, params, key, 6), episodes(env, agent, params, key, 6)
+
+        return jax.jit(both)(jax.random.key(1))
+
+    plain = run(1)
+    length = np.asarray(plain[1][0].mask).sum(axis=0)
+    assert length.min() < length.max() < 32
+    with built_for(platform):
+        for steps in (1, 7, 32):
+            for a, b in zip(jax.tree.leaves(run(steps)), jax.tree.leaves(plain), strict=True):
+                # Another device's program may round in another order.
+                np.testing.assert_allclose(a, b, *((0, 0) if platform == "cpu" else (1e-6, 1e-6)))
+
+
+class Rolled(NamedTuple):
+    """A distribution of the user's own, which only samples."""
+
+    logits: Array
+
+    def sample(self, key):
+        return jax.random.randint(key, self.logits.shape[:-1], 0, self.logits.shape[-1])
+
+    def log_prob(self, action):
+        return jnp.full(action.shape, -jnp.log(self.logits.shape[-1]))
+
+
+@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
+def test_a_distribution_that_only_samples_draws_from_the_key_of_its_group(make_key, monkeypatch):
+    env = clock(3)
+
+    def apply(params, carry, obs, first):
+        return carry, Rolled(jnp.zeros((*first.shape, 5)))
+
+    agent = Agent(Network(lambda key: (), lambda lanes: (), apply))
+    params, key = init_params(agent, jax.random.key(0)), make_key(1)
+    monkeypatch.setattr(episodic, "GROUP", 4)
+    monkeypatch.setattr(episodic, "GROUPS_AT_ONCE", {"cpu": 3})
+    action = episodes(env, agent, params, key, 12)[0].action
+    for group in range(3):
+        steps = jax.random.split(jax.random.fold_in(key, group))[1]
+        drawn = [jax.random.randint(jax.random.fold_in(steps, 3 * t), (4,), 0, 5) for t in range(3)]
+        assert np.array_equal(action[:, 4 * group : 4 * group + 4], np.stack(drawn))
+    assert evaluate(env, agent, params, key, 4).mean == 3
+    stream = init_stream(env, agent, key, 4)
+    assert unroll(env, agent, params, stream, key, 5)[1][0].action.shape == (5, 4)
 
 
 @pytest.mark.parametrize("nested", [False, True])

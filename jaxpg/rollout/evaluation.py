@@ -5,15 +5,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpg.batching import any_replica
 from jaxpg.envs import Env
 from jaxpg.policies import Agent, AgentParams, initial_carry
+from jaxpg.rollout.episodic import inputs_of, until_ended
 from jaxpg.rollout.stepping import (
-    StepKeys,
     act,
     check_sizes,
     kept,
-    noise_function,
     reset_lanes,
     step_lanes,
 )
@@ -48,25 +46,21 @@ def evaluate(
     check_sizes(num_episodes, env.horizon)
     k_reset, k_steps = jax.random.split(key)
     env_state, obs = reset_lanes(env, jax.random.split(k_reset, num_episodes))
-    carry = initial_carry(agent, num_episodes).policy
-    returns = jnp.zeros(num_episodes, jnp.result_type(float))
-    alive = jnp.ones(num_episodes, bool)
-    noise_of = noise_function(agent, params.policy, obs)
 
-    def step(state):
-        t, env_state, obs, carry, alive, returns = state
-        key = StepKeys(*(jax.random.fold_in(k_steps, 3 * t + use) for use in range(3)))
-        noise = jax.tree.map(lambda x: x[0], noise_of(key.action[None]))
+    def step(state, inputs):
+        t, keys, noise = inputs
+        alive, returns, env_state, obs, carry = state
         action, _, carry = act(agent, params.policy, carry, obs, t == 0, noise, greedy)
-        env_state, result = step_lanes(env, key.step, env_state, action)
+        env_state, result = step_lanes(env, keys, env_state, action)
         returns = returns + kept(alive, result.reward)
-        alive = alive & ~(result.terminated | result.truncated)
-        return t + 1, env_state, result.obs, carry, alive, returns
+        alive = alive & ~(result.terminated | result.truncated) & (t < env.horizon - 1)
+        return (alive, returns, env_state, result.obs, carry), ()
 
-    start = (jnp.int32(0), env_state, obs, carry, alive, returns)
-    *_, returns = jax.lax.while_loop(
-        lambda state: (state[0] < env.horizon) & any_replica(state[4]), step, start
-    )
+    carry = initial_carry(agent, num_episodes).policy
+    alive, returns = jnp.ones(num_episodes, bool), jnp.zeros(num_episodes, jnp.result_type(float))
+    start = alive, returns, env_state, obs, carry
+    inputs = inputs_of(agent, params, k_steps[None], obs)
+    (_, returns, *_), _ = until_ended(step, start, inputs, env.horizon)
     error = jnp.full((), jnp.inf, returns.dtype)
     if num_episodes > 1:
         error = returns.std(ddof=1) / num_episodes**0.5

@@ -98,7 +98,7 @@ def unroll(
         critic_carry, value = carry.critic, ()
         if not waits:
             critic_carry, value = value_of(carry.critic, obs, first)
-        env_state, result = step_lanes(env, key.step, env_state, action)
+        env_state, result = step_lanes(env, key.step[None], env_state, action)
         last = result.terminated | result.truncated
         beyond: Any = ()
         if keeps:
