@@ -9,6 +9,7 @@ import pytest
 
 from jaxpg import Hyperparams, episodes
 from jaxpg.batching import fair_divisor
+from jaxpg.devices import built_for
 from jaxpg.envs import from_gymnax
 from jaxpg.estimators import Estimator, assess, baselines, credit, surrogates
 from jaxpg.estimators.estimator import Batch
@@ -47,7 +48,8 @@ def data(num_episodes=30):
 @pytest.mark.slow
 @pytest.mark.parametrize("reduce", [surrogates.per_episode, surrogates.per_step])
 @pytest.mark.parametrize("name", SURROGATES)
-def test_blocks_add_up(name, reduce, x64):
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_blocks_add_up(platform, name, reduce, x64):
     policy, params, trajectory = data()
     estimator = Estimator(credit.reward_to_go, baselines.leave_one_out, reduce=reduce)
     estimator = estimator._replace(surrogate=SURROGATES[name])
@@ -55,8 +57,9 @@ def test_blocks_add_up(name, reduce, x64):
     batch = assess(estimator, trajectory, trajectory.log_prob, numbers)
 
     def of(block):
-        run = jax.jit(lambda p: gradient_of(estimator, policy, p, (), batch, numbers, block))
-        return run(params)
+        with built_for(platform):  # on a GPU no block is skipped
+            run = jax.jit(lambda p: gradient_of(estimator, policy, p, (), batch, numbers, block))
+            return run(params)
 
     whole, metrics = of(10**6)
     for block in (72, 60):
@@ -73,7 +76,8 @@ def test_blocks_add_up(name, reduce, x64):
         advantage=jnp.where(short, both.advantage, 0.0),
     )
     run = jax.jit(jax.vmap(lambda b: gradient_of(estimator, policy, params, (), b, numbers, 60)[0]))
-    together = run(both)
+    with built_for(platform):
+        together = run(both)
     for i in (0, 1):
         one = Batch(*(jax.tree.map(partial(take, i), x) for x in both))
         alone, _ = gradient_of(estimator, policy, params, (), one, numbers, 10**6)

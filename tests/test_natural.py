@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from jaxpg import Hyperparams, make_trainer, train
+from jaxpg.devices import built_for
 from jaxpg.envs import Mdp, from_gymnax
 from jaxpg.lab import exact
 from jaxpg.optimizers.natural import (
@@ -141,15 +142,17 @@ def test_the_natural_gradient_does_not_see_the_parameters(x64):
     assert np.abs(one - other).max() > 1e-2, "control"
 
 
-def test_line_search_takes_the_longest_step_that_is_good_enough(x64):
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_line_search_takes_the_longest_step_that_is_good_enough(platform, x64):
     params = {"x": jnp.array([0.0, 0.0])}
     step = {"x": jnp.array([-1.0, 0.0])}
 
     def run(loss, kl, max_kl=1.0):
         search = backtrack(max_kl)
-        found, _ = jax.jit(
-            lambda: search.update(step, search.init(params), params, loss=loss, kl=kl)
-        )()
+        with built_for(platform):  # on a GPU every attempt is made
+            found, _ = jax.jit(
+                lambda: search.update(step, search.init(params), params, loss=loss, kl=kl)
+            )()
         return found["x"]
 
     def square(params):

@@ -32,10 +32,15 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from jaxpg.devices import backend
 from jaxpg.types import Array, Hyperparams
 
 Scalar = Any  # a number, or a traced array []
 CG_ITERATIONS = 10
+
+# Where a search stops at the first step that it accepts. On a GPU every attempt would be a round trip to the
+# host, so all are made: on an H100 each costs 0.18 of the 14 ms of trpo's update on 1024x128 CartPoles.
+STOPS = ("cpu", "tpu")
 
 
 def conjugate_gradients(product: Callable[[Array], Array], target: Array, iterations: int) -> Array:
@@ -139,15 +144,17 @@ def backtrack(
             return jax.tree.map(lambda x: (length * x).astype(x.dtype), updates)
 
         def attempt(search):
-            tries, length, _ = search
+            tries, length, accepted = search
             new = optax.apply_updates(params, scaled(length))
-            accepted = (loss(new) < before) & (kl(new) <= max_kl)
+            accepted |= (loss(new) < before) & (kl(new) <= max_kl)
             return tries + 1, jnp.where(accepted, length, decay * length), accepted
 
+        def more(search):
+            left = search[0] < attempts
+            return left & ~search[2] if backend() in STOPS else left
+
         start = (jnp.int32(0), jnp.ones_like(before), jnp.bool_(False))
-        _, length, accepted = jax.lax.while_loop(
-            lambda search: (search[0] < attempts) & ~search[2], attempt, start
-        )
+        _, length, accepted = jax.lax.while_loop(more, attempt, start)
         # where, not a product: an infinite step times 0 would be NaN.
         chosen = scaled(length)
         return jax.tree.map(lambda x: jnp.where(accepted, x, jnp.zeros_like(x)), chosen), state
