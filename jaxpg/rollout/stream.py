@@ -33,8 +33,8 @@ from jaxpg.types import Array, Key, Params, Trajectory
 STEPS_PER_START = {"cpu": 8}
 
 # Size of an observation up to which the true successor of every step is kept, for a critic to evaluate after
-# the rollout. To ask in every step whether a lane was truncated is a round trip to the host on a GPU, and on a
-# TPU a tenth of the update.
+# the rollout. To ask in every step whether a lane was truncated is a round trip to the host on a GPU, and a
+# tenth of the update on a TPU.
 SMALL = {"gpu": 64, "tpu": 64}
 
 # Steps that a feed-forward critic evaluates at once after a rollout. On a CPU more would leave the cache; on

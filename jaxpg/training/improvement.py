@@ -25,7 +25,7 @@ GROUP = 64
 UNROLL = {"gpu": 4}
 
 # Where policy and critic share one loop, which starts fewer operations. With a loop each, two CPU devices can
-# share them, steps of 2048 took one CPU 0.95 times as long, and a TPU's cycles are 0.91 to 1.04 of one loop's.
+# run them, steps of 2048 took one CPU 0.95 times as long, and a TPU 0.91 to 1.04 times the cycles.
 ONE_LOOP = {"gpu"}
 
 # Steps in a minibatch from which on policy and critic take theirs one after the other: at once, the
