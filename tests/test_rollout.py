@@ -8,7 +8,7 @@ import pytest
 from jax import Array
 from worlds import clock, random_mdp
 
-from jaxpg import Hyperparams, make_trainer, train
+from jaxpg import Hyperparams, devices, make_trainer, train
 from jaxpg.devices import built_for, compiler_options
 from jaxpg.envs import Box, Discrete, Env, from_gymnax, from_mdp, repeat_action
 from jaxpg.estimators import Estimator
@@ -16,6 +16,7 @@ from jaxpg.lab import Source, gradient_samples
 from jaxpg.policies import Agent, Categorical, Network, actor_critic, gru, init_params, mlp
 from jaxpg.rollout import episodes, episodic, evaluate, init_stream, stream, unroll
 from jaxpg.rollout.episodic import BLOCK
+from jaxpg.rollout.stepping import pack, unpack
 from jaxpg.training.algorithm import algorithm
 from jaxpg.training.imitation import imitate
 from jaxpg.types import TimeStep
@@ -420,3 +421,25 @@ def test_parameters_without_a_critics_are_refused_for_an_agent_with_one():
     with pytest.raises(ValueError, match=r"an algorithm without one; use Agent\(agent.policy\)"):
         episodes(env, agent, state.params, jax.random.key(1), 2)
     episodes(env, Agent(agent.policy), state.params, jax.random.key(1), 2)
+
+
+def test_packing_keeps_every_bit(x64, monkeypatch):
+    """A GPU's rows lie in one array of words; fields with many numbers stay as they are."""
+    monkeypatch.setattr(devices, "_told", ["gpu"])
+    odd = np.array([np.nan, -np.inf, -0.0, 5e-324, 0.1])
+    whole = np.array([-(2**63), 2**63 - 1, 0, -1, 7])
+    row = {
+        "double": odd[:, None] * np.ones(2),
+        "single": odd.astype(np.float32),
+        "long": whole,
+        "flag": whole > 0,
+        "short": whole.astype(np.int8),
+        "image": np.ones((5, 8, 8), np.float32),
+    }
+    rows = jax.jit(lambda row: pack(jax.tree.map(lambda x: jnp.asarray(x), row)))(row)
+    assert rows.words.shape == (5, 4 + 1 + 2 + 1) and len(rows.rest) == 2
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), rows)
+    for name, found in unpack(stacked).items():
+        assert found.dtype == row[name].dtype
+        assert np.array_equal(found, np.stack([row[name]] * 2), equal_nan=name != "image")
+    assert np.signbit(unpack(rows)["single"][2])
