@@ -1,17 +1,19 @@
 """What jaxpg's programs cost on a chip that is not there, read from the text that the chip's compiler writes.
 
 scripts/benchmark programs --chip v5e|h100 [--case NAME ...] [--explain NAME] [--peers] [--json FILE]
+scripts/benchmark programs --budgets
 
 Nothing is run on a device: counts are exact and repeat, rates are predictions. The compiler is installed on
-first use, into an environment of its own (.venv-tpu takes 2 GB, .venv-cuda 6 GB).
+first use: a TPU's (140 MB) apart in .venv, a GPU's (6 GB) in .venv-cuda. --budgets rewrites the table of what
+every algorithm may cost on a v5e, to which a test holds them.
 """
 
 import argparse
 import contextlib
 import difflib
 import json
-import math
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -19,10 +21,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.metadata import requires, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-ROOT = Path(__file__).resolve().parent.parent
+from compiled_text import ROOT, Block, Chip, Cost, Text, arrays, measured, parsed, source
+
+BUDGETS = ROOT / "tests" / "budgets.json"
+ENVIRONMENTS = ("CartPole-v1", "Pendulum-v1")  # of discrete and of continuous actions
 H100 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
   shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
@@ -46,331 +53,18 @@ QUIET = {
 }
 
 
-class Chip(NamedTuple):
-    platform: str  # as jax.default_backend() calls it there
-    lowering: str
-    extra: str  # of this package, which installs the compiler into .venv-NAME
-    environment: str
-    topology: dict[str, str]
-    memory: float  # bytes
-    bandwidth: float  # bytes per second
-    clock: float = 0.0  # Hz; 0: the compiler estimates no cycles
-    launch: float = 0.0  # seconds of a small kernel
-    round_trip: float = 0.0  # seconds in which the host reads a value to decide what runs next
-
-
 # v5e:1x1 is refused, so a program is placed on one of four.
-TPU = ("tpu", "tpu", "tpu", ".venv-tpu")
 CHIPS = {
-    "v5e": Chip(*TPU, {"topology_name": "v5e:2x2"}, 16e9, 819e9, clock=1.5e9),
-    "v6e": Chip(*TPU, {"topology_name": "v6e:2x2"}, 32e9, 1640e9, clock=1.75e9),
+    "v5e": Chip("tpu", "tpu", {"topology_name": "v5e:2x2"}, 16e9, 819e9, clock=1.5e9),
+    "v6e": Chip("tpu", "tpu", {"topology_name": "v6e:2x2"}, 32e9, 1640e9, clock=1.75e9),
     "h100": Chip(
-        *("gpu", "cuda", "cuda12", ".venv-cuda"),
+        *("gpu", "cuda"),
         {"topology_name": "", "topology": "1x1x1", "target_config": H100},
         *(85e9, 3.35e12),
         launch=3e-6,
         round_trip=15e-6,
     ),
 }
-
-
-# ---- the compiled text
-
-
-class Operation(NamedTuple):
-    name: str
-    shape: str
-    opcode: str
-    operands: str
-    attributes: str
-    is_result: bool  # of its computation
-
-    def called(self, attribute: str) -> list[str]:
-        found = re.search(rf"\b{attribute}=(%[\w.-]+|{{[^}}]*}})", self.attributes)
-        return re.findall(r"%([\w.-]+)", found[1]) if found else []
-
-    @property
-    def inputs(self) -> list[str]:
-        return re.findall(r"%([\w.-]+)", self.operands)
-
-
-Computation = dict[str, Operation]
-WIDTH = {"pred": 1, "s4": 0.5, "u4": 0.5, "token": 0, "c64": 8, "c128": 16}
-COLLECTIVES = {"all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"}
-# What costs nothing by itself: names for memory, and calls that are followed.
-FREE = {
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
-    *("optimization-barrier", "partition-id", "replica-id", "while", "conditional", "call"),
-}
-
-
-class Text(NamedTuple):
-    computations: dict[str, Computation]
-    entry: str
-    frames: dict[
-        int, tuple[str, int]
-    ]  # stack frame -> its source file and line, and the frame that called it
-    parents: dict[int, int]
-
-
-def parsed(text: str) -> Text:
-    computations, entry, current = {}, "", {}
-    tables: dict[str, list[str]] = {}
-    table = []
-    for line in text.splitlines():
-        if line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
-            table = tables.setdefault(line, [])
-        elif found := re.match(r"(ENTRY )?%([\w.-]+) .*{$", line):
-            current = computations.setdefault(found[2], {})
-            entry = found[2] if found[1] else entry
-        elif found := re.match(r" +(ROOT )?%([\w.-]+) = (.*)", line):
-            shape, rest = _leading(found[3])
-            opcode, _, rest = rest.strip().partition("(")
-            operands, attributes = _leading("(" + rest)
-            name, root = found[2], bool(found[1])
-            current[name] = Operation(name, shape, opcode, operands, attributes, root)
-        elif re.match(r"\d+ ", line):
-            table.append(line)
-    files = {
-        n: name.strip('"') for n, name in (x.split(" ", 1) for x in tables.get("FileNames", []))
-    }
-    places, frames, parents = {}, {}, {}
-    for line in tables.get("FileLocations", []):
-        found = re.match(r"(\d+) {file_name_id=(\d+) .*?\bline=(\d+)", line)
-        if found:
-            places[found[1]] = files[found[2]], int(found[3])
-    for line in tables.get("StackFrames", []):
-        found = re.match(r"(\d+) {file_location_id=(\d+)(?: parent_frame_id=(\d+))?", line)
-        if found:
-            frames[int(found[1])] = places[found[2]]
-            parents[int(found[1])] = int(found[3] or 1) - 1  # written one too high; 0: no caller
-    return Text(computations, entry, frames, parents)
-
-
-def _leading(text: str) -> tuple[str, str]:
-    """A shape or a list in brackets, and what follows it."""
-    if not text.startswith("("):
-        return tuple(text.split(" ", 1))  # type: ignore[return-value]
-    depth = 0
-    for i, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if not depth:
-            return text[: i + 1], text[i + 1 :]
-    return text, ""
-
-
-def arrays(shape: str) -> Iterator[tuple[str, float]]:
-    """Each array of a shape with its bytes, unpadded."""
-    for kind, sizes in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", shape):
-        bits = re.search(r"\d+", kind)
-        width = WIDTH[kind] if kind in WIDTH else int(bits[0]) / 8 if bits else 0
-        yield f"{kind}[{sizes}]", width * math.prod(int(x) for x in sizes.split(",") if x)
-
-
-def size(shape: str) -> float:
-    return sum(count for _, count in arrays(shape))
-
-
-def source(text: Text, operation: Operation, callers: int = 0) -> str:
-    """The file and line that asked for an operation, and its callers': of this package, if any is."""
-    found = re.search(r"stack_frame_id=(\d+)", operation.attributes)
-    frame, innermost, places = int(found[1]) if found else 0, "", []
-    while frame in text.frames:
-        file, line = text.frames[frame]
-        innermost = innermost or f"{Path(file).name}:{line}"
-        if Path(file).is_relative_to(ROOT / "jaxpg"):
-            place = f"{Path(file).relative_to(ROOT / 'jaxpg')}:{line}"
-            places += [place] if place not in places else []
-        frame = text.parents[frame]
-    return " < ".join(places[: callers + 1]) or innermost
-
-
-# ---- its costs
-
-
-class Cost(NamedTuple):
-    operations: float = 0.0  # on a TPU those that the compiler estimates, on a GPU kernels
-    cycles: float = 0.0
-    round_trips: float = 0.0
-    seconds: float = 0.0  # predicted
-    collectives: float = 0.0
-    collective_bytes: float = 0.0
-
-    def plus(self, other: "Cost", times: float = 1) -> "Cost":
-        return Cost(*(a + times * b for a, b in zip(self, other, strict=True)))
-
-
-class Block(NamedTuple):
-    """A loop's body, the dearest branch of a conditional, or the whole program."""
-
-    name: str
-    trips: int
-    exact: bool  # otherwise the trips are the most there can be, or unknown and counted once
-    own: Cost  # of one trip, without the inner blocks
-    operations: list[tuple[Operation, Cost]]
-    inner: list["Block"]
-
-    @property
-    def once(self) -> Cost:
-        total = self.own
-        for block in self.inner:
-            total = total.plus(block.once, block.trips)
-        return total
-
-
-def measured(text: Text, chip: Chip) -> Block:
-    return _block(text, chip, text.entry, "whole program", 1, True)
-
-
-def _block(text, chip, computation, name, trips, exact) -> Block:
-    operations, inner, own = [], [], Cost()
-    body = text.computations[computation]
-    for operation in body.values():
-        cost = _cost(text, chip, body, operation)
-        if operation.opcode == "while":
-            count, known, whole = _trips(text, body, operation)
-            label = f"loop at {source(text, operation, 2)}"
-            (called,) = operation.called("body")
-            block = _block(text, chip, called, label, count, whole)
-            if chip.round_trip and not known:  # the host reads the condition in every trip
-                (asked,) = operation.called("condition")
-                asking = _block(text, chip, asked, "", 1, True)
-                block = block._replace(
-                    own=block.own.plus(asking.own).plus(_round_trip(chip)),
-                    operations=block.operations + asking.operations,
-                )
-            inner.append(block)
-        elif operation.opcode == "conditional":
-            branches = operation.called("branch_computations") or (
-                operation.called("true_computation") + operation.called("false_computation")
-            )
-            label = f"dearest branch at {source(text, operation)}"
-            found = [_block(text, chip, branch, label, 1, True) for branch in branches]
-            inner.append(max(found, key=lambda x: (x.once.seconds, x.once.operations)))
-            cost = _round_trip(chip)
-        elif operation.opcode in ("call", "async-start"):
-            for called in operation.called("to_apply") + operation.called("calls"):
-                block = _block(text, chip, called, "", 1, True)
-                own, operations = own.plus(block.own), operations + block.operations
-                inner += block.inner
-        own = own.plus(cost)
-        if cost.operations or cost.round_trips:
-            operations.append((operation, cost))
-    return Block(name, trips, exact, own, operations, inner)
-
-
-def _round_trip(chip: Chip) -> Cost:
-    return Cost(round_trips=float(chip.round_trip > 0), seconds=chip.round_trip)
-
-
-def _cost(text: Text, chip: Chip, body: Computation, operation: Operation) -> Cost:
-    kind = operation.opcode.removesuffix("-start")
-    if operation.opcode in FREE or operation.opcode.endswith("-done") or kind == "async":
-        return Cost()
-    cost = Cost()
-    if kind in COLLECTIVES:
-        cost = Cost(collectives=1, collective_bytes=size(operation.shape))
-    if chip.clock:
-        found = re.search(r'"estimated_cycles":"(\d+)"', operation.attributes)
-        if not found:
-            return cost
-        cycles = int(found[1])
-        return cost.plus(Cost(1, cycles, seconds=cycles / chip.clock))
-    moved = _moved(text, body, operation)
-    return cost.plus(Cost(1, seconds=max(chip.launch, moved / chip.bandwidth)))
-
-
-def _moved(text: Text, body: Computation, operation: Operation) -> float:
-    """Bytes that a kernel reads and writes; of an array that it slices or updates in place, that part."""
-    fused = operation.called("calls") if operation.opcode == "fusion" else []
-    if not fused:
-        return size(operation.shape) + sum(
-            size(body[name].shape) for name in operation.inputs if name in body
-        )
-    inside, total = text.computations[fused[0]], 0.0
-    users: dict[str, list[Operation]] = {}
-    for user in inside.values():
-        for name in user.inputs:
-            users.setdefault(name, []).append(user)
-    for found in inside.values():
-        if found.opcode == "parameter":
-            total += sum(_read(found, user) for user in users.get(found.name, [])[:1])
-    updates = [x for x in inside.values() if x.opcode == "dynamic-update-slice"]
-    written = sum(size(inside[x.inputs[1]].shape) for x in updates)
-    return total + written + max(0.0, size(operation.shape) - sum(size(x.shape) for x in updates))
-
-
-def _read(parameter: Operation, user: Operation) -> float:
-    if user.opcode == "dynamic-update-slice" and user.inputs[0] == parameter.name:
-        return 0.0
-    if user.opcode in ("dynamic-slice", "slice", "gather") and user.inputs[0] == parameter.name:
-        return size(user.shape)
-    return size(parameter.shape)
-
-
-def _trips(text: Text, body: Computation, loop: Operation) -> tuple[int, bool, bool]:
-    """Trips of a loop, whether the compiler knows them, and whether they are exact.
-
-    Where the compiler does not say, the bound is the constant with which the condition compares a counter
-    from 0; with a further condition, as of episodes that may all have ended, it is the most there can be.
-    """
-    found = re.search(r'"known_trip_count":{"n":"(\d+)"', loop.attributes)
-    if found:
-        return int(found[1]), True, True
-    (condition,) = loop.called("condition")
-    inside, bounds = text.computations[condition], []
-    for operation in inside.values():
-        bounds += _bounds(text, inside, operation, body, loop)
-    result = _result(inside)
-    if result.opcode == "fusion":
-        result = _result(text.computations[result.called("calls")[0]])
-    return (max(bounds), False, result.opcode == "compare") if bounds else (1, False, False)
-
-
-def _result(computation: Computation) -> Operation:
-    return next(x for x in computation.values() if x.is_result)
-
-
-def _bounds(text, inside, operation, body, loop) -> list[int]:
-    if operation.opcode == "compare" and "direction=LT" in operation.attributes:
-        value = _constant(inside, operation.inputs[1], body, loop)
-        return [] if value is None else [value]
-    if operation.opcode == "fusion":
-        fused = text.computations[operation.called("calls")[0]]
-        found = []
-        for each in fused.values():
-            if each.opcode == "compare" and "direction=LT" in each.attributes:
-                one = fused[each.inputs[1]]
-                if one.opcode == "parameter":
-                    name = operation.inputs[int(one.operands.strip("()"))]
-                    value = _constant(inside, name, body, loop)
-                else:
-                    value = _constant(fused, one.name, body, loop)
-                found += [] if value is None else [value]
-        return found
-    return []
-
-
-def _constant(inside: Computation, name: str, body: Computation, loop: Operation) -> int | None:
-    """The value of an integer constant, also where it enters the loop in its tuple."""
-    for _ in range(10):
-        operation = inside.get(name)
-        if operation is None:
-            return None
-        if operation.opcode == "constant":
-            found = re.fullmatch(r"\((-?\d+)\)", operation.operands)
-            return int(found[1]) if found else None
-        if operation.opcode == "get-tuple-element" and inside is not body:
-            entry = body.get(loop.inputs[0])
-            index = re.search(r"index=(\d+)", operation.attributes)
-            if entry is None or entry.opcode != "tuple" or index is None:
-                return None
-            inside, name = body, entry.inputs[int(index[1])]
-        elif operation.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
-            name = operation.inputs[0]
-        else:
-            return None
-    return None
 
 
 # ---- jaxpg's programs
@@ -398,23 +92,41 @@ def _shapes(function: Callable, count: int, *arguments: Any) -> Any:
     return jax.eval_shape(jax.vmap(function), keys, *arguments)
 
 
-def _training(name, environment, agents, envs, steps, precision, network="mlp", **counts):
+def _training(
+    name,
+    environment,
+    agents,
+    envs,
+    steps,
+    precision,
+    network="mlp",
+    hidden=(64, 64),
+    limit=None,
+    **counts,
+):
+    """One update of a row. limit: the longest episode, by default the environment's."""
     import jax
 
-    from jaxpg import make_trainer
+    from jaxpg import episodes, make_trainer
     from jaxpg.envs import from_gymnax
-    from jaxpg.policies import actor_critic
+    from jaxpg.policies import actor_critic, init_params
     from jaxpg.training.algorithm import algorithm
 
-    env = from_gymnax(environment)
-    agent = actor_critic(env, network, hidden=(64, 64), **precision)
+    env = from_gymnax(environment, **({} if limit is None else {"max_steps_in_episode": limit}))
+    agent = actor_critic(env, network, hidden=hidden, **precision)
     row = algorithm(name)._replace(**counts)
     trainer = make_trainer(env, agent, row, num_envs=envs, num_steps=steps)
-    update = jax.vmap(trainer.update, (0, None))
-    state = _shapes(trainer.init, agents)
-    if agents == 1:
-        update, state = trainer.update, jax.eval_shape(trainer.init, jax.random.key(0))
-    return Program(update, (state, _numbers()), agents * envs * (steps or env.horizon))
+    update, common, key = trainer.update, (), jax.random.key(0)
+    if row.data.demonstrations:
+        alone = agent._replace(critic=None)
+        shown = jax.eval_shape(lambda: episodes(env, alone, init_params(alone, key), key, envs))
+        common = shown[:1]
+    state = jax.eval_shape(trainer.init, key)
+    if agents > 1:
+        update = jax.vmap(update, (0, None, *(None for _ in common)))
+        state = _shapes(trainer.init, agents)
+    steps = agents * envs * (steps or env.horizon)
+    return Program(update, (state, _numbers(), *common), steps)
 
 
 def _ppo(agents, envs, steps, precision, environment="CartPole-v1", network="mlp"):
@@ -457,8 +169,8 @@ def _statistics(trajectories, precision):
     return Program(run, (params, key, _numbers()), trajectories * env.horizon)
 
 
-def _quickstart(seeds, precision):
-    """A chunk of `jaxpg train CartPole-v1 --seeds 256`, as the quickstart notebook runs it."""
+def _command(seeds, precision):
+    """A chunk of `jaxpg train CartPole-v1 --seeds N`; by default 8, in the quickstart notebook 256."""
     import jax
 
     from jaxpg import make_trainer, train
@@ -493,9 +205,16 @@ CASES: dict[str, Callable[[dict[str, str]], Program]] = {
     "reinforce-65536": partial(_training, "reinforce_baseline", "CartPole-v1", 1, 65536, None),
     "evaluate-1024": partial(_evaluation, 1024),
     "statistics-100000": partial(_statistics, 10**5),
-    "quickstart-256": partial(_quickstart, 256),
+    "command-8": partial(_command, 8),
+    "quickstart-256": partial(_command, 256),
 }
-PEER_CASES = {"ppo-1x4096x128", "ppo-8x16x64", "ppo-256x4x128", "ppo-2048x4x128"}
+PEER_CASES = ("ppo-1x4096x128", "ppo-8x16x64", "ppo-256x4x128", "ppo-2048x4x128")
+
+
+def budgeted(row: str, environment: str) -> Program:
+    """One update of an algorithm, small: what a loop's body costs hardly depends on it, compiling does."""
+    limited = {"hidden": (8, 8), "limit": 8}
+    return _training(row, environment, 1, 8, 8, {}, **limited)
 
 
 def rejax(name: str) -> Program:
@@ -545,19 +264,27 @@ def compiled(name: str, program: Program, chip: Chip, where: Any) -> tuple[Any, 
     try:
         found = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        said = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", str(error))
-        if said is None:
+        sizes = too_large(str(error))
+        if sizes is None:
             raise
-        fail(f"{name} needs {said[1]} of memory and the chip has {said[2]}; leave it out by --case")
+        _too_small(name, *(f"{x}B" for x in sizes))
     seconds, work = time.perf_counter() - started, time.process_time() - worked
     memory: Any = found.memory_analysis()
     needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
     if needed > chip.memory:
-        fail(
-            f"{name} needs {needed / 1e9:.1f} GB of memory and the chip has {chip.memory / 1e9:.1f} "
-            "GB; leave it out by --case"
-        )
+        _too_small(name, *(f"{x / 1e9:.3g} GB" for x in (needed, chip.memory)))
     return found, seconds, work
+
+
+def _too_small(name: str, needed: str, available: str) -> NoReturn:
+    fail(f"{name} needs {needed} of memory and the chip has {available}; leave it out by --case")
+
+
+def too_large(message: str) -> tuple[str, str] | None:
+    """The memory that a compiler says a program needs, and what the chip has; None if it says neither."""
+    forms = r"Used (\S+) of (\S+) hbm", r"\((\S+)\) exceeds available HBM \((\S+)\)"
+    found = [x for form in forms if (x := re.search(form, message))]
+    return (found[0][1], found[0][2]) if found else None
 
 
 def row_of(name: str, program: Program, chip: Chip, where: Any) -> tuple[dict[str, Any], Text]:
@@ -683,30 +410,54 @@ def fail(message: str) -> NoReturn:
     sys.exit(f"scripts/benchmark programs: {message}")
 
 
-def _known(names: list[str]) -> None:
-    for name in names:
-        if name not in CASES:
-            near = difflib.get_close_matches(name, CASES, 3, 0.4) or list(CASES)
-            fail(f"unknown case {name!r}; use {', '.join(near)}")
-
-
 def installed(chip: str) -> Path:
-    """The interpreter of the environment with the chip's compiler, which is made on first use."""
-    found = CHIPS[chip]
-    script = 'root=$0; . "$root/scripts/setup.sh"; ensure "$1" "$2"'
-    done = subprocess.run(
-        ["bash", "-c", script, ROOT, found.environment, found.extra],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    """The folder of the chip's compiler, which is installed on first use."""
+    if CHIPS[chip].platform == "tpu":
+        return libtpu(install=True)
+    script = 'root=$0; . "$root/scripts/setup.sh"; ensure .venv-cuda cuda12'
+    done = subprocess.run(["bash", "-c", script, ROOT], stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        lines = [x.strip() for x in done.stderr.splitlines()]
-        said = [x for x in lines if "ERROR:" in x] or lines  # pip indents what a build said
-        fail(f"the compiler for {chip} does not install: {said[-1] if said else 'no reason given'}")
-    return ROOT / found.environment / "bin" / "python"
+        fail(f"the compiler for {chip} does not install: {_complaint(done.stderr)}")
+    return next((ROOT / ".venv-cuda" / "lib").glob("python*/site-packages"))
 
 
-def peer_rows(chip: str, names: list[str], precision: str) -> list[dict[str, Any]]:
+def libtpu(install: bool) -> Path:
+    """The folder of a TPU's compiler, the one that this jax asks for, put on Python's path.
+
+    It lies apart from other packages, because where jax finds it by itself it looks for a TPU, noisily.
+    Raises FileNotFoundError if it is not there and not to be installed.
+    """
+    found = find_spec("libtpu")
+    if found and found.origin:
+        return Path(found.origin).parent.parent
+    wanted = next(x for x in requires("jax") or () if x.startswith("libtpu")).partition(";")[0]
+    folder = Path(sys.prefix) / re.sub(r"[^\w.]+", "-", wanted.strip().removesuffix(".*"))
+    if not (folder / "libtpu").exists():
+        if not install:
+            raise FileNotFoundError(f"{wanted} is not in {folder}")
+        if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+            fail(f"{wanted} installs on Linux on x86-64 only, and this is another machine")
+        print(f"installing {wanted} into {folder} (140 MB)", file=sys.stderr)
+        if said := _pip(sys.executable, "--no-deps", "--target", folder, wanted):
+            fail(f"the compiler for a TPU does not install: {said}")
+    sys.path.append(str(folder))
+    return folder
+
+
+def _pip(python: Any, *arguments: Any) -> str:
+    """Installs; returns what pip complains of, or nothing."""
+    command = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return _complaint(done.stderr) if done.returncode else ""
+
+
+def _complaint(said: str) -> str:
+    """The line in which pip says what failed; it indents what a build said."""
+    lines = [x.strip() for x in said.splitlines()]
+    return next(iter([x for x in lines if "ERROR:" in x][::-1] + lines[::-1]), "no reason given")
+
+
+def peer_rows(chip: str, names: list[str], precision: str, libraries: Path) -> list[dict[str, Any]]:
     """rejax, compiled in the same jax in an environment of its own, because it needs an older gymnax."""
     import jax
 
@@ -716,23 +467,48 @@ def peer_rows(chip: str, names: list[str], precision: str) -> list[dict[str, Any
         print(f"installing rejax into {folder.name}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     wanted = ("rejax==0.1.3", "gymnax<1", f"jax=={jax.__version__}")
-    done = subprocess.run(
-        [python, "-m", "pip", "install", "-q", *wanted], capture_output=True, text=True
-    )
-    if done.returncode:
-        said = [x for x in done.stderr.splitlines() if x.startswith("ERROR")]
-        print(f"rejax is left out: {said[-1] if said else 'it does not install'}")
+    if said := _pip(python, *wanted):
+        print(f"rejax is left out: {said}")
         return []
-    # The compiler comes from the chip's environment: it is large, and the same for both.
-    (libraries,) = (ROOT / CHIPS[chip].environment / "lib").glob("python*/site-packages")
+    # The compiler comes from elsewhere: it is large, and the same for both.
     command = [python, __file__, "--chip", chip, "--precision", precision, "--case", *names]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"REJAX_WITH": str(libraries)}
-    )
+    environment = os.environ | {"REJAX_WITH": str(libraries)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
     if done.returncode:
         print("rejax is left out: it does not compile (see above)")
         return []
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def spending(row: str, environment: str) -> list[list]:
+    """What an update costs on a v5e, in all and in each loop: its name, its trips, and of one trip the
+    operations and the thousands of cycles."""
+    chip = CHIPS["v5e"]
+    with building(chip) as where:
+        found, _ = row_of(row, budgeted(row, environment), chip, where)
+    rows = [["in all", 1, round(found["operations"]), round(1e3 * found["megacycles"], 1)]]
+    for loop in found["loops"]:
+        name = "  " * loop["depth"] + loop["name"]
+        rows.append(
+            [name, loop["trips"], round(loop["operations"]), round(loop["cycles"] / 1e3, 1)]
+        )
+    return rows
+
+
+def write_budgets() -> None:
+    from jaxpg.training.algorithm import ALGORITHMS
+
+    entries = [f' "libtpu": "{version("libtpu")}"']
+    for name in ALGORITHMS:
+        for environment in ENVIRONMENTS:
+            # Without the numbers of lines, which every edit moves.
+            rows = [[re.sub(r":\d+", "", x), *rest] for x, *rest in spending(name, environment)]
+            lines = ",\n".join(f"  {json.dumps(x)}" for x in rows)
+            entries.append(f' "{name} {environment}": [\n{lines}\n ]')
+            print(
+                f"{name} {environment}: {rows[0][2]} operations, {rows[0][3]} kcycles", flush=True
+            )
+    BUDGETS.write_text("{\n" + ",\n".join(entries) + "\n}\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -755,55 +531,89 @@ def main(arguments: list[str] | None = None) -> None:
         help="of the networks' products: default, high or highest; by default each library's own",
     )
     parser.add_argument("--peers", action="store_true", help="compile rejax's PPO alike")
+    parser.add_argument(
+        "--budgets", action="store_true", help=f"rewrite {BUDGETS.relative_to(ROOT)}, for a v5e"
+    )
+    parser.add_argument("--install", action="store_true", help="only install the chip's compiler")
     chosen = parser.parse_args(arguments)
     if chosen.chip not in CHIPS:
         fail(f"unknown chip {chosen.chip!r}; use {', '.join(CHIPS)}")
     if chosen.precision not in ("own", "default", "high", "highest"):
         fail(f"unknown precision {chosen.precision!r}; use default, high or highest")
-    _known([*chosen.case, *([chosen.explain] if chosen.explain else [])])
+    names = list(dict.fromkeys([*chosen.case, *filter(None, [chosen.explain])])) or list(CASES)
+    for name in names:
+        if name not in CASES:
+            near = difflib.get_close_matches(name, CASES, 3, 0.4) or list(CASES)
+            fail(f"unknown case {name!r}; use {', '.join(near)}")
     if "REJAX_WITH" in os.environ:
         sys.path.append(os.environ["REJAX_WITH"])
         with contextlib.redirect_stdout(sys.stderr):
-            rows = list(_rows(chosen, chosen.case, rejax))
+            rows = list(_rows(chosen, names, rejax))
         print(json.dumps(rows))
         return
-    python = installed(chosen.chip)
-    if Path(sys.prefix) != python.parent.parent:
-        os.execv(python, [str(python), __file__, *(arguments or sys.argv[1:])])
-    names = [chosen.explain] if chosen.explain else chosen.case or list(CASES)
+    if chosen.json:
+        _check_writable(Path(chosen.json))
+    libraries = installed("v5e" if chosen.budgets else chosen.chip)
+    if (
+        not chosen.budgets
+        and CHIPS[chosen.chip].platform == "gpu"
+        and not libraries.is_relative_to(sys.prefix)
+    ):
+        python = str(ROOT / ".venv-cuda" / "bin" / "python")
+        os.execv(python, [python, __file__, *(arguments or sys.argv[1:])])
+    if chosen.install or chosen.budgets:
+        return write_budgets() if chosen.budgets else None
     print(f"{caption(chosen.chip)}\n\n{HEADER}", flush=True)
     own = {} if chosen.precision == "own" else {"precision": chosen.precision}
     rows = list(_rows(chosen, names, lambda name: CASES[name](own)))
     peers = []
     if chosen.peers:
-        peers = peer_rows(chosen.chip, [x for x in names if x in PEER_CASES], chosen.precision)
-        _compare(rows, peers)
+        shared = [name for name in names if name in PEER_CASES]
+        if not shared:
+            print(f"rejax is left out: it has none of these cases, but {', '.join(PEER_CASES)}")
+        else:
+            peers = peer_rows(chosen.chip, shared, chosen.precision, libraries)
+            _compare(rows, peers)
     if chosen.json:
-        import jax
-
-        about = {"chip": chosen.chip, "precision": chosen.precision, "jax": jax.__version__}
+        about = {"chip": chosen.chip, "precision": chosen.precision, "jax": version("jax")}
         found = {**about, "caption": caption(chosen.chip), "rows": rows, "peers": peers}
-        Path(chosen.json).write_text(json.dumps(found, indent=1))
+        Path(chosen.json).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _check_writable(path: Path) -> None:
+    new = not path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror}; name another file with --json")
+    if new:
+        path.unlink()
+
+
+@contextlib.contextmanager
+def building(chip: Chip, own: bool = True, precision: str | None = None) -> Iterator[Any]:
+    """Provides the place on a chip for which programs are compiled. own: they are jaxpg's."""
+    os.environ |= QUIET
+    import jax
+
+    told = contextlib.nullcontext()
+    if own:
+        from jaxpg.devices import built_for
+
+        told = built_for(chip.platform)
+    with warnings.catch_warnings(), told, jax.default_matmul_precision(precision):
+        warnings.simplefilter("ignore")
+        yield place(chip)
 
 
 def _rows(chosen, names, make) -> Iterator[dict[str, Any]]:
-    os.environ |= QUIET
-    warnings.filterwarnings("ignore")
-    import jax
-
     chip = CHIPS[chosen.chip]
-    where = place(chip)
     precision = None if chosen.precision == "own" else chosen.precision
-    platform = contextlib.nullcontext()
-    if make is not rejax:
-        from jaxpg.devices import built_for
-
-        platform = built_for(chip.platform)
-    with platform, jax.default_matmul_precision(precision):
+    with building(chip, make is not rejax, precision) as where:
         for name in names:
             row, text = row_of(name, make(name), chip, where)
             show(row, "rejax " if make is rejax else "")
-            if chosen.explain:
+            if chosen.explain == name:
                 explain(text, measured(text, chip))
             yield row
 
