@@ -19,14 +19,14 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from importlib.metadata import requires, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from compiled_text import ROOT, Block, Chip, Cost, Text, arrays, measured, parsed, source
+from program_cases import CASES, PEER_CASES, Program, budgeted, rejax
 
 BUDGETS = ROOT / "tests" / "budgets.json"
 ENVIRONMENTS = ("CartPole-v1", "Pendulum-v1")  # of discrete and of continuous actions
@@ -67,179 +67,6 @@ CHIPS = {
 }
 
 
-# ---- jaxpg's programs
-
-
-class Program(NamedTuple):
-    function: Callable
-    arguments: tuple  # shapes
-    steps: int  # of environments in an update
-    updates: int = 1
-
-
-def _numbers() -> Any:
-    import jax
-
-    from jaxpg import Hyperparams
-
-    return jax.eval_shape(lambda: jax.tree.map(jax.numpy.float32, Hyperparams()))
-
-
-def _shapes(function: Callable, count: int, *arguments: Any) -> Any:
-    import jax
-
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
-    return jax.eval_shape(jax.vmap(function), keys, *arguments)
-
-
-def _training(
-    name,
-    environment,
-    agents,
-    envs,
-    steps,
-    precision,
-    network="mlp",
-    hidden=(64, 64),
-    limit=None,
-    **counts,
-):
-    """One update of a row. limit: the longest episode, by default the environment's."""
-    import jax
-
-    from jaxpg import episodes, make_trainer
-    from jaxpg.envs import from_gymnax
-    from jaxpg.policies import actor_critic, init_params
-    from jaxpg.training.algorithm import algorithm
-
-    env = from_gymnax(environment, **({} if limit is None else {"max_steps_in_episode": limit}))
-    agent = actor_critic(env, network, hidden=hidden, **precision)
-    row = algorithm(name)._replace(**counts)
-    trainer = make_trainer(env, agent, row, num_envs=envs, num_steps=steps)
-    update, common, key = trainer.update, (), jax.random.key(0)
-    if row.data.demonstrations:
-        alone = agent._replace(critic=None)
-        shown = jax.eval_shape(lambda: episodes(env, alone, init_params(alone, key), key, envs))
-        common = shown[:1]
-    state = jax.eval_shape(trainer.init, key)
-    if agents > 1:
-        update = jax.vmap(update, (0, None, *(None for _ in common)))
-        state = _shapes(trainer.init, agents)
-    steps = agents * envs * (steps or env.horizon)
-    return Program(update, (state, _numbers(), *common), steps)
-
-
-def _ppo(agents, envs, steps, precision, environment="CartPole-v1", network="mlp"):
-    counts = {"num_epochs": 4, "num_minibatches": 4}
-    return _training("ppo", environment, agents, envs, steps, precision, network, **counts)
-
-
-def _evaluation(episodes, precision):
-    import jax
-
-    from jaxpg import evaluate
-    from jaxpg.envs import from_gymnax
-    from jaxpg.policies import actor_critic, init_params
-
-    env = from_gymnax("CartPole-v1")
-    agent = actor_critic(env, hidden=(64, 64), **precision)
-    params, key = jax.eval_shape(lambda key: (init_params(agent, key), key), jax.random.key(0))
-    run = partial(evaluate, env, agent, num_episodes=episodes)
-    return Program(run, (params, key), episodes * env.horizon)
-
-
-def _statistics(trajectories, precision):
-    import jax
-
-    from jaxpg.envs import from_gymnax
-    from jaxpg.estimators import Estimator
-    from jaxpg.lab import Source
-    from jaxpg.lab.measure import statistics
-    from jaxpg.policies import mlp
-
-    env = from_gymnax("CartPole-v1")
-    policy = mlp(env.observation, env.action, **precision)
-
-    def run(params, key, hyperparams):
-        taken = Source(env, policy, Estimator(), params, key, hyperparams)
-        # The part of gradient_statistics that is compiled.
-        return statistics._measure(taken, *statistics.plan(taken, trajectories, None))
-
-    params, key = jax.eval_shape(lambda key: (policy.init(key), key), jax.random.key(0))
-    return Program(run, (params, key, _numbers()), trajectories * env.horizon)
-
-
-def _command(seeds, precision):
-    """A chunk of `jaxpg train CartPole-v1 --seeds N`; by default 8, in the quickstart notebook 256."""
-    import jax
-
-    from jaxpg import make_trainer, train
-    from jaxpg.envs import from_gymnax
-    from jaxpg.policies import actor_critic
-    from jaxpg.runs.config.presets import preset
-    from jaxpg.runs.train.build import build_algorithm
-    from jaxpg.runs.train.loop import chunk_length
-
-    config, _ = preset("CartPole-v1", "ppo")
-    env = from_gymnax(config.environment)
-    agent = actor_critic(env, hidden=config.hidden, **precision)
-    row = build_algorithm(config)
-    trainer = make_trainer(env, agent, row, num_envs=config.num_envs, num_steps=config.num_steps)
-    updates = chunk_length(config.updates)
-    run = jax.vmap(partial(train, trainer, num_updates=updates), (0, None))
-    steps = seeds * config.num_envs * (config.num_steps or 128)
-    return Program(run, (_shapes(trainer.init, seeds), _numbers()), steps, updates)
-
-
-# Names say AGENTS x ENVIRONMENTS x STEPS. PPO takes 4 epochs of 4 minibatches; networks are 2x64 tanh.
-CASES: dict[str, Callable[[dict[str, str]], Program]] = {
-    "ppo-1x4096x128": partial(_ppo, 1, 4096, 128),
-    "ppo-8x16x64": partial(_ppo, 8, 16, 64),
-    "ppo-256x4x128": partial(_ppo, 256, 4, 128),
-    "ppo-2048x4x128": partial(_ppo, 2048, 4, 128),
-    "ppo-gru-8x16x64": partial(_ppo, 8, 16, 64, network="gru"),
-    "ppo-pendulum-1x1024x128": partial(_ppo, 1, 1024, 128, environment="Pendulum-v1"),
-    "ppo-breakout-1x1024x128": partial(_ppo, 1, 1024, 128, environment="Breakout-MinAtar"),
-    "a2c-1x65536x1": partial(_training, "a2c", "CartPole-v1", 1, 65536, 1),
-    "trpo-1x1024x128": partial(_training, "trpo", "CartPole-v1", 1, 1024, 128),
-    "reinforce-65536": partial(_training, "reinforce_baseline", "CartPole-v1", 1, 65536, None),
-    "evaluate-1024": partial(_evaluation, 1024),
-    "statistics-100000": partial(_statistics, 10**5),
-    "command-8": partial(_command, 8),
-    "quickstart-256": partial(_command, 256),
-}
-PEER_CASES = ("ppo-1x4096x128", "ppo-8x16x64", "ppo-256x4x128", "ppo-2048x4x128")
-
-
-def budgeted(row: str, environment: str) -> Program:
-    """One update of an algorithm, small: what a loop's body costs hardly depends on it, compiling does."""
-    limited = {"hidden": (8, 8), "limit": 8}
-    return _training(row, environment, 1, 8, 8, {}, **limited)
-
-
-def rejax(name: str) -> Program:
-    """One iteration of rejax's PPO in the setting of a case."""
-    import jax
-    from rejax import get_algo
-
-    agents, envs, steps = map(int, re.findall(r"\d+", name))
-    algo = get_algo("ppo").create(
-        env="CartPole-v1",
-        agent_kwargs={"hidden_layer_sizes": (64, 64), "activation": "tanh"},
-        num_envs=envs,
-        num_steps=steps,
-        num_epochs=4,
-        num_minibatches=4,
-        learning_rate=1e-3,
-        total_timesteps=2**30,
-        eval_freq=2**30,
-    )
-    update, state = algo.train_iteration, jax.eval_shape(algo.init_state, jax.random.key(0))
-    if agents > 1:
-        update, state = jax.vmap(update), _shapes(algo.init_state, agents)
-    return Program(update, (state,), agents * envs * steps)
-
-
 # ---- compiling them
 
 
@@ -254,6 +81,9 @@ def place(chip: Chip) -> Any:
     return jax.sharding.SingleDeviceSharding(found.devices[0])
 
 
+TOO_LARGE = "{} needs {} of memory and the chip has {}; leave it out by --case"
+
+
 def compiled(name: str, program: Program, chip: Chip, where: Any) -> tuple[Any, float, float]:
     """The program as the chip would run it, and the compiler's seconds: by the clock, and of processors."""
     import jax
@@ -264,27 +94,21 @@ def compiled(name: str, program: Program, chip: Chip, where: Any) -> tuple[Any, 
     try:
         found = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        sizes = too_large(str(error))
-        if sizes is None:
+        if (sizes := too_large(str(error))) is None:
             raise
-        _too_small(name, *(f"{x}B" for x in sizes))
+        fail(TOO_LARGE.format(name, *(f"{x}B" for x in sizes)))
     seconds, work = time.perf_counter() - started, time.process_time() - worked
     memory: Any = found.memory_analysis()
     needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
     if needed > chip.memory:
-        _too_small(name, *(f"{x / 1e9:.3g} GB" for x in (needed, chip.memory)))
+        fail(TOO_LARGE.format(name, *(f"{x / 1e9:.3g} GB" for x in (needed, chip.memory))))
     return found, seconds, work
-
-
-def _too_small(name: str, needed: str, available: str) -> NoReturn:
-    fail(f"{name} needs {needed} of memory and the chip has {available}; leave it out by --case")
 
 
 def too_large(message: str) -> tuple[str, str] | None:
     """The memory that a compiler says a program needs, and what the chip has; None if it says neither."""
-    forms = r"Used (\S+) of (\S+) hbm", r"\((\S+)\) exceeds available HBM \((\S+)\)"
-    found = [x for form in forms if (x := re.search(form, message))]
-    return (found[0][1], found[0][2]) if found else None
+    found = re.search(r"(?:Used |\()(\S+?)(?: of |\) exceeds available HBM \()([\d.]+\w)", message)
+    return (found[1], found[2]) if found else None
 
 
 def row_of(name: str, program: Program, chip: Chip, where: Any) -> tuple[dict[str, Any], Text]:
@@ -292,6 +116,7 @@ def row_of(name: str, program: Program, chip: Chip, where: Any) -> tuple[dict[st
     text = parsed(found.as_text())
     block = measured(text, chip)
     total = Cost().plus(block.once, 1 / program.updates)
+    loops = list(_loops(block, program.updates))
     every: dict[str, float] = {}
     for computation in text.computations.values():
         if any(x.opcode in ("while", "conditional") for x in computation.values()):
@@ -310,35 +135,28 @@ def row_of(name: str, program: Program, chip: Chip, where: Any) -> tuple[dict[st
         "compile_seconds": seconds,
         "compile_processor_seconds": work,
         "predicted_steps_per_second": program.steps / total.seconds,
-        "loops": list(_loops(block, program.updates)),
-        "bounds": any(not x.exact for x in _every(block)),
+        "loops": loops,
+        "bounds": not all(x["exact"] for x in loops),
     }
     return row, text
 
 
-def _every(block: Block) -> Iterator[Block]:
-    yield block
-    for inner in block.inner:
-        yield from _every(inner)
-
-
 def _loops(block: Block, updates: int, depth: int = 0, times: float = 1) -> Iterator[dict]:
-    times *= block.trips
-    own, share = block.own, block.once.plus(Cost(), 0)
+    times *= block.trips / updates
     yield {
         "name": block.name,
         "depth": depth,
         "trips": block.trips,
         "exact": block.exact,
-        "operations": own.operations,
-        "cycles": own.cycles,
-        "round_trips": own.round_trips,
-        "total_operations": share.operations * times / updates,
-        "total_megacycles": share.cycles * times / updates / 1e6,
-        "total_seconds": share.seconds * times / updates,
+        "operations": block.own.operations,
+        "cycles": block.own.cycles,
+        "round_trips": block.own.round_trips,
+        "total_operations": block.once.operations * times,
+        "total_megacycles": block.once.cycles * times / 1e6,
+        "total_seconds": block.once.seconds * times,
     }
     for inner in block.inner:
-        yield from _loops(inner, updates, depth + 1, times)
+        yield from _loops(inner, 1, depth + 1, times)
 
 
 # ---- saying so
@@ -346,15 +164,17 @@ def _loops(block: Block, updates: int, depth: int = 0, times: float = 1) -> Iter
 
 def caption(chip: str) -> str:
     found = CHIPS[chip]
-    start = f"Per update, compiled for one {chip}; nothing ran on one. The rate is a prediction: "
+    rate = (
+        f"{found.launch * 1e6:g} us per kernel, or its bytes at {found.bandwidth / 1e12:g} TB/s if "
+        f"that takes longer, and {found.round_trip * 1e6:g} us per round trip to the host."
+    )
     if found.clock:
-        return start + (
+        rate = (
             f"environment steps over the compiler's estimated cycles at {found.clock / 1e9:g} GHz. "
             "Operations are those with an estimate."
         )
-    return start + (
-        f"{found.launch * 1e6:g} us per kernel, or its bytes at {found.bandwidth / 1e12:g} TB/s if "
-        f"that takes longer, and {found.round_trip * 1e6:g} us per round trip to the host."
+    return (
+        f"Per update, compiled for one {chip}; nothing ran on one. The rate is a prediction: {rate}"
     )
 
 
@@ -512,6 +332,51 @@ def write_budgets() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    chosen = _chosen(arguments)
+    names = list(dict.fromkeys([*chosen.case, *filter(None, [chosen.explain])])) or list(CASES)
+    if chosen.chip not in CHIPS:
+        fail(f"unknown chip {chosen.chip!r}; use {', '.join(CHIPS)}")
+    if chosen.precision not in ("own", "default", "high", "highest"):
+        fail(f"unknown precision {chosen.precision!r}; use default, high or highest")
+    for name in names:
+        if name not in CASES:
+            near = difflib.get_close_matches(name, CASES, 3, 0.4) or list(CASES)
+            fail(f"unknown case {name!r}; use {', '.join(near)}")
+    if "REJAX_WITH" in os.environ:
+        sys.path.append(os.environ["REJAX_WITH"])
+        with contextlib.redirect_stdout(sys.stderr):
+            rows = list(_rows(chosen, names, rejax))
+        print(json.dumps(rows))
+        return
+    if chosen.json:
+        _check_writable(Path(chosen.json))
+    if chosen.budgets:
+        libtpu(install=True)
+        return write_budgets()
+    libraries = installed(chosen.chip)
+    if chosen.install:
+        return
+    if CHIPS[chosen.chip].platform == "gpu" and not libraries.is_relative_to(sys.prefix):
+        python = str(ROOT / ".venv-cuda" / "bin" / "python")
+        os.execv(python, [python, __file__, *(arguments or sys.argv[1:])])
+    print(f"{caption(chosen.chip)}\n\n{HEADER}", flush=True)
+    own = {} if chosen.precision == "own" else {"precision": chosen.precision}
+    rows = list(_rows(chosen, names, lambda name: CASES[name](own)))
+    peers = []
+    if chosen.peers:
+        shared = [name for name in names if name in PEER_CASES]
+        if not shared:
+            print(f"rejax is left out: it has none of these cases, but {', '.join(PEER_CASES)}")
+        else:
+            peers = peer_rows(chosen.chip, shared, chosen.precision, libraries)
+            _compare(rows, peers)
+    if chosen.json:
+        about = {"chip": chosen.chip, "precision": chosen.precision, "jax": version("jax")}
+        found = {**about, "caption": caption(chosen.chip), "rows": rows, "peers": peers}
+        Path(chosen.json).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _chosen(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/benchmark programs",
         description=__doc__,
@@ -535,49 +400,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--budgets", action="store_true", help=f"rewrite {BUDGETS.relative_to(ROOT)}, for a v5e"
     )
     parser.add_argument("--install", action="store_true", help="only install the chip's compiler")
-    chosen = parser.parse_args(arguments)
-    if chosen.chip not in CHIPS:
-        fail(f"unknown chip {chosen.chip!r}; use {', '.join(CHIPS)}")
-    if chosen.precision not in ("own", "default", "high", "highest"):
-        fail(f"unknown precision {chosen.precision!r}; use default, high or highest")
-    names = list(dict.fromkeys([*chosen.case, *filter(None, [chosen.explain])])) or list(CASES)
-    for name in names:
-        if name not in CASES:
-            near = difflib.get_close_matches(name, CASES, 3, 0.4) or list(CASES)
-            fail(f"unknown case {name!r}; use {', '.join(near)}")
-    if "REJAX_WITH" in os.environ:
-        sys.path.append(os.environ["REJAX_WITH"])
-        with contextlib.redirect_stdout(sys.stderr):
-            rows = list(_rows(chosen, names, rejax))
-        print(json.dumps(rows))
-        return
-    if chosen.json:
-        _check_writable(Path(chosen.json))
-    libraries = installed("v5e" if chosen.budgets else chosen.chip)
-    if (
-        not chosen.budgets
-        and CHIPS[chosen.chip].platform == "gpu"
-        and not libraries.is_relative_to(sys.prefix)
-    ):
-        python = str(ROOT / ".venv-cuda" / "bin" / "python")
-        os.execv(python, [python, __file__, *(arguments or sys.argv[1:])])
-    if chosen.install or chosen.budgets:
-        return write_budgets() if chosen.budgets else None
-    print(f"{caption(chosen.chip)}\n\n{HEADER}", flush=True)
-    own = {} if chosen.precision == "own" else {"precision": chosen.precision}
-    rows = list(_rows(chosen, names, lambda name: CASES[name](own)))
-    peers = []
-    if chosen.peers:
-        shared = [name for name in names if name in PEER_CASES]
-        if not shared:
-            print(f"rejax is left out: it has none of these cases, but {', '.join(PEER_CASES)}")
-        else:
-            peers = peer_rows(chosen.chip, shared, chosen.precision, libraries)
-            _compare(rows, peers)
-    if chosen.json:
-        about = {"chip": chosen.chip, "precision": chosen.precision, "jax": version("jax")}
-        found = {**about, "caption": caption(chosen.chip), "rows": rows, "peers": peers}
-        Path(chosen.json).write_text(json.dumps(found, indent=1) + "\n")
+    return parser.parse_args(arguments)
 
 
 def _check_writable(path: Path) -> None:

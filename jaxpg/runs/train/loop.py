@@ -41,7 +41,7 @@ class TrainingJob(NamedTuple):
     executor: Executor
     stopped: Callable[[], int]  # the number of a signal, or 0
     show: Show
-    before_chunk: Callable[[], None]
+    before_chunk: Callable[[], None] = lambda: None
 
 
 class Recorder(NamedTuple):
