@@ -14,7 +14,7 @@ from jaxpg.envs import Box, Discrete, Env, from_gymnax, from_mdp, repeat_action
 from jaxpg.estimators import Estimator
 from jaxpg.lab import Source, gradient_samples
 from jaxpg.policies import Agent, Categorical, Network, actor_critic, gru, init_params, mlp
-from jaxpg.rollout import episodes, episodic, evaluate, init_stream, stream, unroll
+from jaxpg.rollout import episodes, episodic, evaluate, evaluation, init_stream, stream, unroll
 from jaxpg.rollout.episodic import BLOCK
 from jaxpg.rollout.stepping import pack, unpack
 from jaxpg.training.algorithm import algorithm
@@ -108,6 +108,7 @@ def test_when_it_is_asked_who_is_alive_changes_no_bit(platform, monkeypatch):
 
     def run(steps):
         monkeypatch.setattr(episodic, "BLOCK", steps)
+        monkeypatch.setattr(evaluation, "BLOCK", {})
 
         def both(key):
             return evaluate(env, agent, params, key, 6), episodes(env, agent, params, key, 6)

@@ -107,6 +107,11 @@ def episodes_again(
     return _completed(*_part(env, agent, params, key, index, num_episodes, num_steps))[0]
 
 
+def episodes_from(env: Env, agent: Agent, params: AgentParams, keys: Key) -> Trajectory:
+    """The episodes [T, B, ...] that each of the keys [B] gives alone."""
+    return _completed(*_episodes(env, agent, params, keys, 1, env.horizon))[0]
+
+
 def lanes_at_once(num_episodes: int) -> int:
     """How many episodes run as one program: whole groups, and a divisor of num_episodes."""
     size = fair_divisor(num_episodes, GROUP)
@@ -120,10 +125,10 @@ def _part(env, agent, params, key, index, num_episodes, num_steps):
     if size < num_episodes:
         numbers = index * (lanes // size) + jnp.arange(lanes // size)
         keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
-    return episodes_of(env, agent, params, keys, size, num_steps)
+    return _episodes(env, agent, params, keys, size, num_steps)
 
 
-def episodes_of(
+def _episodes(
     env: Env, agent: Agent, params: AgentParams, keys: Key, size: int, num_steps: int
 ) -> tuple[Trajectory, EpisodeSums]:
     """The episodes of G groups of the same size, side by side, [T, G size, ...]; keys: [G]."""
@@ -194,14 +199,14 @@ def inputs_of(agent: Agent, params: AgentParams, keys: Key, obs: Array) -> Calla
 
 
 def until_ended(
-    step: Callable, state: tuple, inputs: Callable, num_steps: int
+    step: Callable, state: tuple, inputs: Callable, num_steps: int, block: int | None = None
 ) -> tuple[tuple, Any]:
     """Scan the step over inputs(start, number) until no lane is alive; return the state and rows [T, ...].
 
-    state[0] [B] says which are alive; it is asked before each block of steps, and none may be after T. Rows
-    that were not reached hold zeros.
+    state[0] [B] says which are alive; it is asked before each block of steps (by default BLOCK), and none may
+    be after T. Rows that were not reached hold zeros.
     """
-    num_blocks = -(-num_steps // BLOCK)
+    num_blocks = -(-num_steps // (block or BLOCK))
     block = -(-num_steps // num_blocks)
 
     def scan(state, index):

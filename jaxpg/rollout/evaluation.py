@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpg.devices import backend
 from jaxpg.envs import Env
 from jaxpg.policies import Agent, AgentParams, initial_carry
 from jaxpg.rollout.episodic import inputs_of, until_ended
@@ -16,6 +17,10 @@ from jaxpg.rollout.stepping import (
     step_lanes,
 )
 from jaxpg.types import Array, Key
+
+# Steps between checks whether an episode still runs, if not as for `episodes`: on a CPU a check is free, and
+# with one in 32 steps episodes of up to 60 steps took 1.15 times as long.
+BLOCK = {"cpu": 1}
 
 
 class Evaluation(NamedTuple):
@@ -60,7 +65,7 @@ def evaluate(
     alive, returns = jnp.ones(num_episodes, bool), jnp.zeros(num_episodes, jnp.result_type(float))
     start = alive, returns, env_state, obs, carry
     inputs = inputs_of(agent, params, k_steps[None], obs)
-    (_, returns, *_), _ = until_ended(step, start, inputs, env.horizon)
+    (_, returns, *_), _ = until_ended(step, start, inputs, env.horizon, BLOCK.get(backend()))
     error = jnp.full((), jnp.inf, returns.dtype)
     if num_episodes > 1:
         error = returns.std(ddof=1) / num_episodes**0.5

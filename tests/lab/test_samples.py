@@ -21,7 +21,7 @@ from jaxpg.estimators import (
     surrogates,
 )
 from jaxpg.lab import exact
-from jaxpg.lab.measure.samples import Source, couples, gradient_samples
+from jaxpg.lab.measure.samples import Source, couples, gradient_samples, roll
 from jaxpg.policies import Agent, AgentParams, gru, mlp, tabular
 from jaxpg.rollout import episodes
 
@@ -93,6 +93,25 @@ def test_a_mixture_of_behaviours_is_unbiased_even_without_common_support():
     assert z_of_mean(samples, gradient) < 5
     alone = rows(A, estimator, behaviour=narrow)
     assert z_of_mean(alone, gradient) > 5, "control: without support the weights cannot help"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", [1, 3])
+def test_a_trajectory_has_its_own_key_and_behaviour_wherever_a_chunk_begins(kinds):
+    env = from_gymnax("CartPole-v1", max_steps_in_episode=20)
+    policy = mlp(env.observation, env.action, (4,))
+    behaviours = tuple(policy.init(jax.random.key(10 + k)) for k in range(kinds))
+    key = jax.random.key(1)
+    source = Source(env, policy, Estimator(), behaviours[0], key, HP, behaviours)
+    found = jax.jit(lambda start: roll(source, start, 7))(5)
+    alone = jax.jit(lambda params, key: episodes(env, Agent(policy), params, key, 1)[0])
+    for lane, number in enumerate(range(5, 12)):
+        params = AgentParams(behaviours[number % kinds], ())
+        one = alone(params, jax.random.fold_in(key, number))
+        for field in ("obs", "action", "reward", "mask"):
+            np.testing.assert_allclose(
+                getattr(found, field)[:, lane], getattr(one, field)[:, 0], 1e-5, 1e-6
+            )
 
 
 @pytest.mark.slow

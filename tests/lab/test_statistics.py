@@ -8,6 +8,7 @@ from instances import instance_a
 from worlds import bandit
 
 from jaxpg import Hyperparams
+from jaxpg.devices import built_for
 from jaxpg.envs import from_gymnax, from_mdp
 from jaxpg.estimators import Estimator, baselines, credit, importance
 from jaxpg.lab import exact
@@ -113,12 +114,18 @@ def test_coupled_estimators_are_measured_by_replicated_batches():
 
 
 @pytest.mark.slow
-def test_chunks_do_not_change_the_result(monkeypatch):
-    whole = measure(num=3000)
-    monkeypatch.setattr(samples, "CHUNK_BYTES", 2**13)
-    chunked = measure(num=3000)
-    assert np.allclose(whole.mean, chunked.mean, rtol=1e-5, atol=1e-6)
-    assert whole.trace.value == pytest.approx(chunked.trace.value, rel=1e-6)
+@pytest.mark.parametrize("estimator", [Estimator(), Estimator(baseline=baselines.leave_one_out)])
+def test_chunks_do_not_change_the_result(estimator, monkeypatch):
+    """Small chunks, whole groups side by side as on an accelerator, and what fills a cache."""
+    whole = measure(estimator, 3000, batch_size=8)
+    monkeypatch.setattr(samples, "CHUNK_BYTES", {"cpu": 2**13})
+    chunked = measure(estimator, 3000, batch_size=8)
+    with built_for("gpu"):
+        beside = measure(estimator, 3000, batch_size=8)
+    for found in (chunked, beside):
+        assert np.allclose(whole.mean, found.mean, rtol=1e-5, atol=1e-6)
+        assert whole.trace.value == pytest.approx(found.trace.value, rel=1e-6)
+        assert whole.num_steps == found.num_steps
 
 
 def test_merging_survives_a_million_plus_minus_one():

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpg.devices import backend
 from jaxpg.envs import Env, check_env
 from jaxpg.estimators import (
     Estimator,
@@ -26,12 +27,14 @@ from jaxpg.estimators import (
 from jaxpg.estimators.control_variates import ControlVariate
 from jaxpg.memory import available_bytes
 from jaxpg.policies import Agent, AgentParams, Network
-from jaxpg.rollout import episodes
+from jaxpg.rollout.episodic import episodes_from
 from jaxpg.types import Array, Hyperparams, Key, Params, Trajectory
 
-# Working memory of one chunk of trajectories. Small enough for a CPU's cache to help, large enough to
-# fill its vector units; a GPU holds it a thousand times over.
-CHUNK_BYTES = 2**25
+# Working memory of one chunk of trajectories. On a CPU small enough for its cache to help, large enough to fill
+# its vector units. An accelerator starts as many operations for a large chunk as for a small one: on an H100 10^5
+# trajectories of CartPole take 54,000 kernels, and 12,000,000 in a CPU's chunks. They need a third of these bytes.
+CHUNK_BYTES = {"cpu": 2**25}
+OTHER_CHUNK_BYTES = 2**33
 
 
 class Source(NamedTuple):
@@ -118,8 +121,9 @@ def couples(estimator: Estimator) -> bool:
 
 
 def chunk_size(source: Source) -> int:
-    """Trajectories per chunk, so that a chunk's rollout, activations and gradients fill CHUNK_BYTES."""
-    return max(1, min(2**16, int(CHUNK_BYTES // trajectory_bytes(source, 2))))
+    """Trajectories per chunk, so that a chunk's rollout, activations and gradients fill its bytes."""
+    room = CHUNK_BYTES.get(backend(), OTHER_CHUNK_BYTES)
+    return max(1, min(2**16, int(room // trajectory_bytes(source, 2))))
 
 
 def trajectory_bytes(source: Source, gradients: float) -> float:
@@ -183,20 +187,23 @@ def log_probs(source: Source, trajectory: Trajectory) -> Callable[[Params], Arra
 
 
 def roll(source: Source, start: Array | int, size: int) -> Trajectory:
-    agent = Agent(source.policy, source.critic)
+    env, agent = source.env, Agent(source.policy, source.critic)
     behaviour = source.policy_params if source.behaviour_params is None else source.behaviour_params
     several = tuple(behaviour) if isinstance(behaviour, tuple | list) else (behaviour,)
+    kinds = len(several)
+    # Column j holds the trajectories of one behaviour, so that all of them share its products.
+    index = start + jnp.arange(-(-size // kinds) * kinds).reshape(-1, kinds)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *several)
 
-    def one(index):
-        key = jax.random.fold_in(source.key, index)
-        params = AgentParams(
-            jax.tree.map(lambda x: x[index % len(several)], stacked), source.critic_params
-        )
-        return jax.tree.map(lambda x: x[:, 0], episodes(source.env, agent, params, key, 1)[0])
+    def column(policy_params, index):
+        params = AgentParams(policy_params, source.critic_params)
+        keys = jax.vmap(partial(jax.random.fold_in, source.key))(index)
+        return episodes_from(env, agent, params, keys)
 
-    trajectory = jax.vmap(one, out_axes=1)(start + jnp.arange(size))
-    if len(several) == 1:
+    columns = jax.tree.map(lambda x: x[index[0] % kinds], stacked)
+    found = jax.vmap(column, (0, 1), 2)(columns, index)
+    trajectory = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])[:, :size], found)
+    if kinds == 1:
         return trajectory
     each = jax.vmap(log_probs(source, trajectory))(stacked)
     return trajectory._replace(log_prob=importance.mixture(each, trajectory.mask))

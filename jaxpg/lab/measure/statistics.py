@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpg.batching import divisor
 from jaxpg.lab.measure.samples import (
     Source,
     check_source,
@@ -137,7 +138,7 @@ def _measure(source: Source, size: int, num_samples: int) -> tuple[SampleMoments
         if size == 1:
             chunk = gather(source, start, at_a_time)
             return rows_of(source, chunk), _weights_of(source, chunk)
-        return jax.lax.map(lambda i: _one_batch(source, i, size), start + jnp.arange(at_a_time))
+        return jax.vmap(lambda i: _one_batch(source, i, size))(start + jnp.arange(at_a_time))
 
     def group(index):
         def piece(state, offset):
@@ -158,7 +159,8 @@ def _measure(source: Source, size: int, num_samples: int) -> tuple[SampleMoments
         )
         return jax.lax.scan(piece, start, jnp.arange(pieces))[0]
 
-    moments, weights = jax.lax.map(group, jnp.arange(GROUPS))
+    beside = divisor(GROUPS, max(1, chunk_size(source) // (per_group * size)))
+    moments, weights = jax.lax.map(group, jnp.arange(GROUPS), batch_size=beside)
     return moments, _Weights(
         jax.nn.logsumexp(weights.log_sums, axis=0),
         weights.steps.sum(),
