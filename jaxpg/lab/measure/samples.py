@@ -30,9 +30,9 @@ from jaxpg.policies import Agent, AgentParams, Network
 from jaxpg.rollout.episodic import episodes_from
 from jaxpg.types import Array, Hyperparams, Key, Params, Trajectory
 
-# Working memory of one chunk of trajectories. On a CPU small enough for its cache to help, large enough to fill
-# its vector units. An accelerator starts as many operations for a large chunk as for a small one: on an H100 10^5
-# trajectories of CartPole take 54,000 kernels, and 12,000,000 in a CPU's chunks. They need a third of these bytes.
+# Working memory of one chunk of trajectories. On a CPU small enough for its cache to help, large enough to
+# fill its vector units. An accelerator starts as many operations for a large chunk as for a small one: on an
+# H100 10^5 trajectories of CartPole take 54,000 kernels, or 12,000,000 in a CPU's chunks.
 CHUNK_BYTES = {"cpu": 2**25}
 OTHER_CHUNK_BYTES = 2**33
 
