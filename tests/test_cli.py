@@ -148,6 +148,7 @@ BAD = {
     "CartPole-v1 --algorithm pppo": "did you mean ppo",
     "CartPole-v1 --network mpl": "did you mean mlp",
     "CartPole-v1 --activation tahn": "did you mean tanh",
+    "CartPole-v1 --precision hihg": "did you mean high",
     "CartPole-v1 --optimizer adm": "did you mean adam",
     "CartPole-v1 --schedule linaer": "did you mean linear",
     "CartPole-v1 --num-minibatches 7": "num_minibatches=7; use 1022 or 1029",

@@ -39,6 +39,10 @@ from jaxpg.types import Array, Carry, Key, Params
 # Numbers in an activation that is large: it is then kept once. On a TPU that doubled a minibatch's cycles.
 LARGE = {"gpu": 2**22}
 
+# Of matrix products: factors of float32 in one, three or six products of bfloat16 on a TPU; on a GPU rounded
+# to 10 bits, or in full.
+PRECISIONS = {x.name.lower(): x for x in jax.lax.Precision}
+
 ACTIVATIONS = {"tanh": nn.tanh, "relu": nn.relu, "silu": nn.silu, "gelu": nn.gelu}
 
 
@@ -220,6 +224,8 @@ def _gains(module: nn.Module, *inputs: Array) -> Params:
 def _body(hidden, activation, precision) -> _Apply:
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; use one of {', '.join(ACTIVATIONS)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; use one of {', '.join(PRECISIONS)}")
     layers = []
     for width in hidden:
         # sqrt(2): the customary gain of hidden layers in policy-gradient code (Huang et al., 2022).

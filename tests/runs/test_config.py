@@ -1,15 +1,17 @@
 """Grids, and the table of presets behind the flags."""
 
+import re
 from dataclasses import fields, replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxpg.envs import gymnax_names
 from jaxpg.optimizers import BATCH_SCALINGS, OPTIMIZERS, SCHEDULES
 from jaxpg.policies import NETWORKS, init_params
-from jaxpg.policies.networks import ACTIVATIONS
+from jaxpg.policies.networks import ACTIVATIONS, PRECISIONS
 from jaxpg.runs.config.config import COUNTS, Config, Grid, check, completed, points, varying
 from jaxpg.runs.config.flags import parse, request
 from jaxpg.runs.config.presets import PRESETS, preset
@@ -77,6 +79,7 @@ def test_every_hyperparameter_stands_once_in_the_table():
         ("algorithm", TRAINABLE),
         ("network", NETWORKS),
         ("activation", ACTIVATIONS),
+        ("precision", PRECISIONS),
         ("optimizer", OPTIMIZERS),
         ("schedule", SCHEDULES),
         ("batch_scaling", BATCH_SCALINGS),
@@ -156,3 +159,15 @@ def test_every_field_is_a_flag(capsys):
     flags = [n.strip("_").replace("_", "-") for n in names]
     missing = [n for n in flags if f"--{n}" not in text and f"--no-{n}" not in text]
     assert missing == []
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_products_have_the_precision_that_is_asked_for(precision):
+    config, _ = parse(["CartPole-v1", "--precision", precision], "jaxpg train")
+    agent = build(config).agent
+    obs, first = jnp.ones((1, 2, 4)), jnp.ones((1, 2), bool)
+    for network in agent:
+        params = jax.eval_shape(network.init, jax.random.key(0))
+        text = jax.jit(network.apply).lower(params, (), obs, first).as_text()
+        asked = re.findall(r"dot_general.*precision = \[(\w+), (\w+)\]", text)
+        assert asked == [(precision.upper(),) * 2] * 3

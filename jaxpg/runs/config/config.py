@@ -89,6 +89,9 @@ class Config:
     network: str = _flag("mlp", "mlp, linear, gru or tabular; policy and critic are built alike")
     hidden: tuple[int, ...] = _flag((64, 64), "widths of the hidden layers")
     activation: str = _flag("tanh", "tanh, relu, silu or gelu")
+    precision: str = _flag(
+        "highest", "of matrix products on a GPU or TPU: default, high or highest; a CPU's are full"
+    )
     initial_std: float = _flag(
         0.5, "initial standard deviation of real-valued actions, in half action ranges"
     )

@@ -15,7 +15,7 @@ from jaxpg.optimizers import BATCH_SCALINGS, OPTIMIZERS, SCHEDULES, batch_scaled
 from jaxpg.optimizers.adaptation import ADAPTATIONS, fixed
 from jaxpg.optimizers.natural import NATURAL_OPTIMIZERS
 from jaxpg.policies import NETWORKS, Agent, actor_critic
-from jaxpg.policies.networks import ACTIVATIONS
+from jaxpg.policies.networks import ACTIVATIONS, PRECISIONS
 from jaxpg.runs.config.config import Config
 from jaxpg.runs.config.rows import counts_of
 from jaxpg.runs.console import shortened
@@ -40,6 +40,7 @@ def build(config: Config) -> Parts:
     # Names come first, because making the environment takes seconds.
     known(NETWORKS, "network", config.network)
     known(ACTIVATIONS, "activation", config.activation)
+    known(PRECISIONS, "precision", config.precision)
     # In older versions, gymnax's 32-bit values become 64-bit in a mapped scan.
     if jax.config.read("jax_enable_x64") and not hasattr(jax, "enable_x64"):
         raise ValueError(
@@ -51,7 +52,7 @@ def build(config: Config) -> Parts:
     accepted = inspect.signature(NETWORKS[config.network]).parameters
     settings = {
         name: getattr(config, name)
-        for name in ("hidden", "activation", "initial_std")
+        for name in ("hidden", "activation", "precision", "initial_std")
         if name in accepted
     }
     agent = actor_critic(env, config.network, normalise=config.normalise, **settings)
