@@ -14,9 +14,14 @@ from jax.sharding import AxisType, PartitionSpec
 
 # Mesh axis over the two devices on which `concurrently` runs its two functions.
 PAIR = "pair"
-# What a GPU may launch as one graph: jaxlib's own choice, and loops and choices, which the host would drive.
-GRAPHS = "xla_gpu_enable_command_buffer"
-_IN_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+# What a GPU launches as one graph: all that jaxlib puts there by itself and loops, which the host would drive
+# otherwise. Without the second option a loop between fewer than 5 kernels stays outside, with its whole body.
+GRAPHS = {
+    "xla_gpu_enable_command_buffer": (
+        "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    ),
+    "xla_gpu_graph_min_graph_size": 1,
+}
 # Before 0.10 a loop's graph crashed when it ran again (openxla/xla#35760); after 0.11 the names are untried.
 _GRAPHS_KNOWN = (0, 10) <= jax.__version_info__ < (0, 12)
 # Say how jax allocates a GPU's memory; jax refuses the first beside the second, its deprecated name.
@@ -80,8 +85,8 @@ def check_devices() -> None:
 def compiler_options(effort: int | None) -> dict[str, Any] | None:
     """Options of `jax.jit` for an optimisation effort of 0 (compiles fastest) to 3; None is the default.
 
-    Only the CPU's compiler takes one; other devices always compile with full effort. A GPU's puts loops and
-    choices into graphs, unless the user's XLA_FLAGS say what it puts there.
+    Only the CPU's compiler takes one; other devices always compile with full effort. A GPU's puts loops into
+    graphs, unless the user's XLA_FLAGS say what it puts there.
 
     >>> compiler_options(2), compiler_options(None)
     ({'xla_backend_optimization_level': 2}, None)
@@ -93,9 +98,9 @@ def compiler_options(effort: int | None) -> dict[str, Any] | None:
     return {"xla_backend_optimization_level": effort}
 
 
-def _graphs() -> dict[str, str]:
-    given = GRAPHS in os.environ.get("XLA_FLAGS", "")
-    return {} if given or not _GRAPHS_KNOWN else {GRAPHS: _IN_GRAPHS}
+def _graphs() -> dict[str, Any]:
+    given = any(option in os.environ.get("XLA_FLAGS", "") for option in GRAPHS)
+    return {} if given or not _GRAPHS_KNOWN else dict(GRAPHS)
 
 
 def take_gpu_memory(
@@ -117,7 +122,7 @@ def take_gpu_memory(
         environment[MEMORY[0]] = "0.9"
 
 
-def launch_options() -> dict[str, str]:
+def launch_options() -> dict[str, Any]:
     """What a GPU's programs are launched with, for the record: their graphs and its memory.
 
     >>> launch_options()  # on any other device

@@ -17,15 +17,27 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import requires, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from compiled_text import ROOT, Block, Chip, Cost, Text, arrays, measured, parsed, source
+from compiled_text import (
+    ROOT,
+    Block,
+    Chip,
+    Cost,
+    Text,
+    arrays,
+    launches,
+    measured,
+    parsed,
+    source,
+)
 from program_cases import CASES, PEER_CASES, Program, budgeted, rejax
 
 BUDGETS = ROOT / "tests" / "budgets.json"
@@ -37,7 +49,7 @@ H100 = """gpu_device_info {
   memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
   device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
   cuda_compute_capability { major: 9 minor: 0 } registers_per_core_limit: 65536
-  registers_per_block_limit: 65536 }
+  registers_per_block_limit: 65536 driver_version: "12.9.0" runtime_version: "12.9.0" }
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
@@ -70,6 +82,12 @@ CHIPS = {
 # ---- compiling them
 
 
+class Target(NamedTuple):
+    chip: Chip
+    place: Any  # of one chip, among those that the compiler is told of
+    options: dict[str, Any]  # of the compiler
+
+
 def place(chip: Chip) -> Any:
     import jax
     from jax.experimental import topologies
@@ -84,15 +102,18 @@ def place(chip: Chip) -> Any:
 TOO_LARGE = "{} needs {} of memory and the chip has {}; leave it out by --case"
 
 
-def compiled(name: str, program: Program, chip: Chip, where: Any) -> tuple[Any, float, float]:
+def compiled(
+    name: str, program: Program, target: Target, **options: Any
+) -> tuple[Any, float, float]:
     """The program as the chip would run it, and the compiler's seconds: by the clock, and of processors."""
     import jax
 
+    chip, where = target.chip, target.place
     jitted = jax.jit(program.function, in_shardings=where, out_shardings=where)
     lowered = jitted.trace(*program.arguments).lower(lowering_platforms=(chip.lowering,))
     started, worked = time.perf_counter(), time.process_time()
     try:
-        found = lowered.compile()
+        found = lowered.compile(target.options | options)
     except jax.errors.JaxRuntimeError as error:
         if (sizes := too_large(str(error))) is None:
             raise
@@ -111,9 +132,21 @@ def too_large(message: str) -> tuple[str, str] | None:
     return (found[1], found[2]) if found else None
 
 
-def row_of(name: str, program: Program, chip: Chip, where: Any) -> tuple[dict[str, Any], Text]:
-    found, seconds, work = compiled(name, program, chip, where)
-    text = parsed(found.as_text())
+def row_of(name: str, program: Program, target: Target) -> tuple[dict[str, Any], Text]:
+    chip, starts = target.chip, None
+    with tempfile.TemporaryDirectory() as folder:
+        dumps = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if chip.launch else {}
+        found, seconds, work = compiled(name, program, target, **dumps)
+        text = parsed(found.as_text())
+        if dumps:  # the last is of the program; each pass that changes the sequence writes it again
+            sequence, metadata = (
+                max(
+                    Path(folder).glob(f"*thunk_{what}*.txt"),
+                    key=lambda x: (x.stat().st_mtime, x.name),
+                )
+                for what in ("sequence", "metadata")
+            )
+            starts = launches(text, sequence.read_text(), metadata.read_text()) / program.updates
     block = measured(text, chip)
     total = Cost().plus(block.once, 1 / program.updates)
     loops = list(_loops(block, program.updates))
@@ -127,6 +160,7 @@ def row_of(name: str, program: Program, chip: Chip, where: Any) -> tuple[dict[st
         "case": name,
         "operations": total.operations,
         "round_trips": total.round_trips if chip.round_trip else None,
+        "launches": starts,
         "megacycles": total.cycles / 1e6 if chip.clock else None,
         "temporary_bytes": found.memory_analysis().temp_size_in_bytes,
         "largest": {shape: every[shape] for shape in largest},
@@ -166,7 +200,8 @@ def caption(chip: str) -> str:
     found = CHIPS[chip]
     rate = (
         f"{found.launch * 1e6:g} us per kernel, or its bytes at {found.bandwidth / 1e12:g} TB/s if "
-        f"that takes longer, and {found.round_trip * 1e6:g} us per round trip to the host."
+        f"that takes longer, and {found.round_trip * 1e6:g} us per round trip to the host, as if "
+        "there were no graphs. With graphs the host starts what is called launches."
     )
     if found.clock:
         rate = (
@@ -179,7 +214,7 @@ def caption(chip: str) -> str:
 
 
 HEADER = (
-    f"{'case':26}{'operations':>11}{'round trips':>12}{'Mcycles':>9}{'temporary':>11}"
+    f"{'case':26}{'operations':>11}{'round trips':>12}{'launches':>9}{'Mcycles':>9}{'temporary':>11}"
     f"{'collectives':>14}{'compile (cpu)':>17}  predicted steps/s"
 )
 
@@ -192,7 +227,8 @@ def show(row: dict[str, Any], whose: str = "") -> None:
     moved = f"{row['collectives']:.0f}: {row['collective_bytes'] / 1e6:.2f} MB"
     print(
         f"{whose + row['case']:26}{most + number(row['operations'], '.0f'):>11}"
-        f"{number(row['round_trips'], '.0f'):>12}{number(row['megacycles'], '.2f'):>9}"
+        f"{number(row['round_trips'], '.0f'):>12}{number(row['launches'], '.0f'):>9}"
+        f"{number(row['megacycles'], '.2f'):>9}"
         f"{row['temporary_bytes'] / 1e6:>8.1f} MB{moved if row['collectives'] else '0':>14}"
         f"{row['compile_seconds']:>8.1f} ({row['compile_processor_seconds']:>4.1f}) s  "
         f"{row['predicted_steps_per_second']:.2e}"
@@ -303,9 +339,8 @@ def peer_rows(chip: str, names: list[str], precision: str, libraries: Path) -> l
 def spending(row: str, environment: str) -> list[list]:
     """What an update costs on a v5e, in all and in each loop: its name, its trips, and of one trip the
     operations and the thousands of cycles."""
-    chip = CHIPS["v5e"]
-    with building(chip) as where:
-        found, _ = row_of(row, budgeted(row, environment), chip, where)
+    with building(CHIPS["v5e"]) as target:
+        found, _ = row_of(row, budgeted(row, environment), target)
     rows = [["in all", 1, round(found["operations"]), round(1e3 * found["megacycles"], 1)]]
     for loop in found["loops"]:
         name = "  " * loop["depth"] + loop["name"]
@@ -414,27 +449,30 @@ def _check_writable(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def building(chip: Chip, own: bool = True, precision: str | None = None) -> Iterator[Any]:
-    """Provides the place on a chip for which programs are compiled. own: they are jaxpg's."""
+def building(chip: Chip, own: bool = True, precision: str | None = None) -> Iterator[Target]:
+    """Provides what programs are compiled for. own: they are jaxpg's, with the options of its command."""
     os.environ |= QUIET
     import jax
 
-    told = contextlib.nullcontext()
-    if own:
-        from jaxpg.devices import built_for
-
-        told = built_for(chip.platform)
-    with warnings.catch_warnings(), told, jax.default_matmul_precision(precision):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        yield place(chip)
+        stack.enter_context(jax.default_matmul_precision(precision))
+        options = None
+        if own:
+            from jaxpg.devices import built_for, compiler_options
+
+            stack.enter_context(built_for(chip.platform))
+            options = compiler_options(None)
+        yield Target(chip, place(chip), options or {})
 
 
 def _rows(chosen, names, make) -> Iterator[dict[str, Any]]:
     chip = CHIPS[chosen.chip]
     precision = None if chosen.precision == "own" else chosen.precision
-    with building(chip, make is not rejax, precision) as where:
+    with building(chip, make is not rejax, precision) as target:
         for name in names:
-            row, text = row_of(name, make(name), chip, where)
+            row, text = row_of(name, make(name), target)
             show(row, "rejax " if make is rejax else "")
             if chosen.explain == name:
                 explain(text, measured(text, chip))
@@ -446,7 +484,7 @@ def _compare(rows: list[dict[str, Any]], peers: list[dict[str, Any]]) -> None:
     for peer in peers:
         own = ours[peer["case"]]
         parts = []
-        for what in ("operations", "round_trips", "megacycles", "temporary_bytes"):
+        for what in ("operations", "round_trips", "launches", "megacycles", "temporary_bytes"):
             if own[what] is not None:
                 ratio = f", ratio {own[what] / peer[what]:.2f}" if peer[what] else ""
                 parts.append(f"{what} {own[what]:.4g} against {peer[what]:.4g}{ratio}")

@@ -310,3 +310,67 @@ def _constant(inside: Computation, name: str, body: Computation, loop: Operation
         else:
             return None
     return None
+
+
+# ---- what a GPU's host starts
+
+
+class Thunk(NamedTuple):
+    """What the host starts, or evaluates to decide what to start."""
+
+    kind: str
+    number: int
+    parts: dict[
+        str, list["Thunk"]
+    ]  # by their label: a loop's condition and body, a choice's branches
+
+
+def launches(text: Text, sequence: str, metadata: str) -> float:
+    """How often the host starts a kernel or a graph, or reads a value, in one run of the program.
+
+    sequence, metadata: as XLA dumps them. A graph is started once, whatever loops are in it.
+    """
+    loops = {
+        operation.name: _trips(text, body, operation)
+        for body in text.computations.values()
+        for operation in body.values()
+        if operation.opcode == "while"
+    }
+    pairs = re.findall(r'profile_annotation: "(.*)"\n    thunk_id: (\d+)', metadata)
+    names = {int(number): name for name, number in pairs}
+    return _started(_thunks(sequence), names, loops)
+
+
+def _thunks(sequence: str) -> list[Thunk]:
+    root = Thunk("", 0, {"": []})
+    above, label, outside = [(-1, root)], "", 0
+    for spaces, number, kind, found in re.findall(
+        r"^( *)(?:(\d+): (k\w+).*|(\w+:))$", sequence, re.MULTILINE
+    ):
+        if found:  # a label; that of a condition is not indented
+            label, outside = found, 0 if found == "condition:" else len(spaces)
+            continue
+        while above[-1][0] >= len(spaces):
+            above.pop()
+        parent, thunk = above[-1][1], Thunk(kind, int(number), {})
+        if label and len(spaces) > outside:  # an empty branch leaves its label behind
+            parent.parts[label] = []
+        label = ""
+        parent.parts.setdefault(next(reversed(parent.parts), ""), []).append(thunk)
+        above.append((len(spaces), thunk))
+    return root.parts[""]
+
+
+def _started(thunks: list[Thunk], names: dict[int, str], loops: dict) -> float:
+    total = 0.0
+    for thunk in thunks:
+        inside = {label: _started(part, names, loops) for label, part in thunk.parts.items()}
+        if thunk.kind == "kWhile":
+            trips, known, _ = loops[names[thunk.number]]
+            # Unless trips are known, the host runs the condition and reads its answer.
+            total += trips * (inside["body:"] + (0 if known else inside["condition:"] + 1))
+        elif thunk.kind == "kConditional":
+            total += 1 + max(inside.values(), default=0.0)
+        else:  # a kernel, or a graph with all that is in it
+            total += 1
+    return total

@@ -164,6 +164,58 @@ def test_a_loop_that_reads_its_answers_ends_with_the_last_of_them():
     assert (loop.trips, loop.exact) == (256, False)
 
 
+# As XLA writes it: seven trips that the compiler knows are a graph of two kernels each, and nine at most are
+# asked for by two kernels of a condition, with a choice of a copy or two kernels in each; then a graph.
+THUNKS = """001: kCopy  [source       | next=004 (3)] kCopy
+004: kWhile [prev=003 (1) | sink        ]   
+condition:
+    005: kCustomKernel [source       | next=006 (1)] input_reduce_fusion grid: [1, 1, 1]
+    006: kCustomKernel [prev=005 (1) | sink        ] loop_and_fusion grid: [1, 1, 1]
+  body:
+    012: kConditional  [prev=008 (1) | next=013 (1)]       
+      false_branch:
+        009: kCopy         [source       | next=010 (1)] kCopy
+      true_branch:
+        010: kCustomKernel [source       | next=011 (1)] fusion_1
+        011: kCustomKernel [prev=010 (1) | sink        ] fusion_2
+    014: kWhile        [prev=013 (1) | next=020 (1)]       
+condition:
+        015: kCustomKernel [source | sink] loop_compare_fusion grid: [1, 1, 1]
+      body:
+        000: kCommandBuffer [source | sink] 
+            016: kCustomKernel       [source | sink        ] loop_add_fusion_2 grid: [1, 1, 1]
+            017: kDynamicSliceFusion [source | sink        ] params=1, results=1
+                018: kCopy [source | sink] kCopy
+    020: kConditional  [prev=014 (1) | sink        ]       
+      branch_0:
+      branch_1:
+    021: kCopy         [prev=020 (1) | sink        ] kCopy
+000: kCommandBuffer [prev=004 (1) | sink        ] 
+    022: kWhile        [prev=013 (1) | next=020 (1)]       
+condition:
+        023: kCustomKernel [source | sink] loop_compare_fusion grid: [1, 1, 1]
+      body:
+        024: kCustomKernel [source | sink] loop_compare_fusion grid: [1, 1, 1]
+"""
+
+
+def test_a_graph_is_launched_once_whatever_loops_are_in_it(monkeypatch):
+    names = {4: "outer", 14: "inner", 22: "whole"}
+    trips = {"outer": (9, False, False), "inner": (7, True, True), "whole": (99, True, True)}
+    metadata = "".join(
+        f'  thunk_info {{\n    profile_annotation: "{name}"\n    thunk_id: {i}\n  }}\n'
+        for i, name in names.items()
+    )
+    operation = compiled_text.Operation("", "", "while", "", "", False)
+    body = {name: operation._replace(name=name) for name in trips}
+    monkeypatch.setattr(compiled_text, "_trips", lambda text, body, loop: trips[loop.name])
+    text = compiled_text.Text({"main": body}, "main", {})
+    started = compiled_text.launches(text, THUNKS, metadata)
+    # A copy; nine times the condition and its answer, a choice and its dearer branch, seven graphs, a choice
+    # of nothing and a copy; the last graph.
+    assert started == 1 + 9 * (2 + 1 + 1 + 2 + 7 * 1 + 1 + 1) + 1
+
+
 def test_a_slice_reads_only_its_part():
     text = programs.parsed(GPU)
     body = text.computations["body"]
