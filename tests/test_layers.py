@@ -29,7 +29,7 @@ RANKS = {
 }
 # In these folders a file or folder imports only from those before it.
 ORDER = {
-    "rollout": ["stepping", "episodic", "stream", "evaluation", "__init__"],
+    "rollout": ["packing", "stepping", "episodic", "stream", "evaluation", "__init__"],
     "training": [
         "data",
         "algorithm",

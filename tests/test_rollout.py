@@ -16,7 +16,7 @@ from jaxpg.lab import Source, gradient_samples
 from jaxpg.policies import Agent, Categorical, Network, actor_critic, gru, init_params, mlp
 from jaxpg.rollout import episodes, episodic, evaluate, evaluation, init_stream, stream, unroll
 from jaxpg.rollout.episodic import BLOCK
-from jaxpg.rollout.stepping import pack, unpack
+from jaxpg.rollout.packing import pack, unpack
 from jaxpg.training.algorithm import algorithm
 from jaxpg.training.imitation import imitate
 from jaxpg.types import TimeStep
@@ -425,7 +425,7 @@ def test_parameters_without_a_critics_are_refused_for_an_agent_with_one():
 
 
 def test_packing_keeps_every_bit(x64, monkeypatch):
-    """A GPU's rows lie in one array of words; fields with many numbers stay as they are."""
+    """A GPU's rows lie in one array of words; large and shared fields stay as they are."""
     monkeypatch.setattr(devices, "_told", ["gpu"])
     odd = np.array([np.nan, -np.inf, -0.0, 5e-324, 0.1])
     whole = np.array([-(2**63), 2**63 - 1, 0, -1, 7])
@@ -436,9 +436,11 @@ def test_packing_keeps_every_bit(x64, monkeypatch):
         "flag": whole > 0,
         "short": whole.astype(np.int8),
         "image": np.ones((5, 8, 8), np.float32),
+        "shared": np.arange(3.0)[None],
+        "scalar": np.float32(2),
     }
-    rows = jax.jit(lambda row: pack(jax.tree.map(lambda x: jnp.asarray(x), row)))(row)
-    assert rows.words.shape == (5, 4 + 1 + 2 + 1) and len(rows.rest) == 2
+    rows = jax.jit(lambda row: pack(jax.tree.map(jnp.asarray, row), 5))(row)
+    assert rows.words.shape == (5, 4 + 1 + 2 + 1) and len(rows.rest) == 4
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), rows)
     for name, found in unpack(stacked).items():
         assert found.dtype == row[name].dtype

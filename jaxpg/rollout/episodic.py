@@ -11,6 +11,7 @@ from jaxpg.batching import any_replica, fair_divisor
 from jaxpg.devices import backend
 from jaxpg.envs import Env
 from jaxpg.policies import Agent, AgentParams, check_params, initial_carry
+from jaxpg.rollout.packing import pack, unpack
 from jaxpg.rollout.stepping import (
     EpisodeSums,
     act,
@@ -19,11 +20,9 @@ from jaxpg.rollout.stepping import (
     lane_keys,
     lanes_together,
     noise_function,
-    pack,
     reset_lanes,
     step_keys,
     step_lanes,
-    unpack,
 )
 from jaxpg.types import Array, Key, Trajectory
 
@@ -153,7 +152,7 @@ def _episodes(
             # 0 after the end, 1 on the way, 2 at a truncation, 3 at a termination.
             kept(alive, jnp.int32(1) + last + dies),
         )
-        return (alive & ~last, env_state, result.obs, policy_carry), pack(row)
+        return (alive & ~last, env_state, result.obs, policy_carry), pack(row, num_lanes)
 
     inputs = inputs_of(agent, params, k_steps, opening)
     start = jnp.ones(num_lanes, bool), env_state, opening, carry.policy

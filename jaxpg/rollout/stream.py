@@ -12,18 +12,16 @@ from jaxpg.batching import any_replica, divisor, if_any
 from jaxpg.devices import backend
 from jaxpg.envs import Env, check_env
 from jaxpg.policies import Agent, AgentCarry, AgentParams, Network, check_params, initial_carry
+from jaxpg.rollout.packing import pack, small, unpack
 from jaxpg.rollout.stepping import (
     EpisodeSums,
     act,
     kept,
     noise_function,
-    pack,
     reset_lanes,
     select,
-    small,
     step_keys,
     step_lanes,
-    unpack,
 )
 from jaxpg.types import Array, Key, Params, Trajectory
 
@@ -41,7 +39,6 @@ SMALL = {"gpu": 64, "tpu": 64}
 # an accelerator the activations would be the largest arrays of the program.
 AT_ONCE = {"cpu": 2048}
 OTHERS_AT_ONCE = 2**17
-
 
 # Steps in one pass of the loop. On a GPU four write their rows at once.
 UNROLL = {"gpu": 4}
@@ -114,7 +111,7 @@ def unroll(
         chosen = chosen if small(chosen) else chosen.log_prob(action)
         row = obs, action, chosen, result.reward, result.terminated, last, value, beyond
         carry = AgentCarry(policy_carry, critic_carry)
-        return (env_state, next_obs, last, carry, resets + last), pack(row)
+        return (env_state, next_obs, last, carry, resets + last), pack(row, num_envs)
 
     none = jnp.zeros(num_envs, jnp.int32)
     start = state.env_state, state.obs, state.first, state.carry, none
@@ -122,7 +119,7 @@ def unroll(
     env_state, obs, ending, carry, _ = after
     value: Any
     seen, action, chosen, reward, terminated, last, value, beyond = unpack(rows)
-    log_prob = chosen.log_prob(action) if hasattr(chosen, "log_prob") else chosen
+    log_prob = chosen if isinstance(chosen, jax.Array) else chosen.log_prob(action)
     first = jnp.concatenate([state.first[None], last[:-1]])
     if critic is None:
         value = next_value = jnp.zeros_like(reward)
