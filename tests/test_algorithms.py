@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tracing import take, traced_once, trained
 from worlds import bandit, clock
 
 from jaxpg import Hyperparams, make_trainer, train
@@ -40,8 +41,11 @@ def cartpole():
 
 def demonstrations(env, num_episodes=NUM_ENVS):
     agent = Agent(mlp(env.observation, env.action, (8,)))
-    params = init_params(agent, jax.random.key(99))
-    return episodes(env, agent, params, jax.random.key(98), num_episodes)[0]
+
+    def shown(k_params, k_episodes):
+        return episodes(env, agent, init_params(agent, k_params), k_episodes, num_episodes)[0]
+
+    return jax.jit(shown)(jax.random.key(99), jax.random.key(98))
 
 
 def build(name, env, network="mlp", shows=True, **settings):
@@ -50,10 +54,6 @@ def build(name, env, network="mlp", shows=True, **settings):
     num_steps = None if row.data.whole_episodes else NUM_STEPS
     trainer = make_trainer(env, agent, row, num_envs=NUM_ENVS, num_steps=num_steps, **settings)
     return trainer, demonstrations(env) if shows and row.data.demonstrations else None
-
-
-def take(tree, i):
-    return jax.tree.map(lambda x: x[i], tree)
 
 
 def assert_trees_equal(one, other, **tolerance):
@@ -71,7 +71,7 @@ def assert_trees_equal(one, other, **tolerance):
 def test_properties_of_every_row(name):
     env = cartpole()
     trainer, demos = build(name, env)
-    traces = []
+    trainer, traces = traced_once(trainer), []
 
     def run(state, hyperparams, num_updates):
         traces.append(num_updates)
@@ -83,14 +83,14 @@ def test_properties_of_every_row(name):
     states = jax.vmap(trainer.init)(keys)
     # Strong types: a Python number and an array would be two signatures.
     hyperparams = jax.tree.map(jnp.float32, Hyperparams(learning_rate=1e-2, schedule_updates=8.0))
-    first = jax.tree.map(lambda x: x[0], states)
+    first = take(states, 0)
 
     # Chunks are invisible, bitwise; the metrics are stacked.
     halfway, early = two(first, hyperparams)
     end, late = two(halfway, hyperparams)
     whole, metrics = four(first, hyperparams)
     assert_trees_equal(end, whole)
-    assert_trees_equal(jax.tree.map(lambda a, b: jnp.concatenate([a, b]), early, late), metrics)
+    assert_trees_equal(jax.tree.map(lambda a, b: np.concatenate([a, b]), early, late), metrics)
     assert int(whole.num_updates) == 4 and metrics["objective"].shape == (4,)
     finite = [k for k in metrics if not k.startswith("episode") and "_lag" not in k]
     assert all(np.isfinite(metrics[k]).all() for k in finite)
@@ -99,7 +99,7 @@ def test_properties_of_every_row(name):
     other, _ = two(first, jax.tree.map(lambda x: 0.5 * x, hyperparams))
     assert traces == [2, 4], "one compile for two hyperparameter values"
     moved = jax.tree.map(
-        lambda a, b: np.abs(a - b).max(), other.params.policy, halfway.params.policy
+        lambda a, b: np.abs(np.subtract(a, b)).max(), other.params.policy, halfway.params.policy
     )
     assert max(jax.tree.leaves(moved)) > 0
 
@@ -141,24 +141,21 @@ def test_ppo_starts_each_update_at_ratio_one(layout):
     """With one epoch and one minibatch, the KL to the behaviour at the first step is rounding."""
     env = cartpole()
     agent = actor_critic(env, "gru" if layout == "lanes" else "mlp", hidden=(8,))
-    row = algorithm("ppo")._replace(num_epochs=1, num_minibatches=1)
-    trainer = make_trainer(env, agent, row, num_envs=4, num_steps=40)
-    state = trainer.init(jax.random.key(0))
-    hyperparams = Hyperparams(learning_rate=1e-2)
-    _, metrics = jax.jit(lambda s: train(trainer, s, hyperparams, num_updates=3))(state)
-    assert np.abs(metrics["kl"]).max() < 1e-9
-    row = row._replace(num_epochs=4)
-    trainer = make_trainer(env, agent, row, num_envs=4, num_steps=40)
-    _, metrics = jax.jit(lambda s: train(trainer, s, hyperparams, num_updates=3))(state)
-    assert metrics["kl"].min() > 1e-6, "control: later epochs have moved away"
+
+    def kl(num_epochs):
+        row = algorithm("ppo")._replace(num_epochs=num_epochs, num_minibatches=1)
+        trainer = make_trainer(env, agent, row, num_envs=4, num_steps=40)
+        return trained(trainer, Hyperparams(learning_rate=1e-2), 3)[1]["kl"]
+
+    assert np.abs(kl(1)).max() < 1e-9
+    assert kl(4).min() > 1e-6, "control: later epochs have moved away"
 
 
 @pytest.mark.slow
 def test_metrics_have_no_value_until_an_episode_has_ended():
     env = clock(12)
     trainer = make_trainer(env, actor_critic(env), algorithm("ppo"), num_envs=4, num_steps=8)
-    state = trainer.init(jax.random.key(0))
-    _, metrics = jax.jit(lambda s: train(trainer, s, Hyperparams(), num_updates=3))(state)
+    _, metrics = trained(trainer, Hyperparams(), 3)
     assert np.isnan(metrics["episode_return"][0]) and metrics["episodes"].tolist() == [0, 4, 4]
     assert metrics["episode_return"][1:].tolist() == [12.0, 12.0]
     assert metrics["env_steps"].tolist() == [32, 32, 32]
@@ -173,10 +170,7 @@ def test_per_parameter_baselines_train(variate):
     env = from_mdp(bandit((10.0, 11.0)))
     row = algorithm("reinforce")._replace(control_variate=variate, measure_noise=True)
     trainer = make_trainer(env, actor_critic(env, "tabular"), row, num_envs=64)
-    states = jax.vmap(trainer.init)(jax.random.split(jax.random.key(0), 4))
-    hyperparams = Hyperparams(learning_rate=0.1)
-    learn = jax.jit(jax.vmap(lambda s: train(trainer, s, hyperparams, num_updates=60)))
-    states, metrics = learn(states)
+    states, metrics = trained(trainer, Hyperparams(learning_rate=0.1), 60, seeds=4)
     assert (jax.nn.softmax(states.params.policy["logits"][:, 0])[:, 1] > 0.9).all()
     # At the start pi = 1/2: g = +-(10 or 11)/2 for both logits, tr Cov = 2 * 110.25 / 4 per episode.
     noise, signal = metrics["noise"][:, 0].mean(), metrics["signal"][:, 0].mean()
@@ -189,9 +183,7 @@ def test_measured_noise_is_that_of_the_gradient():
     env = from_mdp(bandit((0.0, 1.0)))
     row = algorithm("reinforce")._replace(measure_noise=True, policy_optimizer=sgd)
     trainer = make_trainer(env, actor_critic(env, "tabular"), row, num_envs=8)
-    state = trainer.init(jax.random.key(0))
-    frozen = Hyperparams(learning_rate=0.0)
-    _, metrics = jax.jit(lambda s: train(trainer, s, frozen, num_updates=4000))(state)
+    _, metrics = trained(trainer, Hyperparams(learning_rate=0.0), 4000)
     # One episode: g = +-(0, 1) R/2 with mean (-1/4, 1/4): E|g|^2 = 1/4, |E g|^2 = 1/8, tr Cov = 1/8.
     for name, value in (("noise", 0.125 / 8), ("signal", 0.125)):
         error = metrics[name].std() / 4000**0.5
@@ -329,11 +321,9 @@ def test_action_vectors_are_learnt(action, name):
     trainer = make_trainer(
         env, agent, row, num_envs=64, num_steps=None if row.data.whole_episodes else 4
     )
-    state = trainer.init(jax.random.key(0))
     hyperparams = Hyperparams(learning_rate=0.01, critic_learning_rate=0.01)
     # Without an entropy bonus ppo's sigma vanishes soon, and the last bits decide what happens then.
-    updates = 100 if name == "ppo" else 300
-    _, metrics = jax.jit(lambda s: train(trainer, s, hyperparams, num_updates=updates))(state)
+    _, metrics = trained(trainer, hyperparams, 100 if name == "ppo" else 300)
     assert metrics["episode_return"][-5:].mean() > 0.85
     assert metrics["episode_return"][0] < 0.5
 

@@ -228,7 +228,7 @@ def test_steps_stay_within_the_trust_region(name, environment, network):
     trainer = make_trainer(env, agent, row, num_envs=8, num_steps=16)
     numbers = jax.tree.map(jnp.float32, Hyperparams(max_kl=0.02))
     learn = jax.jit(jax.vmap(partial(train, trainer, num_updates=4), (0, None)))
-    states = jax.vmap(trainer.init)(jax.random.split(jax.random.key(0), 3))
+    states = jax.jit(jax.vmap(trainer.init))(jax.random.split(jax.random.key(0), 3))
     _, metrics = learn(states, numbers)
     assert (metrics["kl"] > 1e-4).any(), "something moves"
     if name == "trpo":

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tracing import take, traced_once, trained
 from worlds import clock
 
 from jaxpg import Hyperparams, make_trainer, train
@@ -79,7 +80,7 @@ def test_training_keeps_the_statistics_of_everything_seen(network):
         env, network, normalise=True, **({} if network == "linear" else {"hidden": (8,)})
     )
     row = algorithm("ppo")._replace(num_epochs=2, num_minibatches=2)
-    trainer = make_trainer(env, agent, row, num_envs=4, num_steps=25)
+    trainer = traced_once(make_trainer(env, agent, row, num_envs=4, num_steps=25))
     hyperparams = jax.tree.map(jnp.float32, Hyperparams(learning_rate=1e-2))
     learn = {
         n: jax.jit(jax.vmap(partial(train, trainer, num_updates=n), (0, None))) for n in (2, 4)
@@ -96,7 +97,7 @@ def test_training_keeps_the_statistics_of_everything_seen(network):
 
     # Here observations do not depend on the policy, only on the key, which is the trainer's.
     gather = jax.jit(partial(unroll, env, agent, num_steps=25))
-    alone = jax.tree.map(lambda x: x[1], states)
+    alone = take(states, 1)
     rollout, seen = alone.data, []
     for update in range(4):
         k_rollout, _ = jax.random.split(jax.random.fold_in(alone.key, update))
@@ -120,8 +121,7 @@ def test_every_observation_counts_once(name):
     agent = actor_critic(env, hidden=(4,), normalise=True)
     num_steps = None if row.data.whole_episodes else 10
     trainer = make_trainer(env, agent, row, num_envs=4, num_steps=num_steps)
-    learn = jax.jit(lambda s: train(trainer, s, Hyperparams(), num_updates=3))
-    after, metrics = learn(trainer.init(jax.random.key(0)))
+    after, metrics = trained(trainer, Hyperparams(), 3)
     assert after.params.policy["statistics"].seen == metrics["env_steps"].sum() == 120
 
 
@@ -172,9 +172,7 @@ def test_updates_start_at_ratio_one():
     agent = actor_critic(env, hidden=(8,), normalise=True)
     row = algorithm("ppo")._replace(num_epochs=1, num_minibatches=1)
     trainer = make_trainer(env, agent, row, num_envs=4, num_steps=25)
-    hyperparams = Hyperparams(learning_rate=1e-2)
-    learn = jax.jit(lambda s: train(trainer, s, hyperparams, num_updates=3))
-    _, metrics = learn(trainer.init(jax.random.key(0)))
+    _, metrics = trained(trainer, Hyperparams(learning_rate=1e-2), 3)
     assert np.abs(metrics["kl"]).max() < 1e-9
 
 
@@ -196,9 +194,8 @@ def test_normalisation_lets_unlike_scales_be_learnt():
     for normalise in (True, False):
         agent = actor_critic(env, hidden=(8,), normalise=normalise)
         trainer = make_trainer(env, agent, algorithm("ppo"), num_envs=32, num_steps=8)
-        states = jax.vmap(trainer.init)(jax.random.split(jax.random.key(0), 3))
-        learn = jax.jit(jax.vmap(lambda s, t=trainer: train(t, s, numbers, num_updates=40)))
-        found[normalise] = np.asarray(learn(states)[1]["episode_return"][:, -5:].mean(1))
+        _, metrics = trained(trainer, numbers, 40, seeds=3)
+        found[normalise] = np.asarray(metrics["episode_return"])[:, -5:].mean(axis=1)
     assert (found[True] > 0.8).all() and (found[False] < 0.6).all()
 
 
