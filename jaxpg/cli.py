@@ -27,6 +27,7 @@ commands:
   record RUN   record episodes as a file of demonstrations (.npz)
   render RUN   draw one episode as a film (.gif, .mp4)
   plot RUN...  draw learning curves, diagnostics and comparisons of runs
+  envs [WORD]  list the environments that can be made on this machine
   lab NAME     measure gradients (jaxpg lab list: the experiments)
 
 options:
@@ -48,7 +49,7 @@ STOPPED = {
     "sweep": " before the first update; nothing was saved",
     "lab": "; the running experiment was not saved",
 }
-COMMANDS = ("train", "sweep", "evaluate", "record", "render", "plot", "lab")
+COMMANDS = ("train", "sweep", "evaluate", "record", "render", "plot", "envs", "lab")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -103,6 +104,10 @@ def _run(command, rest):
         _play(command, rest)
     elif command == "plot":
         _plot(rest)
+    elif command == "envs":
+        from jaxpg.runs.listing import execute
+
+        execute(rest)
     elif command == "lab":
         _lab(rest)
     else:

@@ -104,7 +104,7 @@ def test_the_additions_of_the_checklists_work():
     found = {}
     exec("\n".join(blocks), found)
     check_algorithm(found["row"], has_critic=False)
-    check_env(found["from_walks"]("walk"))
+    check_env(found["make_walk"]())
     (study,) = found["EXPERIMENTS"].values()
     result = study.run(study.quick, lambda line: None)
     # At gamma 0, world A pays E r_0; by hand, with 0.5, 0.3 and 0.2 for the three states.

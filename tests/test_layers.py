@@ -50,6 +50,7 @@ ORDER = {
         "play",
         "plot",
         "laboratory",
+        "listing",
         "__init__",
     ],
 }

@@ -1,14 +1,17 @@
 """Environments: the protocol, tabular worlds, and one adapter file per outside suite."""
 
 from jaxpg.envs.env import Actor, Env, check_action, check_env
+from jaxpg.envs.factory import from_factory
 from jaxpg.envs.gymnax import from_gymnax, gymnax_names
 from jaxpg.envs.lqr import Lqr, check_lqr, from_lqr
 from jaxpg.envs.mdp import Mdp, check_mdp, from_mdp
 from jaxpg.envs.spaces import Box, Discrete, MultiDiscrete, Space
+from jaxpg.envs.suites import SUITES, env_names, installed, make_env
 from jaxpg.envs.tabulate import mdp_from_gymnax
 from jaxpg.envs.wrappers import history, mask_observation, repeat_action, unwrapped
 
 __all__ = [
+    "SUITES",
     "Actor",
     "Box",
     "Discrete",
@@ -21,11 +24,15 @@ __all__ = [
     "check_env",
     "check_lqr",
     "check_mdp",
+    "env_names",
+    "from_factory",
     "from_gymnax",
     "from_lqr",
     "from_mdp",
     "gymnax_names",
     "history",
+    "installed",
+    "make_env",
     "mask_observation",
     "mdp_from_gymnax",
     "repeat_action",

@@ -17,12 +17,12 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxpg.envs.env import Env
+from jaxpg.envs.narrow import narrow, narrowed
 from jaxpg.envs.spaces import Box, Discrete, Space, check_space, limits
 from jaxpg.types import TimeStep
 
 # gymnax imports these, which takes nearly two seconds.
 _DRAWING = ("matplotlib", "matplotlib.pyplot", "matplotlib.colors", "seaborn")
-_NARROW = {f"{kind}64": f"{kind}32" for kind in ("int", "uint", "float")}
 LEAST, MOST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 MOST_SIZE = 2**12  # of a constructor's argument, which sets the size of tables
 
@@ -84,19 +84,6 @@ def from_gymnax(environment, params=None, **settings) -> Env:
     return env
 
 
-@contextmanager
-def narrow() -> Iterator[None]:
-    """Run in 32 bits, which is all that gymnax's functions support, whatever the default precision."""
-    if not jax.config.read("jax_enable_x64"):
-        yield
-    elif hasattr(jax, "enable_x64"):
-        with jax.enable_x64(False):
-            yield
-    else:  # jax before 0.8
-        with import_module("jax.experimental").disable_x64():
-            yield
-
-
 def _one_step(env):
     key = jax.random.key(0)
     kind = jnp.float32 if isinstance(env.action, Box) else jnp.int32
@@ -130,7 +117,7 @@ def resolve(environment, params, settings):
                 f"{environment.name} has no setting {name!r}; its parameters are {', '.join(known)}"
             )
     params = params.replace(**_checked(environment.name, settings, known))
-    params = jax.tree.map(_narrowed, params)
+    params = jax.tree.map(narrowed, params)
     steps = params.max_steps_in_episode
     if _traced(steps):
         raise ValueError(
@@ -226,11 +213,6 @@ def _traced(x) -> bool:
 
 def _observed(obs, space):
     return jnp.asarray(obs, jnp.int32 if isinstance(space, Discrete) else jnp.float32)
-
-
-def _narrowed(x):
-    dtype = _NARROW.get(str(getattr(x, "dtype", "")))
-    return x.astype(dtype) if dtype else x
 
 
 def _strong(x):

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpg.envs.gymnax import narrow, resolve
+from jaxpg.envs.gymnax import resolve
 from jaxpg.envs.mdp import Mdp
+from jaxpg.envs.narrow import narrow
 
 LIMIT = 4096  # states
 

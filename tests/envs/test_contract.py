@@ -133,8 +133,11 @@ def restarting() -> Env:
     return env._replace(step=step)
 
 
-def check_adapter(env):
-    """Episodes end by the horizon, with one flag, and stay ended: the environment does not reset itself."""
+def check_adapter(env, afterwards=True):
+    """Episodes end by the horizon, with one flag, and stay ended: the environment does not reset itself.
+
+    afterwards: its numbers stay finite after the end, too.
+    """
     check_env(env)
     assert isinstance(env.horizon, int)
 
@@ -142,6 +145,9 @@ def check_adapter(env):
         state, _ = env.reset(key)
         if isinstance(env.action, Discrete):
             actions = jax.random.randint(key, (env.horizon + 5,), 0, env.action.n)
+        elif isinstance(env.action, MultiDiscrete):
+            shape = env.horizon + 5, *env.action.shape
+            actions = jax.random.randint(key, shape, 0, jnp.array(env.action.nvec)[None])
         else:
             # Mostly outside the bounds: the environment clips.
             actions = 9.0 * jax.random.normal(key, (env.horizon + 5, *env.action.shape))
@@ -153,7 +159,9 @@ def check_adapter(env):
     ended = np.asarray(steps.terminated | steps.truncated)
     assert ended[:, env.horizon - 1 :].all(), "the horizon is the longest episode"
     assert (np.maximum.accumulate(ended, axis=1) == ended).all(), "an end is no reset"
-    assert np.isfinite(steps.reward).all() and np.isfinite(steps.obs).all()
+    over = np.roll(ended, 1, axis=1) & (np.arange(ended.shape[1]) > 0) & (not afterwards)
+    assert np.isfinite(steps.reward[~over]).all() and np.isfinite(steps.obs[~over]).all()
+    return steps
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

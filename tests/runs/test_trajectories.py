@@ -201,7 +201,7 @@ def config(**settings):
             "nothing uses; add --warm-start",
         ),
         ({"algorithm": "reinforce", "imitate": 5}, "imitate=5 needs demonstrations"),
-        ({"algorithm": "reinforce", "settings": "size"}, "'size' is not name=number"),
+        ({"algorithm": "reinforce", "settings": "size"}, "'size' is not name=value"),
         ({"algorithm": "reinforce", "settings": "sise=3"}, "no setting 'sise'"),
         ({"algorithm": "ppo", "importance": "per_decision"}, "per_decision needs whole episodes"),
         ({"algorithm": "off_policy", "importance": "is"}, "unknown importance 'is'"),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jaxpg.envs import Discrete, Env, Lqr, Mdp, from_gymnax, from_lqr, from_mdp, gymnax_names
+from jaxpg.envs import Discrete, Env, Lqr, Mdp, env_names, from_lqr, from_mdp, make_env
 from jaxpg.lab.exact.tables import Moments, Tables, tabulate
 from jaxpg.lab.worlds.instances import INSTANCES
 from jaxpg.lab.worlds.regulators import PARAMS, coefficients, gain_policy, value_critic
@@ -103,7 +103,7 @@ def world(
     checkpoint: Checkpoint | None = None,
     gamma: float | None = None,
 ) -> World:
-    """A world by name: A, T or C (small worked instances), LQR, or any gymnax environment.
+    """A world by name: A, T or C (small worked instances), LQR, or any environment of `make_env`.
 
     FrozenLake-misc, Catch-bsuite and DiscountingChain-bsuite are tabulated, so they have exact answers too.
     policy: the name of a network, used at its initial parameters; by default tabular if observations are
@@ -125,13 +125,13 @@ def world(
         mdp = tabulated(name)
         shape = (int(np.max(mdp.observation)) + 1, mdp.reward.shape[1])
         return tabular_world(name, mdp, np.zeros(shape), gamma=gamma, policy=policy)
-    known = [*INSTANCES, REGULATOR, *gymnax_names()]
-    if name not in known:
+    known = [*INSTANCES, REGULATOR, *env_names()]
+    if name not in known and not {"/", ":"} & {*name}:
         raise ValueError(
             f"unknown environment {name!r}; did you mean {_near(name, known)}? Exact answers exist for "
             f"{', '.join([*INSTANCES, REGULATOR, *TABULATED])}"
         )
-    env = from_gymnax(name)
+    env = make_env(name)
     kind = policy or ("tabular" if isinstance(env.observation, Discrete) else "mlp")
     network = actor_critic(env, kind).policy
     return World(name, env, network, network.init(_init_key()), Hyperparams(gamma=gamma))

@@ -65,7 +65,11 @@ def _flag(default: Any, help: str, least: int = 1, most: int = MOST) -> Any:
 class Config:
     """The structure of a run: what changes a shape or the program."""
 
-    environment: str = field(metadata={"help": "name of a gymnax environment, such as CartPole-v1"})
+    environment: str = field(
+        metadata={
+            "help": "an environment: CartPole-v1, SUITE/NAME or MODULE:FACTORY (see jaxpg envs)"
+        }
+    )
     algorithm: str = _flag(
         "ppo",
         "reinforce, reinforce_to_go, reinforce_baseline, gpomdp, gpomdp_continuing, enac, vpg, a2c, "

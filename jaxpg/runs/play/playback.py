@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxpg.devices import check_devices, compiler_options
-from jaxpg.envs import Env, from_gymnax
+from jaxpg.envs import Env, make_env
 from jaxpg.policies import Agent, AgentParams, init_params
 from jaxpg.rollout import Evaluation, episodes
 from jaxpg.rollout import evaluate as evaluate_policy
@@ -137,7 +137,7 @@ def _trained(given) -> _Actor:
 
 def _expert(given) -> _Actor:
     settings = settings_of(Config(given.run, settings=given.settings))
-    env = from_gymnax(given.run, **settings)
+    env = make_env(given.run, **settings)
     agent = Agent(expert(given.run, env, **settings))
     return _Actor(env, agent, init_params(agent, jax.random.key(0)), given.run, "a scripted expert")
 

@@ -22,6 +22,8 @@ import jax
 import numpy as np
 
 from jaxpg.devices import launch_options
+from jaxpg.envs import SUITES
+from jaxpg.envs.factory import source_of
 from jaxpg.memory import machine_bytes
 from jaxpg.runs.config.config import CONFIG, FREE, Config, Grid, read_config
 from jaxpg.runs.config.schema import parsed
@@ -38,7 +40,10 @@ TENSORBOARD, WANDB = "tensorboard", "wandb"
 TEMPORARY = r"\..+\.\d+\.tmp"  # the names of files that are being written
 LONG = 16
 # Entries of a description that may change the last digits of a result.
-COMPUTING = ("versions", "git", "device", "xla_flags", "precision", "lanes")
+COMPUTING = ("versions", "git", "device", "xla_flags", "precision", "lanes", "sources")
+SOURCES = (
+    "sources "  # before the name of one's own environment or network, in a list of what has changed
+)
 PACKAGES = ("jaxpg", "jax", "jaxlib", "flax", "optax", "gymnax", "orbax-checkpoint")
 
 
@@ -48,7 +53,7 @@ def create_folder(config: Config, over: bool = False) -> Path:
     over: removes the files of a run that was killed before its first checkpoint.
     """
     if config.run is None:
-        return new_folder(RUNS, f"{config.environment}-{config.algorithm}")
+        return new_folder(RUNS, plain(f"{config.environment}-{config.algorithm}"))
     advice = "; --resume-or-start goes on with a run of the same command"
     return empty_folder(config.run, "--run", advice, _clear if over else None)
 
@@ -89,6 +94,11 @@ def _clear(folder):
         # config.json goes last: it marks the other files as ours.
         for file in sorted(found, key=lambda file: file.name == CONFIG):
             shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+def plain(name: str) -> str:
+    """The name of an environment as part of a file's name: without `/` and `:`."""
+    return name.replace("/", "-").replace(":", "-")
 
 
 def new_folder(parent, name):
@@ -274,14 +284,21 @@ def _declared(archive, name) -> Declared:
 def description(config: Config, grid: Grid, replicas: list[dict]) -> dict[str, Any]:
     """The content of config.json."""
     device = jax.devices()[0]
+    suite, _, inside = config.environment.partition("/")
+    packages = (*PACKAGES, suite) if inside and suite in SUITES else PACKAGES
     return {
         "config": asdict(config),
         "hyperparameters": grid._asdict(),
         "replicas": replicas,
-        "demonstrations_sha256": _digest(config),
+        "demonstrations_sha256": _digest(config.demonstrations),
+        "sources": {
+            name: _digest(file)
+            for name in (config.environment, config.network)
+            if (file := source_of(name)) is not None
+        },
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()}
-        | {name: package_version(name) for name in PACKAGES},
+        | {name: package_version(name) for name in packages},
         "git": revision(),
         "device": {
             "platform": device.platform,
@@ -327,17 +344,17 @@ def check_demonstrations(folder: Path, config: Config) -> None:
     """Raises ValueError if the demonstrations that the folder's run learnt from have changed."""
     # An older run has no digest to compare.
     began = read_config(folder)[1].get("demonstrations_sha256")
-    if began is not None and began != _digest(config):
+    if began is not None and began != _digest(config.demonstrations):
         raise ValueError(
             f"{config.demonstrations} has changed since {folder} began with it, so a resumed run would "
             f"not be the same; put the original back, or start again with --config {folder}"
         )
 
 
-def _digest(config):
-    if not config.demonstrations:
+def _digest(path):
+    if not path:
         return None
-    with open(config.demonstrations, "rb") as file:
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -150,7 +150,9 @@ def _check_room(points: int, seeds: int, state: int = 0) -> None:
 
 def _folder(config: Config, over: bool) -> Path:
     if config.run is None:
-        return files.new_folder(files.RUNS, f"sweep-{config.environment}-{config.algorithm}")
+        return files.new_folder(
+            files.RUNS, files.plain(f"sweep-{config.environment}-{config.algorithm}")
+        )
     return files.create_folder(config, over)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpg.envs import Env, from_gymnax, history, mask_observation, repeat_action
+from jaxpg.envs import Env, history, make_env, mask_observation, repeat_action
 from jaxpg.estimators.control_variates import CONTROL_VARIATES
 from jaxpg.estimators.importance import IMPORTANCES
 from jaxpg.optimizers import BATCH_SCALINGS, OPTIMIZERS, SCHEDULES, batch_scaled
@@ -47,7 +47,7 @@ def build(config: Config) -> Parts:
             f"64 bits need jax 0.8 or newer, and this is {jax.__version__}; update it, or leave out "
             "JAX_ENABLE_X64"
         )
-    env = wrapped(from_gymnax(config.environment, **settings_of(config)), config)
+    env = wrapped(make_env(config.environment, **settings_of(config)), config)
     # Not every network has hidden layers or an activation.
     accepted = inspect.signature(NETWORKS[config.network]).parameters
     settings = {
@@ -62,17 +62,19 @@ def build(config: Config) -> Parts:
     return Parts(env, agent, trainer)
 
 
-def settings_of(config: Config) -> dict[str, bool | int | float]:
-    """The environment's settings as numbers. Raises ValueError for a part that is not name=number."""
+def settings_of(config: Config) -> dict[str, Any]:
+    """The environment's settings: numbers, true or false, or words. Raises ValueError for another form."""
     settings = {}
     for part in config.settings.split(",") if config.settings else ():
-        name, _, value = part.partition("=")
-        try:
-            settings[name.strip()] = json.loads(value.lower())
-        except ValueError as error:  # not JSON, or a number with too many digits
+        name, _, value = (word.strip() for word in part.partition("="))
+        if not (name.isidentifier() and value):
             raise ValueError(
-                f"settings={config.settings}: {shortened(part)!r} is not name=number, as in size=16"
-            ) from error
+                f"settings={config.settings}: {shortened(part)!r} is not name=value, as in size=16"
+            )
+        try:
+            settings[name] = json.loads(value.lower())
+        except ValueError:  # not JSON, or a number with too many digits
+            settings[name] = value
     return settings
 
 

@@ -266,9 +266,17 @@ def _go_on(experiment, replicas, now: dict, say) -> tuple[Any, Progress]:
         say("its checkpoint is of an older version without settings, so none were compared")
     # An older checkpoint does not say what it was computed with: assume what the run began with.
     if changed := files.otherwise(host.get("computing", saved), now):
-        said = "; ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items())
-        say(f"its numbers will match an unbroken run's to rounding, not bit by bit: {said}")
         entry["changed"] = changed
+        own = [name for name in changed if name.startswith(files.SOURCES)]
+        for name in own:
+            say(
+                f"the file of {name.removeprefix(files.SOURCES)} has changed since the last checkpoint"
+            )
+        said = "; ".join(
+            f"{k} was {old}, is {new}" for k, (old, new) in changed.items() if k not in own
+        )
+        if said:
+            say(f"its numbers will match an unbroken run's to rounding, not bit by bit: {said}")
     for part, name in (("config", "schedule"), ("hyperparameters", "schedule_updates")):
         if json.loads(json.dumps(now[part][name])) != saved[part].get(name):
             entry[name] = now[part][name]
