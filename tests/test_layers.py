@@ -32,6 +32,7 @@ ORDER = {
     "rollout": ["packing", "stepping", "episodic", "stream", "evaluation", "__init__"],
     "training": [
         "data",
+        "scaling",
         "algorithm",
         "accumulation",
         "improvement",

@@ -41,7 +41,9 @@ def summarise(values: np.ndarray, attainable: tuple[float, float] = ANY) -> Summ
 
 
 def number(value: float, digits: int = 1) -> str:
-    """The value with fixed digits, or a dash for NaN."""
+    """The value with fixed digits, three significant ones where those would show less; a dash for NaN."""
+    if 0 < abs(value) < 10.0 ** (1 - digits):
+        return f"{value:.3g}"
     return f"{value:,.{digits}f}" if np.isfinite(value) else "-"
 
 

@@ -66,6 +66,7 @@ class Data(NamedTuple):
     reweighs: bool = (
         False  # trajectory.log_prob is not that of the policy at the start of the update
     )
+    repeats: bool = False  # the same key gives the same lanes again, so they need not be kept
     num_batches: int = 1  # how many of the last batches it holds
     inner: "Data | None" = None  # what a wrapper wraps
 
@@ -114,7 +115,7 @@ def episode_metrics(ended: rollout.EpisodeSums) -> Metrics:
     }
 
 
-episodes = Data("episodes", _start_episodes, _gather_episodes)
+episodes = Data("episodes", _start_episodes, _gather_episodes, repeats=True)
 stream = Data("stream", _start_stream, _gather_stream, whole_episodes=False)
 
 
@@ -165,6 +166,7 @@ def replay(data: Data, num_batches: int) -> Data:
         init=init,
         gather=gather,
         reweighs=True,
+        repeats=False,
         num_batches=num_batches,
         inner=data,
     )

@@ -24,7 +24,7 @@ from jaxpg.optimizers import adaptation, scheduled
 from jaxpg.policies import Agent, AgentParams, check_agent, init_params, initial_carry, observed
 from jaxpg.rollout import episodes_again
 from jaxpg.training.algorithm import Algorithm, check_algorithm
-from jaxpg.training.data import Moment, Task, corrected, episodes
+from jaxpg.training.data import Moment, Task, corrected
 from jaxpg.training.improvement import improve, noise, optimizers
 from jaxpg.types import Array, Hyperparams, Key, Metrics, Trajectory
 
@@ -141,7 +141,7 @@ def make_trainer(
 
 def _recall(task: Task, algorithm: Algorithm, asked: bool | None):
     """(params, key, index) -> lanes rolled out again; None where the batch is kept."""
-    env, fits = task.env, algorithm.data is episodes and algorithm.num_minibatches == 1
+    env, fits = task.env, algorithm.data.repeats and algorithm.num_minibatches == 1
     if asked and not fits:
         raise ValueError(
             f"recompute needs data=episodes in one minibatch, not {algorithm.data.name} in "

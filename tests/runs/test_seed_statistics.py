@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from jaxpg.stats.intervals import attained, mean_interval
-from jaxpg.stats.seeds import band, robust, scaled, summarise
+from jaxpg.stats.seeds import band, number, robust, scaled, summarise
 
 
 def test_robust_is_the_trimmed_mean_of_the_seeds_that_have_a_value():
@@ -90,3 +90,11 @@ def test_the_bootstrapped_interval_holds_the_mean_as_often_as_it_may():
         assert low >= 0 and high <= 1
         inside += low <= 0.85 <= high
     assert inside > 0.88 * 300
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(499.96, "500.0"), (0.0, "0.0"), (5e-4, "0.0005"), (-0.8349, "-0.835"), (np.nan, "-")],
+)
+def test_small_numbers_keep_their_digits(value, said):
+    assert number(value) == said

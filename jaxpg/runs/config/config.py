@@ -90,6 +90,7 @@ class Config:
         None, "show the agent its last N observations and actions", 1, MOST_STEPS
     )
     normalise: bool = _flag(False, "scale observations by their running mean and deviation")
+    normalise_rewards: bool = _flag(False, "divide rewards by the running deviation of returns")
     network: str = _flag("mlp", "mlp, linear, gru or tabular; policy and critic are built alike")
     hidden: tuple[int, ...] = _flag((64, 64), "widths of the hidden layers")
     activation: str = _flag("tanh", "tanh, relu, silu or gelu")

@@ -15,7 +15,6 @@ from jaxpg.runs.config.config import Config
 from jaxpg.runs.config.rows import counts_of
 from jaxpg.runs.console import Ended
 from jaxpg.training.algorithm import algorithm
-from jaxpg.training.data import episodes
 
 # A run has diverged when one of these is not finite; NaN in any other metric means no value yet.
 WATCHED = ("objective", "critic_loss", "grad_norm", "entropy")
@@ -90,7 +89,7 @@ def check_sizes(config: Config, env: Env, state_bytes: int, replicas: int) -> No
     )
     # A large batch of whole episodes in one minibatch is not kept, but rolled out again.
     data, counts = algorithm(config.algorithm).data, counts_of(config)
-    kept = data is not episodes or counts["num_minibatches"] > 1
+    kept = not data.repeats or counts["num_minibatches"] > 1
     batch = max(2 * lane, row * num_steps(config, env) * kept)
     epochs = counts["num_epochs"] + counts["critic_epochs"]
     agent = 2 * state_bytes + REPLICA_BYTES

@@ -23,6 +23,7 @@ from jaxpg.runs.store.trajectories import read_demonstrations
 from jaxpg.training.algorithm import Algorithm, algorithm
 from jaxpg.training.data import mixture, replay
 from jaxpg.training.imitation import informed
+from jaxpg.training.scaling import scaled
 from jaxpg.training.trainer import Trainer, make_trainer
 from jaxpg.types import Trajectory
 
@@ -154,9 +155,10 @@ def build_algorithm(config: Config) -> Algorithm:
     if config.adaptation:
         adaptation = known(ADAPTATIONS, "adaptation", config.adaptation)
     variate = config.control_variate
+    data = row.data if config.num_batches is None else replay(row.data, config.num_batches)
     return row._replace(
         estimator=estimator,
-        data=row.data if config.num_batches is None else replay(row.data, config.num_batches),
+        data=scaled(data) if config.normalise_rewards else data,
         policy_optimizer=row.policy_optimizer if natural_row else optimizer,
         critic_optimizer=optimizer if row.critic_optimizer else None,
         **counts,
