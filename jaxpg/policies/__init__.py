@@ -10,12 +10,14 @@ from jaxpg.policies.agent import (
     check_params,
     init_params,
     initial_carry,
+    network_builder,
     observed,
 )
 from jaxpg.policies.distributions import Categorical, Distribution, Gaussian, MultiCategorical
 from jaxpg.policies.initializers import orthogonal
 from jaxpg.policies.networks import Network, gru, linear, mlp, tabular
 from jaxpg.policies.normalisation import normalised
+from jaxpg.policies.own import own_network
 
 __all__ = [
     "NETWORKS",
@@ -35,8 +37,10 @@ __all__ = [
     "initial_carry",
     "linear",
     "mlp",
+    "network_builder",
     "normalised",
     "observed",
     "orthogonal",
+    "own_network",
     "tabular",
 ]

@@ -12,6 +12,8 @@
 (6.0, ['mlp', 'linear', 'gru', 'tabular'])
 """
 
+import difflib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -22,6 +24,7 @@ from jaxpg.policies import networks
 from jaxpg.policies.distributions import Categorical, Gaussian, MultiCategorical
 from jaxpg.policies.networks import Network, example_observation
 from jaxpg.policies.normalisation import normalised
+from jaxpg.policies.own import own_network
 from jaxpg.types import Carry, Key, Params, Trajectory
 
 
@@ -81,16 +84,30 @@ def observed(agent: Agent, params: AgentParams, trajectory: Trajectory) -> Agent
 def actor_critic(env: Env, network: str = "mlp", *, normalise: bool = False, **settings) -> Agent:
     """An agent whose policy and critic are built alike for an environment's spaces.
 
-    network: one of NETWORKS; settings go to its builder (`hidden=(64, 64)`, `activation="tanh"`).
-    normalise: both see normalised observations. Raises ValueError for an unknown network.
+    network: one of NETWORKS, or MODULE:FUNCTION (`own_network`); settings go to its builder
+    (`hidden=(64, 64)`, `activation="tanh"`). normalise: both see normalised observations. Raises ValueError
+    for an unknown network.
     """
-    builder = NETWORKS.get(network)
-    if builder is None:
-        raise ValueError(f"unknown network {network!r}; use one of {', '.join(NETWORKS)}")
+    builder = network_builder(network)
     pair = [builder(env.observation, output, **settings) for output in (env.action, None)]
     if normalise:
         pair = [normalised(network, env.observation) for network in pair]
     return Agent(*pair)
+
+
+def network_builder(name: str) -> Callable[..., Network]:
+    """(observation, action or None, **settings) -> Network, by its name. Raises ValueError.
+
+    >>> network_builder("mpl")
+    Traceback (most recent call last):
+    ValueError: unknown network 'mpl'; did you mean mlp...
+    """
+    if ":" in name:
+        return own_network(name)
+    if name not in NETWORKS:
+        near = difflib.get_close_matches(name, NETWORKS, n=3, cutoff=0.4) or NETWORKS
+        raise ValueError(f"unknown network {name!r}; did you mean {', '.join(near)}?")
+    return NETWORKS[name]
 
 
 def check_agent(env: Env, agent: Agent) -> None:

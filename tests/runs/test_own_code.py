@@ -27,6 +27,9 @@ def make(size=4):
         return after, TimeStep(jnp.full(1, after / size), reward, jnp.bool_(False), after >= size)
     anywhere = np.full(1, np.inf, np.float32)
     return Env(reset, step, Box(-anywhere, anywhere), Discrete(2), size)
+
+def torso(observation, action):
+    return lambda key, obs: jnp.ones(3), lambda params, obs: jnp.tanh(obs * params[None])
 '''
 
 
@@ -36,18 +39,19 @@ def test_a_run_on_a_factory_has_everything_that_a_named_one_has(tmp_path, monkey
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "own_walk.py").write_text(WORLD)
     flags = FLAGS.replace("CartPole-v1", "own_walk:make --settings size=6").split()
+    flags += ["--network", "own_walk:torso"]
     config, grid, _ = request([*flags, "--updates", "2"], "jaxpg train")
     run = prepare(config, grid)
     assert run.folder.name.startswith("own_walk-make-ppo-"), "a folder's name has no colon"
     execute(run)
     recorded = json.loads((run.folder / "config.json").read_text())
-    assert set(recorded["sources"]) == {"own_walk:make"}
+    assert set(recorded["sources"]) == {"own_walk:make", "own_walk:torso"}
 
     (tmp_path / "own_walk.py").write_text(WORLD + "# another version\n")
     capsys.readouterr()
     resume(run.folder, "--updates", "4")
     again = json.loads((run.folder / "config.json").read_text())["resumed"][0]["changed"]
-    assert list(again) == ["sources own_walk:make"]
+    assert set(again) == {"sources own_walk:make", "sources own_walk:torso"}
 
     action = load_policy(run.folder).act(jax.random.key(0), np.zeros((3, 1), np.float32))
     assert action.shape == (3,)

@@ -112,7 +112,7 @@ def world(
     """
     if gamma is not None and not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma={gamma} must lie in [0, 1]")
-    if policy is not None and policy not in NETWORKS:
+    if policy is not None and policy not in NETWORKS and ":" not in policy:
         raise ValueError(f"unknown policy {policy!r}; did you mean {_near(policy, NETWORKS)}?")
     if checkpoint is not None:
         return _trained(name, policy, checkpoint, gamma)

@@ -91,7 +91,9 @@ class Config:
     )
     normalise: bool = _flag(False, "scale observations by their running mean and deviation")
     normalise_rewards: bool = _flag(False, "divide rewards by the running deviation of returns")
-    network: str = _flag("mlp", "mlp, linear, gru or tabular; policy and critic are built alike")
+    network: str = _flag(
+        "mlp", "mlp, linear, gru, tabular or MODULE:FUNCTION; policy and critic are built alike"
+    )
     hidden: tuple[int, ...] = _flag((64, 64), "widths of the hidden layers")
     activation: str = _flag("tanh", "tanh, relu, silu or gelu")
     precision: str = _flag(

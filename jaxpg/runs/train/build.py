@@ -14,7 +14,7 @@ from jaxpg.estimators.importance import IMPORTANCES
 from jaxpg.optimizers import BATCH_SCALINGS, OPTIMIZERS, SCHEDULES, batch_scaled
 from jaxpg.optimizers.adaptation import ADAPTATIONS, fixed
 from jaxpg.optimizers.natural import NATURAL_OPTIMIZERS
-from jaxpg.policies import NETWORKS, Agent, actor_critic
+from jaxpg.policies import Agent, actor_critic, network_builder
 from jaxpg.policies.networks import ACTIVATIONS, PRECISIONS
 from jaxpg.runs.config.config import Config
 from jaxpg.runs.config.rows import counts_of
@@ -39,7 +39,7 @@ def build(config: Config) -> Parts:
     """Builds the parts of a run. Raises ValueError for unknown names and parts that do not fit."""
     row = build_algorithm(config)
     # Names come first, because making the environment takes seconds.
-    known(NETWORKS, "network", config.network)
+    builder = network_builder(config.network)
     known(ACTIVATIONS, "activation", config.activation)
     known(PRECISIONS, "precision", config.precision)
     # In older versions, gymnax's 32-bit values become 64-bit in a mapped scan.
@@ -50,7 +50,7 @@ def build(config: Config) -> Parts:
         )
     env = wrapped(make_env(config.environment, **settings_of(config)), config)
     # Not every network has hidden layers or an activation.
-    accepted = inspect.signature(NETWORKS[config.network]).parameters
+    accepted = inspect.signature(builder).parameters
     settings = {
         name: getattr(config, name)
         for name in ("hidden", "activation", "precision", "initial_std")
