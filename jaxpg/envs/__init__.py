@@ -8,7 +8,13 @@ from jaxpg.envs.mdp import Mdp, check_mdp, from_mdp
 from jaxpg.envs.spaces import Box, Discrete, MultiDiscrete, Space
 from jaxpg.envs.suites import SUITES, env_names, installed, make_env
 from jaxpg.envs.tabulate import mdp_from_gymnax
-from jaxpg.envs.wrappers import history, mask_observation, repeat_action, unwrapped
+from jaxpg.envs.wrappers import (
+    flatten_observation,
+    history,
+    mask_observation,
+    repeat_action,
+    unwrapped,
+)
 
 __all__ = [
     "SUITES",
@@ -25,6 +31,7 @@ __all__ = [
     "check_lqr",
     "check_mdp",
     "env_names",
+    "flatten_observation",
     "from_factory",
     "from_gymnax",
     "from_lqr",

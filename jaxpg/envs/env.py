@@ -106,7 +106,7 @@ def _check_obs(function, obs, space: Space) -> None:
     if not hasattr(obs, "dtype"):
         raise ValueError(
             f"Env.{function}: obs is a {type(obs).__name__}; it must be one array of shape "
-            f"{list(space.shape)}: concatenate its parts into a vector"
+            f"{list(space.shape)}: jaxpg.envs.flatten_observation(env) joins its parts into a vector"
         )
     real = isinstance(space, Box)
     if obs.shape != space.shape or not _is(obs, _REAL if real else (jnp.integer,)):

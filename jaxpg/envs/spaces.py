@@ -102,6 +102,12 @@ def limits(space: Box) -> tuple[np.ndarray, np.ndarray]:
     return low, np.where(high >= LARGEST, np.inf, high).astype(np.float32)
 
 
+def unbounded(shape: tuple[int, ...]) -> Box:
+    """Real arrays of a shape, without bounds."""
+    anywhere = np.full(shape, np.inf, np.float32)
+    return Box(-anywhere, anywhere)
+
+
 def _kind(x) -> str:
     return f"a {type(x).__name__}"
 

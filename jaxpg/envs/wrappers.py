@@ -5,13 +5,15 @@ Each also turns an actor of the outer environment into one of the inner, so a po
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxpg.envs.env import Actor, Env
-from jaxpg.envs.spaces import Box, check_space, clip, encode, encoded_size
+from jaxpg.envs.spaces import Box, check_space, clip, encode, encoded_size, unbounded
+from jaxpg.types import Array
 
 
 def unwrapped(env: Env, actor: Actor) -> tuple[Env, Actor]:
@@ -25,6 +27,36 @@ def unwrapped(env: Env, actor: Actor) -> tuple[Env, Actor]:
         env, inside = env.wraps
         actor = inside(actor)
     return env, actor
+
+
+def flatten_observation(env: Env) -> Env:
+    """Show the parts of a dictionary, a tuple or another tree of observations as one vector, without bounds.
+
+    Parts are in the order of `jax.tree.leaves`: fields as declared, a dictionary's by sorted names; each is
+    flattened, and numbers and flags become real. env.observation is not read. Policies see the vector.
+
+    >>> env = jaxpg.envs.from_gymnax("CartPole-v1")
+    >>> parts = env._replace(reset=lambda key: (0, {"b": jnp.zeros((2, 2)), "a": jnp.int32(1)}))
+    >>> flatten_observation(parts).reset(jax.random.key(0))[1].tolist()
+    [1.0, 0.0, 0.0, 0.0, 0.0]
+    """
+
+    def reset(key):
+        state, obs = env.reset(key)
+        return state, joined(obs)
+
+    def step(key, state, action):
+        state, result = env.step(key, state, action)
+        return state, result._replace(obs=joined(result.obs))
+
+    shape = jax.eval_shape(lambda: reset(jax.random.key(0))[1]).shape
+    return env._replace(reset=reset, step=step, observation=unbounded(shape), wraps=None)
+
+
+def joined(parts: Any) -> Array:
+    """The leaves of a tree, each flattened, as one vector of real numbers."""
+    kind = jnp.result_type(float)
+    return jnp.concatenate([jnp.ravel(jnp.asarray(x, kind)) for x in jax.tree.leaves(parts)])
 
 
 def mask_observation(env: Env, keep: Sequence[int]) -> Env:

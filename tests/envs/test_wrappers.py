@@ -1,5 +1,7 @@
 """Wrappers against the environment they wrap, stepped alongside."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,8 @@ from jaxpg.envs import (
     Discrete,
     Env,
     MultiDiscrete,
+    check_env,
+    flatten_observation,
     from_gymnax,
     from_mdp,
     history,
@@ -23,7 +27,7 @@ from jaxpg.envs import (
 from jaxpg.envs.spaces import encode
 from jaxpg.policies import actor_critic
 from jaxpg.training.algorithm import algorithm
-from jaxpg.types import TimeStep
+from jaxpg.types import Array, TimeStep
 
 
 def drive(env, actions, key=0):
@@ -286,3 +290,35 @@ def test_mistakes_are_one_clear_line(wrap, message):
     with pytest.raises(ValueError, match=message) as error:
         wrap()
     assert "\n" not in str(error.value)
+
+
+def test_the_parts_of_an_observation_are_joined_in_the_documented_order():
+    env = clock(3)
+
+    class Seen(NamedTuple):
+        second: Array
+        first: dict
+
+    def shown(obs):
+        return Seen(obs[:1] > 0, {"b": jnp.stack([obs, obs + 1.0]), "a": obs[0].astype(jnp.int32)})
+
+    def step(key, state, action):
+        after, result = env.step(key, state, action)
+        return after, result._replace(obs=shown(result.obs))
+
+    def reset(key):
+        state, obs = env.reset(key)
+        return state, shown(obs)
+
+    parts = env._replace(reset=reset, step=step)
+    with pytest.raises(ValueError, match=r"flatten_observation\(env\) joins its parts"):
+        check_env(parts)
+    flat = flatten_observation(parts)
+    check_env(flat)
+    state, _ = flat.reset(jax.random.key(0))
+    state, result = flat.step(jax.random.key(1), state, jnp.int32(0))
+    obs = np.asarray(
+        env.step(jax.random.key(1), env.reset(jax.random.key(0))[0], jnp.int32(0))[1].obs
+    )
+    by_hand = [obs[0] > 0, int(obs[0]), *obs, *(obs + 1)]
+    np.testing.assert_allclose(result.obs, by_hand)

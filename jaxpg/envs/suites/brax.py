@@ -3,7 +3,8 @@
 import jax
 
 from jaxpg.envs.env import Env
-from jaxpg.envs.suites.raw import Raw, between, foreign, from_raw, package, silence, unbounded
+from jaxpg.envs.spaces import unbounded
+from jaxpg.envs.suites.raw import Raw, between, foreign, from_raw, package, silence
 
 EPISODE = 1000  # brax's own episode_length
 

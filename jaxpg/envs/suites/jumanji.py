@@ -4,8 +4,9 @@ import jax
 import numpy as np
 
 from jaxpg.envs.env import Env
-from jaxpg.envs.spaces import Box, Discrete, MultiDiscrete, Space
-from jaxpg.envs.suites.raw import Raw, foreign, from_raw, joined, package, silence, unbounded
+from jaxpg.envs.spaces import Box, Discrete, MultiDiscrete, Space, unbounded
+from jaxpg.envs.suites.raw import Raw, foreign, from_raw, package, silence
+from jaxpg.envs.wrappers import joined
 
 EPISODE = 1000  # for environments without a limit of their own
 MASK = "action_mask"

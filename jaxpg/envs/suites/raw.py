@@ -63,18 +63,8 @@ def from_raw(raw: Raw, observation: Space, action: Space, horizon: int) -> Env:
     return Env(reset, step, observation, action, horizon)
 
 
-def unbounded(shape: tuple[int, ...]) -> Box:
-    anywhere = np.full(shape, np.inf, np.float32)
-    return Box(-anywhere, anywhere)
-
-
 def between(low: float, high: float, shape: tuple[int, ...]) -> Box:
     return Box(np.full(shape, low, np.float32), np.full(shape, high, np.float32))
-
-
-def joined(obs: Any) -> jax.Array:
-    """The parts of an observation as one vector: each flattened, a dictionary's by sorted names."""
-    return jnp.concatenate([jnp.ravel(jnp.asarray(x, jnp.float32)) for x in jax.tree.leaves(obs)])
 
 
 @contextmanager
