@@ -4,8 +4,10 @@ from jaxpg.envs.env import Actor, Env, check_action, check_env
 from jaxpg.envs.factory import from_factory
 from jaxpg.envs.gymnax import from_gymnax, gymnax_names
 from jaxpg.envs.lqr import Lqr, check_lqr, from_lqr
+from jaxpg.envs.masking import Masked, with_mask
 from jaxpg.envs.mdp import Mdp, check_mdp, from_mdp
 from jaxpg.envs.spaces import Box, Discrete, MultiDiscrete, Space
+from jaxpg.envs.squashing import Squashed, squashed
 from jaxpg.envs.suites import SUITES, env_names, installed, make_env
 from jaxpg.envs.tabulate import mdp_from_gymnax
 from jaxpg.envs.wrappers import (
@@ -23,9 +25,11 @@ __all__ = [
     "Discrete",
     "Env",
     "Lqr",
+    "Masked",
     "Mdp",
     "MultiDiscrete",
     "Space",
+    "Squashed",
     "check_action",
     "check_env",
     "check_lqr",
@@ -43,5 +47,7 @@ __all__ = [
     "mask_observation",
     "mdp_from_gymnax",
     "repeat_action",
+    "squashed",
     "unwrapped",
+    "with_mask",
 ]

@@ -13,22 +13,29 @@ from jaxpg.policies.agent import (
     network_builder,
     observed,
 )
-from jaxpg.policies.distributions import Categorical, Distribution, Gaussian, MultiCategorical
+from jaxpg.policies.bounded import Beta, TanhGaussian
+from jaxpg.policies.distributions import Bernoulli, Categorical, Gaussian, MultiCategorical
+from jaxpg.policies.heads import DISTRIBUTIONS, Distribution
 from jaxpg.policies.initializers import orthogonal
+from jaxpg.policies.masking import masked
 from jaxpg.policies.networks import Network, gru, linear, mlp, tabular
 from jaxpg.policies.normalisation import normalised
 from jaxpg.policies.own import own_network
 
 __all__ = [
+    "DISTRIBUTIONS",
     "NETWORKS",
     "Agent",
     "AgentCarry",
     "AgentParams",
+    "Bernoulli",
+    "Beta",
     "Categorical",
     "Distribution",
     "Gaussian",
     "MultiCategorical",
     "Network",
+    "TanhGaussian",
     "actor_critic",
     "check_agent",
     "check_params",
@@ -36,6 +43,7 @@ __all__ = [
     "init_params",
     "initial_carry",
     "linear",
+    "masked",
     "mlp",
     "network_builder",
     "normalised",

@@ -19,9 +19,11 @@ from typing import NamedTuple
 import chex
 import jax
 
-from jaxpg.envs import Box, Discrete, Env
+from jaxpg.envs import Box, Discrete, Env, Masked, Squashed
 from jaxpg.policies import networks
-from jaxpg.policies.distributions import Categorical, Gaussian, MultiCategorical
+from jaxpg.policies.bounded import Beta, TanhGaussian
+from jaxpg.policies.distributions import Bernoulli, Categorical, Gaussian, MultiCategorical
+from jaxpg.policies.masking import masked
 from jaxpg.policies.networks import Network, example_observation
 from jaxpg.policies.normalisation import normalised
 from jaxpg.policies.own import own_network
@@ -85,13 +87,17 @@ def actor_critic(env: Env, network: str = "mlp", *, normalise: bool = False, **s
     """An agent whose policy and critic are built alike for an environment's spaces.
 
     network: one of NETWORKS, or MODULE:FUNCTION (`own_network`); settings go to its builder
-    (`hidden=(64, 64)`, `activation="tanh"`). normalise: both see normalised observations. Raises ValueError
-    for an unknown network.
+    (`hidden=(64, 64)`, `distribution="beta"`). normalise: both see normalised observations. Actions that
+    the observation's mask forbids are never taken. Raises ValueError for an unknown network.
     """
     builder = network_builder(network)
-    pair = [builder(env.observation, output, **settings) for output in (env.action, None)]
+    space = env.observation
+    seen = space.inner if isinstance(space, Masked) else space
+    pair = [builder(seen, output, **settings) for output in (env.action, None)]
     if normalise:
-        pair = [normalised(network, env.observation) for network in pair]
+        pair = [normalised(network, seen) for network in pair]
+    if isinstance(space, Masked):
+        pair = [masked(network, space) for network in pair]
     return Agent(*pair)
 
 
@@ -120,14 +126,19 @@ def check_agent(env: Env, agent: Agent) -> None:
 
     distribution = jax.eval_shape(outputs)
     action = env.action
-    if isinstance(action, Box):
-        mode = jax.eval_shape(lambda found: found.mode(), distribution)
-        needed, fits = Gaussian, mode.shape[2:] == action.shape
+    mode = jax.eval_shape(lambda found: found.mode(), distribution)
+    fits = mode.shape[2:] == action.shape
+    if isinstance(action, Squashed):
+        suits = isinstance(distribution, TanhGaussian | Beta)
+    elif isinstance(action, Box):
+        # The density of tanh(u) is right only where the environment takes u.
+        suits = isinstance(distribution, Gaussian) and not isinstance(distribution, TanhGaussian)
     elif isinstance(action, Discrete):
-        needed, fits = Categorical, distribution[0].shape[2:] == (action.n,)
+        suits = isinstance(distribution, Categorical)
+        fits = fits and distribution[0].shape[2:] == (action.n,)
     else:
-        needed, fits = MultiCategorical, distribution[0].shape[2:3] == action.shape
-    if not isinstance(distribution, needed):
+        suits = isinstance(distribution, MultiCategorical | Bernoulli)
+    if not suits:
         kind = "continuous" if isinstance(env.action, Box) else "discrete"
         raise ValueError(
             f"the policy returns a {type(distribution).__name__} distribution but the action space is "
@@ -143,5 +154,5 @@ NETWORKS = {
     "mlp": networks.mlp,
     "linear": networks.linear,
     "gru": networks.gru,
-    "tabular": lambda observation, action, **_: networks.tabular(observation, action),
+    "tabular": networks.tabular,
 }

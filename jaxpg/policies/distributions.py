@@ -8,6 +8,8 @@ bits for one step at a time cost more than the network.
 
 >>> Categorical(jnp.zeros(4)).entropy().round(3), Gaussian(jnp.zeros(2), jnp.zeros(2)).mode()
 (Array(1.386, dtype=float32), Array([0., 0.], dtype=float32))
+>>> Bernoulli(jnp.zeros(3)).log_prob(jnp.array([0, 1, 1])).round(3)
+Array(-2.079, dtype=float32)
 >>> pair = MultiCategorical(jnp.zeros((2, 3)))
 >>> pair.sample(jax.random.key(0)).shape
 (2,)
@@ -15,7 +17,7 @@ bits for one step at a time cost more than the network.
 
 from functools import reduce
 from itertools import accumulate
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +41,8 @@ def _entries(x: Array) -> list[Array] | None:
     return [x[..., i] for i in range(size)] if 0 < size <= FEW.get(backend(), 0) else None
 
 
-def _total(x: Array) -> Array:
+def total(x: Array) -> Array:
+    """The sum over the last axis."""
     few = _entries(x)
     return x.sum(-1) if few is None else reduce(jnp.add, few)
 
@@ -49,7 +52,7 @@ def _log_softmax(logits: Array) -> Array:
     if few is None:
         return jax.nn.log_softmax(logits)
     shifted = logits - jax.lax.stop_gradient(reduce(jnp.maximum, few))[..., None]
-    return shifted - jnp.log(_total(jnp.exp(shifted)))[..., None]
+    return shifted - jnp.log(total(jnp.exp(shifted)))[..., None]
 
 
 class Categorical(NamedTuple):
@@ -82,17 +85,17 @@ class Categorical(NamedTuple):
         """log softmax(logits)_a, shape [...]."""
         # A one-hot product, not a gather: its gradient needs no scatter, slow on accelerators.
         log_p = _log_softmax(self.logits)
-        return _total(jax.nn.one_hot(action, log_p.shape[-1], dtype=log_p.dtype) * log_p)
+        return total(jax.nn.one_hot(action, log_p.shape[-1], dtype=log_p.dtype) * log_p)
 
     def entropy(self) -> Array:
         """-sum_a p_a log p_a, in nats."""
         log_p = _log_softmax(self.logits)
-        return -_total(jnp.exp(log_p) * log_p)
+        return -total(jnp.exp(log_p) * log_p)
 
     def kl(self, other: "Categorical") -> Array:
         """KL(self || other) = sum_a p_a (log p_a - log q_a), in nats."""
         log_p, log_q = _log_softmax(self.logits), _log_softmax(other.logits)
-        return _total(jnp.exp(log_p) * (log_p - log_q))
+        return total(jnp.exp(log_p) * (log_p - log_q))
 
     def mode(self) -> Array:
         """The most probable action."""
@@ -118,19 +121,61 @@ class MultiCategorical(NamedTuple):
 
     def log_prob(self, action: Array) -> Array:
         """sum_d log p_d(a_d), shape [...]."""
-        return _total(Categorical(self.logits).log_prob(action))
+        return total(Categorical(self.logits).log_prob(action))
 
     def entropy(self) -> Array:
         """The sum over d of the entropies, in nats."""
-        return _total(Categorical(self.logits).entropy())
+        return total(Categorical(self.logits).entropy())
 
     def kl(self, other: "MultiCategorical") -> Array:
         """KL(self || other) = sum_d KL_d, in nats."""
-        return _total(Categorical(self.logits).kl(Categorical(other.logits)))
+        return total(Categorical(self.logits).kl(Categorical(other.logits)))
 
     def mode(self) -> Array:
         """The most probable action of each part."""
         return Categorical(self.logits).mode()
+
+
+class Bernoulli(NamedTuple):
+    """Independent switches: P(a_d = 1) = sigmoid(logits_d)."""
+
+    logits: Array  # [..., D]
+
+    def noise(self, key: Key) -> Array:
+        """Uniform in [0, 1), shape [..., D]."""
+        return jax.random.uniform(key, self.logits.shape, self.logits.dtype)
+
+    def draw(self, noise: Array) -> Array:
+        """1 where the noise is below the probability, shape [..., D]."""
+        return (noise < jax.nn.sigmoid(self.logits)).astype(jnp.int32)
+
+    def sample(self, key: Key) -> Array:
+        """An action."""
+        return self.draw(self.noise(key))
+
+    def log_prob(self, action: Array) -> Array:
+        """sum_d log p_d(a_d), shape [...]."""
+        return total(jnp.where(action > 0, *self._log_p()))
+
+    def entropy(self) -> Array:
+        """The sum over d of the entropies, in nats."""
+        return -total(_mean(self.logits, *self._log_p()))
+
+    def kl(self, other: "Bernoulli") -> Array:
+        """KL(self || other) = sum_d KL_d, in nats."""
+        ones, zeros = (p - q for p, q in zip(self._log_p(), other._log_p(), strict=True))
+        return total(_mean(self.logits, ones, zeros))
+
+    def mode(self) -> Array:
+        """The more probable action of each switch."""
+        return (self.logits > 0).astype(jnp.int32)
+
+    def _log_p(self):
+        return jax.nn.log_sigmoid(self.logits), jax.nn.log_sigmoid(-self.logits)
+
+
+def _mean(logits, of_one, of_zero):
+    return jax.nn.sigmoid(logits) * of_one + jax.nn.sigmoid(-logits) * of_zero
 
 
 class Gaussian(NamedTuple):
@@ -154,17 +199,17 @@ class Gaussian(NamedTuple):
     def log_prob(self, action: Array) -> Array:
         """-sum_d [ (a-mean)^2/(2 std^2) + log std + log(2 pi)/2 ]; d/dlog std is ((a-mean)/std)^2 - 1."""
         standard = (action - self.mean) * jnp.exp(-self.log_std)
-        return -_total(0.5 * standard**2 + self.log_std + 0.5 * jnp.log(2 * jnp.pi))
+        return -total(0.5 * standard**2 + self.log_std + 0.5 * jnp.log(2 * jnp.pi))
 
     def entropy(self) -> Array:
         """sum_d [ log std + log(2 pi e)/2 ], in nats."""
-        return _total(self.log_std + 0.5 * jnp.log(2 * jnp.pi * jnp.e))
+        return total(self.log_std + 0.5 * jnp.log(2 * jnp.pi * jnp.e))
 
     def kl(self, other: "Gaussian") -> Array:
         """KL(self || other), in nats."""
         ratio = jnp.exp(2 * (self.log_std - other.log_std))
         shift = ((self.mean - other.mean) * jnp.exp(-other.log_std)) ** 2
-        return _total(0.5 * (ratio + shift - 1) + other.log_std - self.log_std)
+        return total(0.5 * (ratio + shift - 1) + other.log_std - self.log_std)
 
     def mode(self) -> Array:
         """The mean."""
@@ -195,6 +240,3 @@ def gaussian_beside(fixed: np.ndarray) -> type[Gaussian]:
             return whole(super().mode())
 
     return Partial
-
-
-Distribution = Union[Categorical, MultiCategorical, Gaussian]  # noqa: UP007

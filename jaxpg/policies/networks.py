@@ -16,23 +16,15 @@ Every builder takes the observation space and the kind of output: an action spac
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Unpack, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxpg.devices import backend
 from jaxpg.envs import Box, Discrete, Space, spaces
-from jaxpg.policies.distributions import (
-    MASKED_LOGIT,
-    Categorical,
-    Distribution,
-    Gaussian,
-    MultiCategorical,
-    gaussian_beside,
-)
+from jaxpg.policies.heads import Settings, head
 from jaxpg.policies.initializers import orthogonal
 from jaxpg.policies.recurrence import product, recur
 from jaxpg.types import Array, Carry, Key, Params
@@ -59,7 +51,7 @@ class Network(NamedTuple):
     observe: Callable[[Params, Array, Array], Params] | None = None
 
 
-def tabular(observation: Space, action: Space | None) -> Network:
+def tabular(observation: Space, action: Space | None, **policy: Unpack[Settings]) -> Network:
     """One row of logits (or one value) per observation, initially zero.
 
     Params: {"logits": [S, A]} or {"value": [S]}; flattened, they are state-major.
@@ -72,6 +64,7 @@ def tabular(observation: Space, action: Space | None) -> Network:
         )
     _check(observation, action)
     num_obs = observation.n
+    distribution = None if action is None else head(action, **policy).distribution
 
     def init(key):
         del key
@@ -82,7 +75,7 @@ def tabular(observation: Space, action: Space | None) -> Network:
     def apply(params, carry, obs, first):
         del first
         table = jnp.asarray(params["value" if action is None else "logits"])[obs]
-        return carry, table if action is None else Categorical(table)
+        return carry, table if distribution is None else distribution(table, params)
 
     return Network(init, lambda num_lanes: (), apply)
 
@@ -91,11 +84,11 @@ def linear(
     observation: Space,
     action: Space | None,
     *,
-    initial_std: float = 0.5,
     precision: str = "highest",
+    **policy: Unpack[Settings],
 ) -> Network:
     """One affine layer on the flattened (or one-hot) observation."""
-    return mlp(observation, action, (), initial_std=initial_std, precision=precision)
+    return mlp(observation, action, (), precision=precision, **policy)
 
 
 def mlp(
@@ -104,27 +97,27 @@ def mlp(
     hidden: Sequence[int] = (64, 64),
     *,
     activation: str = "tanh",
-    initial_std: float = 0.5,
     precision: str = "highest",
+    **policy: Unpack[Settings],
 ) -> Network:
     """Dense layers with orthogonal weights; the last layer of a policy starts 100 times smaller.
 
-    initial_std: of Gaussian actions, as a fraction of half the action range.
+    policy: the settings of its distribution, as of `heads.head`.
     precision: of matrix products; below "highest", GPUs and TPUs round to 10 or 7 mantissa bits.
     """
     _check(observation, action)
-    body, head = _body(hidden, activation, precision), _head(action, initial_std, precision)
+    body, output = _body(hidden, activation, precision), _output(action, precision, policy)
     encode = partial(spaces.encode, observation)
 
     def init(key):
         example = encode(example_observation(observation))
         gains = body.init(example)
-        head_gains = head.init(body.apply(gains, example))
-        return orthogonal(key, {"body": gains, "head": head_gains})
+        output_gains = output.init(body.apply(gains, example))
+        return orthogonal(key, {"body": gains, "head": output_gains})
 
     def apply(params, carry, obs, first):
         del first
-        return carry, head.apply(params["head"], body.apply(params["body"], encode(obs)))
+        return carry, output.apply(params["head"], body.apply(params["body"], encode(obs)))
 
     return Network(init, lambda num_lanes: (), apply)
 
@@ -136,12 +129,12 @@ def gru(
     *,
     features: int = 64,
     activation: str = "tanh",
-    initial_std: float = 0.5,
     precision: str = "highest",
+    **policy: Unpack[Settings],
 ) -> Network:
     """Dense layers, then a gated recurrent unit whose carry restarts before an episode's first row."""
     _check(observation, action)
-    body, head = _body(hidden, activation, precision), _head(action, initial_std, precision)
+    body, output = _body(hidden, activation, precision), _output(action, precision, policy)
     encode = partial(spaces.encode, observation)
     cell = nn.GRUCell(
         features,
@@ -159,8 +152,8 @@ def gru(
         encoded = body.apply(body_gains, example)
         cell_gains = _gains(cell, initial_carry(1), encoded[0])
         # The cell's output is its carry.
-        head_gains = head.init(initial_carry(1)[None])
-        return orthogonal(key, {"body": body_gains, "cell": cell_gains, "head": head_gains})
+        output_gains = output.init(initial_carry(1)[None])
+        return orthogonal(key, {"body": body_gains, "cell": cell_gains, "head": output_gains})
 
     def apply(params, carry, obs, first):
         encoded, cell = body.apply(params["body"], encode(obs)), params["cell"]["params"]
@@ -173,7 +166,7 @@ def gru(
         ]
         within = rows["hr"], rows["hz"], rows["hn"]
         out = recur(precision, carry, tuple(inputs), first, within, cell["hn"]["bias"])
-        return out[-1], head.apply(params["head"], out)
+        return out[-1], output.apply(params["head"], out)
 
     return Network(init, initial_carry, apply)
 
@@ -245,59 +238,17 @@ def _activated(function, x):
     return jax.lax.optimization_barrier(out) if large else out
 
 
-def _head(action: Space | None, initial_std, precision) -> _Apply:
+def _output(action: Space | None, precision, policy: Settings) -> _Apply:
     if action is None:
         scalar = _pure(_dense(1, 1.0, precision))
         return _Apply(scalar.init, lambda params, x: jnp.squeeze(scalar.apply(params, x), -1))
-    num_outputs, to_distribution, extra = _distribution_head(action, initial_std)
+    found = head(action, **policy)
     # A small last layer starts near the uniform policy (Andrychowicz et al., 2021).
-    module = _pure(_dense(num_outputs, 0.01, precision))
+    module = _pure(_dense(found.num_outputs, 0.01, precision))
     return _Apply(
-        lambda x: {"dense": module.init(x), **extra},
-        lambda params, x: to_distribution(module.apply(params["dense"], x), params),
+        lambda x: {"dense": module.init(x), **found.params},
+        lambda params, x: found.distribution(module.apply(params["dense"], x), params),
     )
-
-
-def _distribution_head(action: Space, initial_std) -> tuple[int, Callable[..., Distribution], dict]:
-    if isinstance(action, Discrete):
-        return action.n, lambda x, params: Categorical(x), {}
-    if isinstance(action, Box):
-        return _gaussian_head(action, initial_std)
-    nvec, widest = action.nvec, max(action.nvec)
-    valid = np.arange(widest)[None, :] < np.asarray(nvec)[:, None]
-
-    def multi(x, params):
-        logits = x.reshape(*x.shape[:-1], len(nvec), widest)
-        return MultiCategorical(
-            jnp.where(jnp.broadcast_to(valid, logits.shape), logits, MASKED_LOGIT)
-        )
-
-    return len(nvec) * widest, multi, {}
-
-
-def _gaussian_head(action: Box, initial_std) -> tuple[int, Callable[..., Distribution], dict]:
-    if len(action.shape) != 1:
-        raise ValueError(f"Gaussian policies need vector actions, got shape {action.shape}")
-    low, high = spaces.limits(action)
-    free = low < high
-    if not free.any():
-        raise ValueError(
-            f"every entry of the action is fixed (low = high = {low}): there is nothing to choose"
-        )
-    distribution = Gaussian if free.all() else gaussian_beside(np.where(free, np.nan, low))
-    low, high = low[free], high[free]
-    # The network works in units of half the action range, so one initial std suits every task.
-    finite = np.isfinite(low) & np.isfinite(high)
-    ends = np.where(finite, low, -1), np.where(finite, high, 1)
-    centre = np.where(finite, (ends[0] + ends[1]) / 2, np.clip(np.float32(0), low, high))
-    scale, size = (ends[1] - ends[0]) / 2, len(low)
-
-    def gaussian(x, params):
-        mean = jnp.broadcast_to(centre, x.shape) + jnp.broadcast_to(scale, x.shape) * x
-        return distribution(mean, jnp.broadcast_to(params["log_std"] + np.log(scale), x.shape))
-
-    log_std = jnp.full(size, np.log(initial_std), jnp.result_type(float))
-    return size, gaussian, {"log_std": log_std}
 
 
 def _check(observation: Space, action: Space | None) -> None:

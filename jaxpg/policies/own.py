@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import flax.linen as nn
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from jaxpg.envs import Box, Space
 from jaxpg.envs.factory import imported, refused
 from jaxpg.envs.spaces import encode
+from jaxpg.policies.heads import Settings
 from jaxpg.policies.networks import Network, example_observation, linear
 from jaxpg.types import Array, Key, Params
 
@@ -38,8 +39,8 @@ def own_network(name: str) -> Callable[..., Network]:
         observation: Space,
         action: Space | None,
         *,
-        initial_std: float = 0.5,
         precision: str = "highest",
+        **policy: Unpack[Settings],
     ) -> Network:
         with refused(name, {}):
             if not isinstance(function, type):
@@ -55,7 +56,7 @@ def own_network(name: str) -> Callable[..., Network]:
                 "pair of functions init(key, obs) and apply(params, obs)"
             )
         with refused(name, {}):
-            return _with_head(torso, observation, action, initial_std, precision)
+            return _with_head(torso, observation, action, precision, policy)
 
     return build
 
@@ -97,7 +98,7 @@ def _of_nnx(make: Callable[..., Any]) -> Torso:
     return init, apply
 
 
-def _with_head(torso: Torso, observation, action, initial_std, precision) -> Network:
+def _with_head(torso: Torso, observation, action, precision, policy) -> Network:
     start, run = torso
 
     def shown(obs):
@@ -111,7 +112,7 @@ def _with_head(torso: Torso, observation, action, initial_std, precision) -> Net
         said = list(getattr(features, "shape", ())) or type(features).__name__
         raise ValueError(f"it maps observations {list(example.shape)} to {said}, not to [1, F]")
     anywhere = np.full(features.shape[1:], np.inf, np.float32)
-    head = linear(Box(-anywhere, anywhere), action, initial_std=initial_std, precision=precision)
+    head = linear(Box(-anywhere, anywhere), action, precision=precision, **policy)
 
     def init(key):
         k_torso, k_head = jax.random.split(key)

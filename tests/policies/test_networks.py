@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from worlds import clock
 
-from jaxpg.envs import Box, Discrete, Env, MultiDiscrete, from_gymnax
+from jaxpg.envs import Box, Discrete, Env, MultiDiscrete, Squashed, from_gymnax
 from jaxpg.policies import (
     Agent,
+    Bernoulli,
     Categorical,
     Gaussian,
     MultiCategorical,
@@ -169,3 +170,30 @@ def test_a_policy_of_the_wrong_kind_is_refused():
     wider = Env(*discrete[:3], Discrete(3), 3)
     with pytest.raises(ValueError, match="do not fit"):
         check_agent(wider, Agent(mlp(discrete.observation, discrete.action)))
+
+
+def test_a_deviation_may_depend_on_the_state():
+    """It starts at the initial one, and moves with the observation once the last layer is not small."""
+    seen = Box(-np.ones(3, np.float32), np.ones(3, np.float32))
+    obs, first = jax.random.normal(jax.random.key(0), (4, 2, 3)), jnp.zeros((4, 2), bool)
+    for action, start in ((TORQUE, [1.0, 0.25]), (Squashed(*TORQUE), [0.5, 0.5])):
+        network = mlp(seen, action, (8,), state_dependent_std=True)
+        params = network.init(jax.random.key(1))
+        std = jnp.exp(network.apply(params, (), obs, first)[1].log_std)
+        np.testing.assert_allclose(std, np.broadcast_to(start, std.shape), 0.05)
+        larger = jax.tree.map(lambda x: 50 * x, params)
+        assert np.std(network.apply(larger, (), obs, first)[1].log_std, axis=(0, 1)).min() > 0.1
+        fixed = mlp(seen, action, (8,))
+        found = fixed.apply(
+            jax.tree.map(lambda x: 50 * x, fixed.init(jax.random.key(1))), (), obs, first
+        )
+        assert np.std(found[1].log_std, axis=(0, 1)).max() < 1e-6
+
+
+def test_switches_are_a_bernoulli_vector():
+    network = mlp(BOX, MultiDiscrete((2, 2, 2)), (4,), distribution="bernoulli")
+    obs, first = jnp.ones((1, 5, 2, 3)), jnp.zeros((1, 5), bool)
+    found = network.apply(network.init(jax.random.key(0)), (), obs, first)[1]
+    assert isinstance(found, Bernoulli) and found.mode().shape == (1, 5, 3)
+    with pytest.raises(ValueError, match=r"between 2, but the actions are .*\(2, 3\)"):
+        mlp(BOX, MultiDiscrete((2, 3)), distribution="bernoulli")

@@ -10,7 +10,7 @@ import pytest
 
 from jaxpg.envs import gymnax_names
 from jaxpg.optimizers import BATCH_SCALINGS, OPTIMIZERS, SCHEDULES
-from jaxpg.policies import NETWORKS, init_params
+from jaxpg.policies import DISTRIBUTIONS, NETWORKS, init_params
 from jaxpg.policies.networks import ACTIVATIONS, PRECISIONS
 from jaxpg.runs.config.config import COUNTS, Config, Grid, check, completed, points, varying
 from jaxpg.runs.config.flags import parse, request
@@ -78,6 +78,7 @@ def test_every_hyperparameter_stands_once_in_the_table():
     [
         ("algorithm", TRAINABLE),
         ("network", NETWORKS),
+        ("distribution", DISTRIBUTIONS),
         ("activation", ACTIVATIONS),
         ("precision", PRECISIONS),
         ("optimizer", OPTIMIZERS),
@@ -123,6 +124,12 @@ def test_flags_wrap_the_environment():
         ("CartPole-v1 --reference-batch 0", "reference_batch=0 must be at least 1"),
         ("CartPole-v1 --weight-decay -1", "weight_decay=-1 must not be negative"),
         ("FrozenLake-misc --normalise", "normalise scales real observations"),
+        ("Pendulum-v1 --distribution gausian", "unknown distribution 'gausian'"),
+        ("Pendulum-v1 --distribution categorical", "does not fit actions that are Box"),
+        ("CartPole-v1 --distribution beta", "but the actions are Discrete"),
+        ("CartPole-v1 --distribution bernoulli", "use categorical"),
+        ("Pendulum-v1 --distribution beta --state-dependent-std", "is for gaussian and tanh"),
+        ("CartPole-v1 --state-dependent-std", "but the distribution is categorical"),
     ],
 )
 def test_wrong_flags_are_one_clear_line(flags, message):

@@ -102,6 +102,14 @@ class Config:
     initial_std: float = _flag(
         0.5, "initial standard deviation of real-valued actions, in half action ranges"
     )
+    distribution: str | None = _flag(
+        None,
+        "of actions: gaussian, tanh or beta of real ones, categorical or bernoulli of whole numbers; "
+        "None: gaussian or categorical",
+    )
+    state_dependent_std: bool = _flag(
+        False, "let the network also choose the standard deviation, of gaussian or tanh"
+    )
     optimizer: str = _flag(
         "adam", "sgd, momentum, rmsprop, adam, adamw, lion or muon, for policy and critic"
     )

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpg.envs import Env, history, make_env, mask_observation, repeat_action
+from jaxpg.envs import Env, history, make_env, mask_observation, repeat_action, squashed
 from jaxpg.estimators.control_variates import CONTROL_VARIATES
 from jaxpg.estimators.importance import IMPORTANCES
 from jaxpg.optimizers import BATCH_SCALINGS, OPTIMIZERS, SCHEDULES, batch_scaled
 from jaxpg.optimizers.adaptation import ADAPTATIONS, fixed
 from jaxpg.optimizers.natural import NATURAL_OPTIMIZERS
-from jaxpg.policies import Agent, actor_critic, network_builder
+from jaxpg.policies import DISTRIBUTIONS, Agent, actor_critic, network_builder
+from jaxpg.policies.heads import SQUASHING, Settings
 from jaxpg.policies.networks import ACTIVATIONS, PRECISIONS
 from jaxpg.runs.config.config import Config
 from jaxpg.runs.config.rows import counts_of
@@ -42,6 +43,8 @@ def build(config: Config) -> Parts:
     builder = network_builder(config.network)
     known(ACTIVATIONS, "activation", config.activation)
     known(PRECISIONS, "precision", config.precision)
+    if config.distribution is not None:
+        known(DISTRIBUTIONS, "distribution", config.distribution)
     # In older versions, gymnax's 32-bit values become 64-bit in a mapped scan.
     if jax.config.read("jax_enable_x64") and not hasattr(jax, "enable_x64"):
         raise ValueError(
@@ -53,9 +56,9 @@ def build(config: Config) -> Parts:
     accepted = inspect.signature(builder).parameters
     settings = {
         name: getattr(config, name)
-        for name in ("hidden", "activation", "precision", "initial_std")
+        for name in ("hidden", "activation", "precision")
         if name in accepted
-    }
+    } | {name: getattr(config, name) for name in Settings.__annotations__}
     agent = actor_critic(env, config.network, normalise=config.normalise, **settings)
     if row.critic_optimizer is None:
         agent = agent._replace(critic=None)
@@ -98,12 +101,14 @@ def instructed(parts: Parts, config: Config) -> Parts:
 
 
 def wrapped(env: Env, config: Config) -> Env:
-    """The environment as the agent sees it: selected entries, repeated actions, and then a history."""
+    """The environment as the agent sees it: entries kept, actions repeated, a history, actions squashed."""
     if config.keep:
         env = mask_observation(env, config.keep)
     if config.repeat > 1:
         env = repeat_action(env, config.repeat)
-    return env if config.history is None else history(env, config.history)
+    if config.history is not None:
+        env = history(env, config.history)
+    return squashed(env) if config.distribution in SQUASHING else env
 
 
 def named(config: Config) -> str:
@@ -115,6 +120,8 @@ def named(config: Config) -> str:
         parts.append(f"--repeat {config.repeat}")
     if config.history is not None:
         parts.append(f"--history {config.history}")
+    if config.distribution in SQUASHING:
+        parts.append(f"--distribution {config.distribution}")
     return " ".join(parts)
 
 
