@@ -18,7 +18,7 @@ from jaxpg.policies.distributions import Bernoulli, Categorical, Gaussian, Multi
 from jaxpg.policies.heads import DISTRIBUTIONS, Distribution
 from jaxpg.policies.initializers import orthogonal
 from jaxpg.policies.masking import masked
-from jaxpg.policies.networks import Network, gru, linear, mlp, tabular
+from jaxpg.policies.networks import Network, cnn, gru, linear, lstm, mingru, mlp, tabular
 from jaxpg.policies.normalisation import normalised
 from jaxpg.policies.own import own_network
 
@@ -39,11 +39,14 @@ __all__ = [
     "actor_critic",
     "check_agent",
     "check_params",
+    "cnn",
     "gru",
     "init_params",
     "initial_carry",
     "linear",
+    "lstm",
     "masked",
+    "mingru",
     "mlp",
     "network_builder",
     "normalised",

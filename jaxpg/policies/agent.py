@@ -9,7 +9,7 @@
 (True, True, True)
 >>> trajectory = Trajectory(*[jnp.ones((3, 2, 1))] * 7, jnp.ones((3, 2), bool), None, None)
 >>> float(observed(agent, params, trajectory).policy["statistics"].seen), [*NETWORKS]
-(6.0, ['mlp', 'linear', 'gru', 'tabular'])
+(6.0, ['mlp', 'linear', 'cnn', 'gru', 'lstm', 'mingru', 'tabular'])
 """
 
 import difflib
@@ -153,6 +153,9 @@ def check_agent(env: Env, agent: Agent) -> None:
 NETWORKS = {
     "mlp": networks.mlp,
     "linear": networks.linear,
+    "cnn": networks.cnn,
     "gru": networks.gru,
+    "lstm": networks.lstm,
+    "mingru": networks.mingru,
     "tabular": networks.tabular,
 }

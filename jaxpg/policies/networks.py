@@ -7,36 +7,31 @@ Every builder takes the observation space and the kind of output: an action spac
 >>> params = jax.eval_shape(mlp(seen, taken, (8,)).init, jax.random.key(0))
 >>> sum(x.size for x in jax.tree.leaves(params))
 50
->>> gru(seen, None, (), features=4).initial_carry(2).shape
-(2, 4)
+>>> [x.initial_carry(2).shape for x in (gru(seen, None, (), features=4), mingru(seen, None))]
+[(2, 4), (2, 64)]
+>>> len(lstm(seen, None).initial_carry(2))
+2
+>>> image = Box(np.zeros((10, 10, 4)), np.ones((10, 10, 4)))
+>>> params = jax.eval_shape(cnn(image, taken, (64,)).init, jax.random.key(0))
+>>> {x.shape for x in jax.tree.leaves(params) if x.ndim == 2} == {(36, 16), (1024, 64), (64, 2)}
+True
 >>> tabular(Discrete(3), taken).init(None)["logits"].shape, isinstance(linear(seen, taken), Network)
 ((3, 2), True)
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Unpack, cast
+from typing import Any, NamedTuple, Unpack
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from jaxpg.devices import backend
 from jaxpg.envs import Box, Discrete, Space, spaces
+from jaxpg.policies import cells
+from jaxpg.policies.cells import Cell
 from jaxpg.policies.heads import Settings, head
 from jaxpg.policies.initializers import orthogonal
-from jaxpg.policies.recurrence import product, recur
+from jaxpg.policies.layers import KERNEL, Layers, body_of, output_of
 from jaxpg.types import Array, Carry, Key, Params
-
-# Numbers in an activation that is large: it is then kept once. On a TPU that doubled a minibatch's cycles.
-LARGE = {"gpu": 2**22}
-
-# Of matrix products: factors of float32 in one, three or six products of bfloat16 on a TPU; on a GPU rounded
-# to 10 bits, or in full.
-PRECISIONS = {x.name.lower(): x for x in jax.lax.Precision}
-
-ACTIVATIONS = {"tanh": nn.tanh, "relu": nn.relu, "silu": nn.silu, "gelu": nn.gelu}
 
 
 class Network(NamedTuple):
@@ -97,18 +92,66 @@ def mlp(
     hidden: Sequence[int] = (64, 64),
     *,
     activation: str = "tanh",
+    layer_norm: bool = False,
     precision: str = "highest",
     **policy: Unpack[Settings],
 ) -> Network:
     """Dense layers with orthogonal weights; the last layer of a policy starts 100 times smaller.
 
-    policy: the settings of its distribution, as of `heads.head`.
+    policy: the settings of its distribution, as of `heads.head`. layer_norm: before each activation.
     precision: of matrix products; below "highest", GPUs and TPUs round to 10 or 7 mantissa bits.
     """
     _check(observation, action)
-    body, output = _body(hidden, activation, precision), _output(action, precision, policy)
-    encode = partial(spaces.encode, observation)
+    body = body_of(hidden, activation, precision, layer_norm)
+    output = output_of(action, precision, policy)
+    return _feed_forward(body, output, partial(spaces.encode, observation), observation)
 
+
+def cnn(
+    observation: Space,
+    action: Space | None,
+    hidden: Sequence[int] = (64,),
+    *,
+    channels: Sequence[int] = (16,),
+    stride: int = 1,
+    activation: str = "tanh",
+    layer_norm: bool = False,
+    precision: str = "highest",
+    **policy: Unpack[Settings],
+) -> Network:
+    """3 x 3 convolutions without padding on images [H, W, C] or grids [H, W], then dense layers.
+
+    channels: filters of each convolution; stride: of each. Raises ValueError for other observations, and for
+    images that the convolutions leave nothing of.
+    """
+    _check(observation, action)
+    shape = observation.shape
+    if not isinstance(observation, Box) or len(shape) not in (2, 3):
+        raise ValueError(
+            f"a cnn needs images [H, W, C] or grids [H, W], but observations are {_kind(observation)} of "
+            f"shape {list(shape)}; use mlp"
+        )
+    if not channels:
+        raise ValueError("a cnn without channels convolves nothing; give channels, such as 16")
+    sizes = list(shape[:2])
+    for done, _ in enumerate(channels):
+        if min(sizes) < KERNEL:
+            raise ValueError(
+                f"{len(channels)} convolutions with stride {stride} do not fit observations of "
+                f"{shape[0]} x {shape[1]}: after {done} there are {sizes[0]} x {sizes[1]}, and each takes "
+                f"{KERNEL} x {KERNEL}; give fewer channels or a smaller stride"
+            )
+        sizes = [(size - KERNEL) // stride + 1 for size in sizes]
+    body = body_of(hidden, activation, precision, layer_norm, channels, stride)
+    image = (*shape, 1)[:3]
+
+    def encode(obs):
+        return jnp.asarray(obs, jnp.result_type(float)).reshape(*obs.shape[:2], *image)
+
+    return _feed_forward(body, output_of(action, precision, policy), encode, observation)
+
+
+def _feed_forward(body: Layers, output: Layers, encode, observation) -> Network:
     def init(key):
         example = encode(example_observation(observation))
         gains = body.init(example)
@@ -122,133 +165,43 @@ def mlp(
     return Network(init, lambda num_lanes: (), apply)
 
 
-def gru(
+def _recurrent(
+    cell: Callable[[int, str], Cell],
     observation: Space,
     action: Space | None,
     hidden: Sequence[int] = (64,),
     *,
     features: int = 64,
     activation: str = "tanh",
+    layer_norm: bool = False,
     precision: str = "highest",
     **policy: Unpack[Settings],
 ) -> Network:
-    """Dense layers, then a gated recurrent unit whose carry restarts before an episode's first row."""
+    """Dense layers, then this cell, whose carry restarts before an episode's first row."""
     _check(observation, action)
-    body, output = _body(hidden, activation, precision), _output(action, precision, policy)
+    body = body_of(hidden, activation, precision, layer_norm)
+    output, within = output_of(action, precision, policy), cell(features, precision)
     encode = partial(spaces.encode, observation)
-    cell = nn.GRUCell(
-        features,
-        kernel_init=nn.initializers.ones,
-        recurrent_kernel_init=nn.initializers.ones,
-        param_dtype=jnp.result_type(float),
-    )
-
-    def initial_carry(num_lanes):
-        return jnp.zeros((num_lanes, features))
 
     def init(key):
         example = encode(example_observation(observation))
         body_gains = body.init(example)
-        encoded = body.apply(body_gains, example)
-        cell_gains = _gains(cell, initial_carry(1), encoded[0])
-        # The cell's output is its carry.
-        output_gains = output.init(initial_carry(1)[None])
+        cell_gains = within.init(body.apply(body_gains, example))
+        output_gains = output.init(jnp.zeros((1, 1, features)))
         return orthogonal(key, {"body": body_gains, "cell": cell_gains, "head": output_gains})
 
     def apply(params, carry, obs, first):
-        encoded, cell = body.apply(params["body"], encode(obs)), params["cell"]["params"]
-        # Without the barriers the gradients' products would be slow on a CPU, as in `_product`.
-        rows = {gate: jax.lax.optimization_barrier(x["kernel"].T) for gate, x in cell.items()}
-        shape = (*first.shape, features)
-        inputs = [
-            product(encoded, rows[gate], precision) + jnp.broadcast_to(cell[gate]["bias"], shape)
-            for gate in ("ir", "iz", "in")
-        ]
-        within = rows["hr"], rows["hz"], rows["hn"]
-        out = recur(precision, carry, tuple(inputs), first, within, cell["hn"]["bias"])
-        return out[-1], output.apply(params["head"], out)
+        encoded = body.apply(params["body"], encode(obs))
+        carry, out = within.apply(params["cell"], carry, encoded, first)
+        return carry, output.apply(params["head"], out)
 
-    return Network(init, initial_carry, apply)
+    return Network(init, within.initial_carry, apply)
 
 
-class _Apply(NamedTuple):
-    """A linen module as the pair of functions that the builders compose."""
-
-    init: Callable[[Array], Params]  # takes an input; matrices are filled with their gains
-    apply: Callable[[Params, Array], Any]
-
-
-def _dense(width: int, scale: float, precision: str) -> nn.Dense:
-    product = _product if backend() == "cpu" else None
-    gain = nn.initializers.constant(scale)
-    return nn.Dense(
-        width,
-        kernel_init=gain,
-        precision=precision,
-        dot_general=product,
-        param_dtype=jnp.result_type(float),
-    )
-
-
-def _product(x, kernel, dimensions, precision=None, preferred_element_type=None):
-    """x @ kernel, as a product with the transposed kernel's rows: its gradient is one with x's rows too.
-
-    XLA's fast products on CPUs need a first factor that is contracted over its last axis. Without the
-    barrier XLA swaps the factors of the gradient, which then took 2.5 times as long.
-    """
-    del dimensions
-    rows = jax.lax.optimization_barrier(kernel.T)
-    return jax.lax.dot_general(
-        x,
-        rows,
-        (((x.ndim - 1,), (1,)), ((), ())),
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-    )
-
-
-def _pure(module: nn.Module) -> _Apply:
-    return _Apply(partial(_gains, module), cast(Callable[[Params, Array], Any], module.apply))
-
-
-def _gains(module: nn.Module, *inputs: Array) -> Params:
-    # The initialisers are constants, so the key is not used.
-    return module.init(jax.random.key(0), *inputs)
-
-
-def _body(hidden, activation, precision) -> _Apply:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}; use one of {', '.join(ACTIVATIONS)}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}; use one of {', '.join(PRECISIONS)}")
-    layers = []
-    for width in hidden:
-        # sqrt(2): the customary gain of hidden layers in policy-gradient code (Huang et al., 2022).
-        layers.append(_dense(width, 2**0.5, precision))
-        layers.append(partial(_activated, ACTIVATIONS[activation]))
-    if not layers:
-        return _Apply(lambda x: {}, lambda params, x: x)
-    return _pure(nn.Sequential(layers))
-
-
-def _activated(function, x):
-    out = function(x)
-    # XLA would put the function into the next product, and keep both its input and output for the gradient.
-    large = x.size >= LARGE.get(backend(), math.inf)
-    return jax.lax.optimization_barrier(out) if large else out
-
-
-def _output(action: Space | None, precision, policy: Settings) -> _Apply:
-    if action is None:
-        scalar = _pure(_dense(1, 1.0, precision))
-        return _Apply(scalar.init, lambda params, x: jnp.squeeze(scalar.apply(params, x), -1))
-    found = head(action, **policy)
-    # A small last layer starts near the uniform policy (Andrychowicz et al., 2021).
-    module = _pure(_dense(found.num_outputs, 0.01, precision))
-    return _Apply(
-        lambda x: {"dense": module.init(x), **found.params},
-        lambda params, x: found.distribution(module.apply(params["dense"], x), params),
-    )
+# A gated recurrent unit, long short-term memory, and a unit that is linear in its state, as in `cells`.
+gru = partial(_recurrent, cells.gated)
+lstm = partial(_recurrent, cells.long_short_term)
+mingru = partial(_recurrent, cells.minimal)
 
 
 def _check(observation: Space, action: Space | None) -> None:

@@ -15,6 +15,8 @@ from jaxpg.policies import (
     check_agent,
     gru,
     linear,
+    lstm,
+    mingru,
     mlp,
     orthogonal,
     tabular,
@@ -77,7 +79,7 @@ def test_recurrent_initialisation_does_not_hang_under_vmap():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", [linear, mlp, gru])
+@pytest.mark.parametrize("build", [linear, mlp, gru, lstm, mingru])
 @pytest.mark.parametrize("observation", [Discrete(5), BOX, MultiDiscrete((3, 4))])
 def test_shapes_and_near_uniform_start(build, observation):
     integer = not isinstance(observation, Box)

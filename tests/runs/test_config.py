@@ -11,7 +11,7 @@ import pytest
 from jaxpg.envs import gymnax_names
 from jaxpg.optimizers import BATCH_SCALINGS, OPTIMIZERS, SCHEDULES
 from jaxpg.policies import DISTRIBUTIONS, NETWORKS, init_params
-from jaxpg.policies.networks import ACTIVATIONS, PRECISIONS
+from jaxpg.policies.layers import ACTIVATIONS, PRECISIONS
 from jaxpg.runs.config.config import COUNTS, Config, Grid, check, completed, points, varying
 from jaxpg.runs.config.flags import parse, request
 from jaxpg.runs.config.presets import PRESETS, preset
@@ -124,6 +124,8 @@ def test_flags_wrap_the_environment():
         ("CartPole-v1 --reference-batch 0", "reference_batch=0 must be at least 1"),
         ("CartPole-v1 --weight-decay -1", "weight_decay=-1 must not be negative"),
         ("FrozenLake-misc --normalise", "normalise scales real observations"),
+        ("CartPole-v1 --network cnn", r"observations are Box of shape \[4\]; use mlp"),
+        ("Breakout-MinAtar --network cnn --stride 5 --channels 8,8", "after 1 there are 2 x 2"),
         ("Pendulum-v1 --distribution gausian", "unknown distribution 'gausian'"),
         ("Pendulum-v1 --distribution categorical", "does not fit actions that are Box"),
         ("CartPole-v1 --distribution beta", "but the actions are Discrete"),

@@ -92,9 +92,14 @@ class Config:
     normalise: bool = _flag(False, "scale observations by their running mean and deviation")
     normalise_rewards: bool = _flag(False, "divide rewards by the running deviation of returns")
     network: str = _flag(
-        "mlp", "mlp, linear, gru, tabular or MODULE:FUNCTION; policy and critic are built alike"
+        "mlp",
+        "mlp, linear, cnn, gru, lstm, mingru, tabular or MODULE:FUNCTION; policy and critic are built "
+        "alike",
     )
     hidden: tuple[int, ...] = _flag((64, 64), "widths of the hidden layers")
+    channels: tuple[int, ...] = _flag((16,), "filters of each 3 x 3 convolution of a cnn")
+    stride: int = _flag(1, "of each convolution", 1, MOST_STEPS)
+    layer_norm: bool = _flag(False, "normalise the outputs of each layer before its activation")
     activation: str = _flag("tanh", "tanh, relu, silu or gelu")
     precision: str = _flag(
         "highest", "of matrix products on a GPU or TPU: default, high or highest; a CPU's are full"

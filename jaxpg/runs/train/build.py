@@ -16,7 +16,7 @@ from jaxpg.optimizers.adaptation import ADAPTATIONS, fixed
 from jaxpg.optimizers.natural import NATURAL_OPTIMIZERS
 from jaxpg.policies import DISTRIBUTIONS, Agent, actor_critic, network_builder
 from jaxpg.policies.heads import SQUASHING, Settings
-from jaxpg.policies.networks import ACTIVATIONS, PRECISIONS
+from jaxpg.policies.layers import ACTIVATIONS, PRECISIONS
 from jaxpg.runs.config.config import Config
 from jaxpg.runs.config.rows import counts_of
 from jaxpg.runs.console import shortened
@@ -56,7 +56,7 @@ def build(config: Config) -> Parts:
     accepted = inspect.signature(builder).parameters
     settings = {
         name: getattr(config, name)
-        for name in ("hidden", "activation", "precision")
+        for name in ("hidden", "channels", "stride", "activation", "layer_norm", "precision")
         if name in accepted
     } | {name: getattr(config, name) for name in Settings.__annotations__}
     agent = actor_critic(env, config.network, normalise=config.normalise, **settings)
