@@ -110,6 +110,14 @@ class Hyperparams(NamedTuple):
             hint="try 0.2",
         ),
     ] = 0.2
+    clip_eps_high: Annotated[
+        Any,
+        _POSITIVE._replace(
+            help="epsilon above 1, where it differs from clip_eps below",
+            where="dapo, gspo, cispo",
+            hint="try 0.28",
+        ),
+    ] = 0.28
     entropy_coef: Annotated[Any, Number("weight of the entropy bonus")] = 0.0
     kl_coef: Annotated[
         Any,

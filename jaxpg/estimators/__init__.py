@@ -1,12 +1,20 @@
 """Gradient estimators: five slots, and the two functions that compose them."""
 
-from jaxpg.estimators import baselines, control_variates, credit, importance, surrogates
+from jaxpg.estimators import (
+    baselines,
+    control_variates,
+    credit,
+    groups,
+    importance,
+    surrogates,
+)
 from jaxpg.estimators.estimator import (
     Batch,
     Estimator,
     assess,
     check_lanes,
     coefficients,
+    group_size_of,
     lane_gradients,
     masked,
     objective,
@@ -29,6 +37,8 @@ __all__ = [
     "credit",
     "describe",
     "facts_of",
+    "group_size_of",
+    "groups",
     "importance",
     "lane_gradients",
     "masked",

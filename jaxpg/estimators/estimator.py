@@ -12,6 +12,8 @@
 >>> weight = coefficients(Estimator(), trajectory.log_prob, batch, numbers)
 >>> lane_gradients(policy, params, trajectory, weight).mean(axis=0).tolist()
 [-0.25, 0.25]
+>>> group_size_of(Estimator(baseline=jaxpg.estimators.groups.grouped(baselines.leave_one_out, 4)))
+4
 >>> estimator, scaled = rescaled(Estimator(surrogate=surrogates.standardised(surrogates.score)), batch)
 >>> isinstance(scaled, Batch), scaled.advantage.tolist()
 (True, [[-1.0, 1.0]])
@@ -79,7 +81,15 @@ def assess(
     # Sums over T steps carry rounding that grows with the root of T.
     rounding = 4 * jnp.finfo(psi.dtype).eps * len(psi) ** 0.5
     resolution = rounding * jnp.abs(weights.step) * (jnp.abs(psi) + jnp.abs(baseline))
+    scale = facts_of(estimator.surrogate).scale
+    if scale is not None:
+        advantage = scale(advantage, resolution, trajectory.mask)
     return jax.lax.stop_gradient(Batch(trajectory, advantage, resolution, psi))
+
+
+def group_size_of(estimator: Estimator) -> int:
+    """How many episodes from one start the estimator compares; 1 if it asks for no groups."""
+    return max(facts_of(value).group_size for value in estimator)
 
 
 def masked(trajectory: Trajectory) -> Trajectory:

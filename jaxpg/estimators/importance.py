@@ -14,6 +14,8 @@ trajectory [3. 3. 3.] [1. 1. 1.]
 per_decision [2. 1. 3.] [2.  0.5 3. ]
 prefix [2. 1. 3.] [1. 1. 1.]
 truncated(1.0) [1.  0.5 1. ] [1.  0.5 1. ]
+>>> [x(one_step, 2.0)(log_ratio, None, None).step.ravel().tolist() for x in (capped, dropped_above)]
+[[2.0, 0.5, 2.0], [2.0, 0.5, 0.0]]
 >>> print(from_start(one_step)(log_ratio, None, Hyperparams(gamma=0.5)).step.ravel().round(2))
 [2.   0.25 0.75]
 >>> mask = jnp.ones((3, 2), bool)
@@ -28,6 +30,7 @@ True
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import chex
@@ -108,6 +111,36 @@ def truncated(ceiling: float) -> Importance:
 def _truncated(ceiling, log_ratio, trajectory, hyperparams):
     weight = jnp.exp(jnp.minimum(log_ratio, math.log(ceiling)))
     return Weights(weight, weight)
+
+
+def capped(importance: Importance, ceiling: float) -> Importance:
+    """step = min(step, ceiling): with `one_step` by token, with `trajectory` by sequence (Yao et al., 2025).
+
+    For data of a sampler that is not the trainer. Biased; unlike `truncated`, credit is not weighted.
+    Raises ValueError unless ceiling > 0.
+    """
+    return _bounded("capped", importance, ceiling)
+
+
+def dropped_above(importance: Importance, ceiling: float) -> Importance:
+    """step = step where it is at most the ceiling, else 0: masked importance sampling, by token or sequence.
+
+    Raises ValueError unless ceiling > 0.
+    """
+    return _bounded("dropped_above", importance, ceiling)
+
+
+def _bounded(name, importance, ceiling):
+    if not ceiling > 0:
+        raise ValueError(f"{name}: ceiling={ceiling} must be positive; try 2")
+    bound = {"capped": jnp.minimum, "dropped_above": lambda x, top: jnp.where(x <= top, x, 0.0)}
+    function = partial(_bound, bound[name])
+    return Slot(function, name, (importance, ceiling), facts_of(importance))
+
+
+def _bound(bound, importance, ceiling, log_ratio, trajectory, hyperparams):
+    weights = importance(log_ratio, trajectory, hyperparams)
+    return weights._replace(step=bound(weights.step, ceiling))
 
 
 def self_normalised(importance: Importance) -> Importance:

@@ -29,7 +29,10 @@ class Facts(NamedTuple):
     corrects: bool = True  # correct for data that another policy gathered
     linear: bool = False  # of a reduction: linear in the gain, so it may be taken in parts
     ignores_lanes: bool = False  # of a reduction: does not depend on which lane a step is in
+    by_lane: bool = False  # of a surrogate: a step's gain depends on the other steps of its lane
     rescale: Rescale | None = None  # of a wrapped surrogate: applied to a (mini)batch's advantages
+    scale: Rescale | None = None  # likewise, but once, to those of the whole batch
+    group_size: int = 1  # it compares groups of this many lanes, which share a start
 
 
 # A plain function may compare lanes, so its lanes are not treated as independent, nor its batch cut.

@@ -13,12 +13,18 @@ ratio [1. 3.]
 clipped [1.        2.3999999]
 kl_penalised [1.        2.9099998]
 standardised [-1.   1.5]
->>> float(per_episode(advantage, mask)), float(per_step(advantage, mask))
-(1.5, 1.5)
+>>> for x in (clipped_apart, sequence_clipped, weighted_score):
+...     print(x.name, x(*given)[0].round(2))
+clipped_apart [1.   2.56]
+sequence_clipped [1.   2.56]
+weighted_score [0.   1.04]
+>>> [float(x(advantage, mask)) for x in (per_episode, per_step, per_length, per_row)]
+[1.5, 1.5, 1.5, 1.5]
 """
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from jaxpg.estimators.slot import Slot, facts_of, slot
@@ -57,6 +63,42 @@ def clipped(
     rho = jnp.exp(log_prob - trajectory.log_prob)
     near = jnp.clip(rho, 1.0 - hyperparams.clip_eps, 1.0 + hyperparams.clip_eps)
     return jnp.minimum(rho * advantage, near * advantage)
+
+
+@slot()
+def clipped_apart(
+    log_prob: Array, advantage: Array, trajectory: Trajectory, hyperparams: Hyperparams
+) -> Array:
+    """min(rho A, clip(rho, 1-clip_eps, 1+clip_eps_high) A) (Yu et al., 2025)."""
+    return _clipped(jnp.exp(log_prob - trajectory.log_prob), advantage, hyperparams)
+
+
+@slot(whole_episodes=True, by_lane=True)
+def sequence_clipped(
+    log_prob: Array, advantage: Array, trajectory: Trajectory, hyperparams: Hyperparams
+) -> Array:
+    """min(s A, clip(s, 1-clip_eps, 1+clip_eps_high) A), s = (prod_t rho_t)^(1/T) (Zheng et al., 2025)."""
+    log_rho = jnp.where(trajectory.mask, log_prob - trajectory.log_prob, 0.0)
+    length = jnp.maximum(trajectory.mask.sum(axis=0, keepdims=True), 1)
+    mean = log_rho.sum(axis=0, keepdims=True) / length
+    return _clipped(jnp.exp(jnp.broadcast_to(mean, log_rho.shape)), advantage, hyperparams)
+
+
+def _clipped(rho, advantage, hyperparams):
+    near = jnp.clip(rho, 1.0 - hyperparams.clip_eps, 1.0 + hyperparams.clip_eps_high)
+    return jnp.minimum(rho * advantage, near * advantage)
+
+
+@slot()
+def weighted_score(
+    log_prob: Array, advantage: Array, trajectory: Trajectory, hyperparams: Hyperparams
+) -> Array:
+    """min(rho, 1+clip_eps_high) A log pi(a|s), with a constant weight: CISPO (MiniMax, 2025).
+
+    Unlike a clipped ratio, a truncated weight leaves every step a gradient.
+    """
+    rho = jax.lax.stop_gradient(jnp.exp(log_prob - trajectory.log_prob))
+    return jnp.minimum(rho, 1.0 + hyperparams.clip_eps_high) * advantage * log_prob
 
 
 @slot()
@@ -102,6 +144,25 @@ def _unit_scale(advantage, resolution, mask):
 def per_episode(gain: Array, mask: Array) -> Array:
     """Sum over steps, mean over the B episodes: the gradient is that of J."""
     return jnp.where(mask, gain, 0.0).sum() / mask.shape[1]
+
+
+@slot(linear=True, whole_episodes=True)
+def per_length(gain: Array, mask: Array) -> Array:
+    """Mean over the steps of each episode, then over the B episodes (Shao et al., 2024).
+
+    Biased where lengths differ: a step of a short episode weighs more, whatever its advantage.
+    """
+    total = jnp.where(mask, gain, 0.0).sum(axis=0) / jnp.maximum(mask.sum(axis=0), 1)
+    return total.sum() / mask.shape[1]
+
+
+@slot(linear=True, whole_episodes=True)
+def per_row(gain: Array, mask: Array) -> Array:
+    """Sum over steps, divided by the B episodes and the T rows of the batch, a constant (Liu et al., 2025).
+
+    The gradient is that of J, over the longest length.
+    """
+    return jnp.where(mask, gain, 0.0).sum() / mask.size
 
 
 @slot(linear=True, ignores_lanes=True, couples=True)

@@ -49,19 +49,22 @@ def episodes(
     key: Key,
     num_episodes: int,
     num_steps: int | None = None,
+    group_size: int = 1,
 ) -> tuple[Trajectory, EpisodeSums]:
     """B whole episodes from reset, [T, B, ...], masked after their end; stops when all have ended.
 
     num_steps: T, by default the environment's horizon; an episode still running then is truncated.
+    group_size: G lanes side by side begin with one reset and differ from then on.
     Nothing is reset inside the loop. Rows after an end hold zeros. The loop also stops early under vmap.
     More than GROUP episodes come in groups with a key each, the same on every device.
-    Raises ValueError for fewer than one episode or step.
+    Raises ValueError for fewer than one episode or step, and for episodes that make no whole groups.
     """
     num_steps = env.horizon if num_steps is None else num_steps
     check_sizes(num_episodes, num_steps)
+    check_groups(num_episodes, group_size)
     check_params(agent, params)
-    lanes, part = lanes_at_once(num_episodes), partial(_part, env, agent, params, key)
-    part = partial(part, num_episodes=num_episodes, num_steps=num_steps)
+    lanes, part = lanes_at_once(num_episodes, group_size), partial(_part, env, agent, params, key)
+    part = partial(part, num_episodes=num_episodes, num_steps=num_steps, group_size=group_size)
     if lanes == num_episodes:
         return _completed(*part(0))
 
@@ -101,38 +104,65 @@ def episodes_again(
     num_episodes: int,
     num_steps: int,
     index: Array,
+    group_size: int = 1,
 ) -> Trajectory:
     """The index-th `lanes_at_once` lanes of `episodes`, rolled out again because they were not kept."""
-    return _completed(*_part(env, agent, params, key, index, num_episodes, num_steps))[0]
+    sizes = num_episodes, num_steps, group_size
+    return _completed(*_part(env, agent, params, key, index, *sizes))[0]
 
 
-def episodes_from(env: Env, agent: Agent, params: AgentParams, keys: Key) -> Trajectory:
-    """The episodes [T, B, ...] that each of the keys [B] gives alone."""
-    return _completed(*_episodes(env, agent, params, keys, 1, env.horizon))[0]
+def episodes_from(
+    env: Env, agent: Agent, params: AgentParams, keys: Key, group_size: int = 1
+) -> Trajectory:
+    """The groups of episodes [T, B, ...] that each of the keys [B / group_size] gives alone."""
+    return _completed(*_episodes(env, agent, params, keys, group_size, env.horizon, group_size))[0]
 
 
-def lanes_at_once(num_episodes: int) -> int:
+def check_groups(num_episodes: int, group_size: int, name: str = "num_episodes") -> None:
+    """Raises ValueError unless episodes come in whole groups."""
+    if group_size < 1 or num_episodes % group_size:
+        near = max(num_episodes // max(group_size, 1), 1) * max(group_size, 1)
+        raise ValueError(
+            f"{name}={num_episodes} is not a multiple of group_size={group_size}; use {near}"
+        )
+
+
+def lanes_at_once(num_episodes: int, group_size: int = 1) -> int:
     """How many episodes run as one program: whole groups, and a divisor of num_episodes."""
-    size = fair_divisor(num_episodes, GROUP)
+    size = _lanes_per_key(num_episodes, group_size)
     groups = GROUPS_AT_ONCE.get(backend(), OTHER_GROUPS_AT_ONCE)
     return size * fair_divisor(num_episodes // size, groups)
 
 
-def _part(env, agent, params, key, index, num_episodes, num_steps):
-    size, lanes = fair_divisor(num_episodes, GROUP), lanes_at_once(num_episodes)
+def _lanes_per_key(num_episodes, group_size):
+    return group_size * fair_divisor(num_episodes // group_size, max(GROUP // group_size, 1))
+
+
+def _part(env, agent, params, key, index, num_episodes, num_steps, group_size):
+    size = _lanes_per_key(num_episodes, group_size)
+    lanes = lanes_at_once(num_episodes, group_size)
     keys = key[None]
     if size < num_episodes:
         numbers = index * (lanes // size) + jnp.arange(lanes // size)
         keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
-    return _episodes(env, agent, params, keys, size, num_steps)
+    return _episodes(env, agent, params, keys, size, num_steps, group_size)
 
 
 def _episodes(
-    env: Env, agent: Agent, params: AgentParams, keys: Key, size: int, num_steps: int
+    env: Env,
+    agent: Agent,
+    params: AgentParams,
+    keys: Key,
+    size: int,
+    num_steps: int,
+    group_size: int = 1,
 ) -> tuple[Trajectory, EpisodeSums]:
     """The episodes of G groups of the same size, side by side, [T, G size, ...]; keys: [G]."""
     k_reset, k_steps = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    env_state, opening = reset_lanes(env, lane_keys(k_reset, size))
+    starts = lane_keys(k_reset, size // group_size)
+    if group_size > 1:
+        starts = jnp.repeat(starts, group_size, axis=0)
+    env_state, opening = reset_lanes(env, starts)
     num_lanes = len(opening)
     carry = initial_carry(agent, num_lanes)
 

@@ -47,7 +47,8 @@ def gradient_of(
     # Rescale over the whole batch, before it is cut.
     estimator, batch = rescaled(estimator, batch)
     mask = batch.trajectory.mask
-    if not (facts_of(estimator.reduce).linear and _cuts(mask, carry, block, recall)):
+    splits = facts_of(estimator.reduce).linear and not facts_of(estimator.surrogate).by_lane
+    if not (splits and _cuts(mask, carry, block, recall)):
         gradient, sums = _sums(estimator, policy, params, carry, batch, hyperparams)
         return gradient, _metrics(sums)
     # A reduction that is linear in the gain is a weighted sum over steps; its gradient is the weights.

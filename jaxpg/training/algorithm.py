@@ -1,6 +1,7 @@
 """The table: every algorithm is an estimator, a source of data, and a way to step."""
 
 import difflib
+from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxpg.estimators import (
@@ -9,6 +10,8 @@ from jaxpg.estimators import (
     credit,
     describe,
     facts_of,
+    group_size_of,
+    groups,
     importance,
     surrogates,
 )
@@ -39,6 +42,7 @@ class Algorithm(NamedTuple):
     fisher_samples: int | None = None  # steps (or lanes) in the Fisher matrix; None: all
     measure_kl: bool = False  # log the KL of each whole update, for two more forward passes
     control_variate: ControlVariate | None = None  # a baseline per parameter, on whole episodes
+    group_size: int = 1  # episodes from one start, side by side
     measure_noise: bool = False  # log the gradient's signal and noise, for one more backward pass
 
 
@@ -59,6 +63,62 @@ _TRUST_REGION = Algorithm(
     critic_epochs=9,
     measure_kl=True,
 )
+
+
+def _grouped(size: int, baseline=baselines.batch_mean, **slots) -> Algorithm:
+    """Total returns compared within groups of episodes from one start."""
+    estimator = Estimator(credit.total_return, groups.grouped(baseline, size), **slots)
+    return Algorithm(estimator, group_size=size)
+
+
+def _reused(row: Algorithm) -> Algorithm:
+    return row._replace(num_minibatches=4)
+
+
+# Rows that compare episodes from one start, by the size of the groups.
+GROUP_ROWS: dict[str, Callable[[int], Algorithm]] = {
+    # Ahmadian et al., 2024.
+    "rloo": lambda size: _grouped(size, baselines.leave_one_out),
+    # Shao et al., 2024.
+    "grpo": lambda size: _reused(
+        _grouped(
+            size,
+            surrogate=groups.group_scaled(surrogates.clipped, size),
+            reduce=surrogates.per_length,
+        )
+    ),
+    # Liu et al., 2025: without either scale, of returns or of lengths.
+    "dr_grpo": lambda size: _reused(
+        _grouped(size, surrogate=surrogates.clipped, reduce=surrogates.per_row)
+    ),
+    # Yu et al., 2025.
+    "dapo": lambda size: _reused(
+        _grouped(
+            size,
+            surrogate=groups.dropping(
+                groups.group_scaled(surrogates.clipped_apart, size), size, per_step=True
+            ),
+            reduce=surrogates.per_step,
+        )
+    ),
+    # Zheng et al., 2025.
+    "gspo": lambda size: _reused(
+        _grouped(
+            size,
+            surrogate=groups.group_scaled(surrogates.sequence_clipped, size),
+            reduce=surrogates.per_length,
+        )
+    ),
+    # MiniMax, 2025.
+    "cispo": lambda size: _reused(
+        _grouped(
+            size,
+            surrogate=groups.group_scaled(surrogates.weighted_score, size),
+            reduce=surrogates.per_step,
+        )
+    ),
+}
+GROUP_SIZE = 8
 
 ALGORITHMS = {
     # Williams, 1992.
@@ -121,11 +181,13 @@ ALGORITHMS = {
     ),
     # Maximum likelihood is REINFORCE with weight 1 on another policy's data.
     "behaviour_cloning": Algorithm(Estimator(credit.unit), data.demonstrations),
-}
+} | {name: row(GROUP_SIZE) for name, row in GROUP_ROWS.items()}
 
 
-def algorithm(name: str) -> Algorithm:
-    """A row of the table. Raises ValueError, with near matches, for an unknown name.
+def algorithm(name: str, group_size: int | None = None) -> Algorithm:
+    """A row of the table, with groups of another size if one is given.
+
+    Raises ValueError for an unknown name, with near matches, and for groups too small to compare.
 
     >>> describe(algorithm("ppo").estimator.surrogate), algorithm("gpomdp") is ALGORITHMS["gpomdp"]
     ('standardised(clipped)', True)
@@ -133,7 +195,11 @@ def algorithm(name: str) -> Algorithm:
     if name not in ALGORITHMS:
         near = difflib.get_close_matches(name, ALGORITHMS, n=3, cutoff=0.4) or ALGORITHMS
         raise ValueError(f"unknown algorithm {name!r}; did you mean {', '.join(near)}?")
-    return ALGORITHMS[name]
+    if group_size is None:
+        return ALGORITHMS[name]
+    if name in GROUP_ROWS:
+        return GROUP_ROWS[name](group_size)
+    return ALGORITHMS[name]._replace(group_size=group_size)
 
 
 def unmeasured(algorithm: Algorithm) -> list[str]:
@@ -151,6 +217,16 @@ def check_algorithm(algorithm: Algorithm, has_critic: bool) -> None:
         raise ValueError(
             f"{describe(whole[0])} needs whole episodes, but the algorithm runs on a stream; "
             "set data=episodes"
+        )
+    size, compared = algorithm.group_size, group_size_of(estimator)
+    if size < 1 or compared not in (1, size):
+        raise ValueError(
+            f"group_size={size}, but the estimator compares groups of {compared} episodes from one start"
+        )
+    if size > 1 and (not source.whole_episodes or source.demonstrations):
+        raise ValueError(
+            f"group_size={size} needs whole episodes of the policy's own, not {source.name}; leave it "
+            "out, or use a row such as reinforce_baseline, rloo or grpo"
         )
     needs_critic = any(facts_of(value).reads_critic for value in estimator)
     if needs_critic and not (has_critic and algorithm.critic_optimizer):

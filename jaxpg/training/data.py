@@ -28,6 +28,7 @@ class Task(NamedTuple):
     estimator: Estimator
     num_envs: int
     num_steps: int
+    group_size: int = 1  # episodes that share a start
 
 
 class Gathered(NamedTuple):
@@ -78,7 +79,13 @@ def _start_episodes(task: Task, params: AgentParams, key: Key) -> tuple:
 
 def _gather_episodes(task: Task, moment: Moment, state: tuple) -> tuple[tuple, Gathered]:
     trajectory, ended = rollout.episodes(
-        task.env, task.agent, moment.params, moment.key, task.num_envs, task.num_steps
+        task.env,
+        task.agent,
+        moment.params,
+        moment.key,
+        task.num_envs,
+        task.num_steps,
+        task.group_size,
     )
     carry = initial_carry(task.agent, task.num_envs)
     return state, _own(trajectory, carry, ended)

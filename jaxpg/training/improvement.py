@@ -273,9 +273,16 @@ def noise(
     """
 
     def gradient(half):
+        def halved(x, axis):  # every other group of lanes
+            before, after = x.shape[:axis], x.shape[axis + 1 :]
+            x = x.reshape(*before, -1, algorithm.group_size, *after)
+            return jnp.moveaxis(jnp.moveaxis(x, axis, 0)[half::2], 0, axis).reshape(
+                *before, -1, *after
+            )
+
         part, memory = (
-            jax.tree.map(lambda x: x[:, half::2], batch),
-            jax.tree.map(lambda x: x[half::2], carry),
+            jax.tree.map(lambda x: halved(x, 1), batch),
+            jax.tree.map(lambda x: halved(x, 0), carry),
         )
 
         def value(params):

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 
 from jaxpg.batching import in_groups
 from jaxpg.envs import Env, check_env
-from jaxpg.estimators import assess, describe, facts_of
+from jaxpg.estimators import assess, describe, facts_of, groups
 from jaxpg.optimizers import adaptation, scheduled
 from jaxpg.policies import Agent, AgentParams, check_agent, init_params, initial_carry, observed
-from jaxpg.rollout import episodes_again
+from jaxpg.rollout import episodes_again, lanes_at_once
+from jaxpg.rollout.episodic import check_groups
 from jaxpg.training.algorithm import Algorithm, check_algorithm
 from jaxpg.training.data import Moment, Task, corrected
 from jaxpg.training.improvement import improve, noise, optimizers
@@ -93,7 +94,8 @@ def make_trainer(
         num_steps = env.horizon if algorithm.data.whole_episodes else 128
     layout = _check(env, agent, algorithm, num_envs, num_steps)
     estimator, data = algorithm.estimator, algorithm.data
-    task = Task(env, agent, estimator, num_envs, num_steps)
+    size = algorithm.group_size
+    task = Task(env, agent, estimator, num_envs, num_steps, size)
     adapts = algorithm.adaptation is not adaptation.fixed
     recall = _recall(task, algorithm, recompute)
     improved = in_groups(partial(improve, agent, algorithm, layout, recall=recall))
@@ -126,6 +128,9 @@ def make_trainer(
             state.params, state.opt_state, batch, found.carry, hyperparams, k_fit, k_rollout
         )
         metrics |= found.metrics
+        if size > 1:
+            share = groups.silent_share(size, batch.advantage, batch.resolution)
+            metrics["silent_groups"] = share
         if algorithm.measure_noise:
             metrics |= noise(agent, algorithm, policy, batch, found.carry, hyperparams)
         scales = state.scales
@@ -142,17 +147,23 @@ def make_trainer(
 def _recall(task: Task, algorithm: Algorithm, asked: bool | None):
     """(params, key, index) -> lanes rolled out again; None where the batch is kept."""
     env, fits = task.env, algorithm.data.repeats and algorithm.num_minibatches == 1
+    # The gradient takes lanes in the parts of a rollout without groups.
+    fits &= lanes_at_once(task.num_envs, task.group_size) == lanes_at_once(task.num_envs)
     if asked and not fits:
         raise ValueError(
             f"recompute needs data=episodes in one minibatch, not {algorithm.data.name} in "
-            f"num_minibatches={algorithm.num_minibatches}; leave it out"
+            f"num_minibatches={algorithm.num_minibatches} with group_size={task.group_size}; leave it out"
         )
     row = jax.eval_shape(lambda: env.reset(jax.random.key(0))[1])
     bytes_of_step = row.size * row.dtype.itemsize + 32  # the other fields are numbers and flags
     large = task.num_envs * task.num_steps * bytes_of_step > KEPT_BYTES
     if not (fits and (large if asked is None else asked)):
         return None
-    sizes = {"num_episodes": task.num_envs, "num_steps": task.num_steps}
+    sizes = {
+        "num_episodes": task.num_envs,
+        "num_steps": task.num_steps,
+        "group_size": task.group_size,
+    }
 
     def recall(params, key, index):
         return episodes_again(env, task.agent, params, key, index=index, **sizes)
@@ -168,6 +179,12 @@ def _check(env, agent, algorithm, num_envs, num_steps) -> str:
     check_algorithm(algorithm, agent.critic is not None)
     check_agent(env, agent)
     estimator, data = algorithm.estimator, algorithm.data
+    size = algorithm.group_size
+    check_groups(num_envs, size, "num_envs")
+    if algorithm.measure_noise and num_envs // size % 2 and size > 1:
+        raise ValueError(
+            f"measure_noise halves the batch: num_envs={num_envs} must be an even number of groups of {size}"
+        )
     if algorithm.measure_noise and num_envs % 2:
         raise ValueError(f"measure_noise halves the batch: num_envs={num_envs} must be even")
     needed = 2 if algorithm.control_variate else max(facts_of(x).min_lanes for x in estimator)

@@ -18,6 +18,7 @@ from jaxpg.estimators import (
     credit,
     describe,
     facts_of,
+    groups,
     importance,
     surrogates,
 )
@@ -309,7 +310,7 @@ MODULES = {
     "credit": credit, "baseline": baselines, "importance": importance, "surrogate": surrogates,
     "reduce": surrogates,
 }  # fmt: skip
-REDUCTIONS = ("per_episode", "per_step")
+REDUCTIONS = ("per_episode", "per_step", "per_length", "per_row")
 INNER = importance.self_normalised(importance.prefix)
 # Values that a call returns, around one that couples and one that does not.
 WRAPPED = {
@@ -318,13 +319,21 @@ WRAPPED = {
         baselines.tabulated(np.arange(2.0 * T).reshape(T, 2)),
         baselines.regularised(baselines.critic),
         baselines.regularised(baselines.leave_one_out),
+        groups.grouped(baselines.leave_one_out, 2),
     ],
     "importance": [
         *importance.IMPORTANCES.values(),
         importance.from_start(importance.one_step),
         importance.from_start(INNER),
+        importance.capped(importance.one_step, 1.2),
+        importance.dropped_above(importance.trajectory, 1.2),
     ],
-    "surrogate": [surrogates.standardised(surrogates.clipped)],
+    "surrogate": [
+        surrogates.standardised(surrogates.clipped),
+        groups.group_scaled(surrogates.score, 2),
+        groups.episode_scaled(surrogates.score),
+        groups.dropping(groups.group_scaled(surrogates.score, 2), 2),
+    ],
 }
 
 
@@ -340,6 +349,10 @@ def values_of(place):
 
 def test_no_value_is_forgotten():
     """Every function that builds a slot value has one among those measured below."""
+    seen = {value.name for place in MODULES for value in values_of(place)}
+    for name, function in inspect.getmembers(groups, inspect.isfunction):
+        if function.__module__ == groups.__name__ and not name.startswith("_"):
+            assert name in seen or inspect.signature(function).return_annotation is Array
     for place, module in MODULES.items():
         names = {describe(value).partition("(")[0] for value in values_of(place)}
         if place == "reduce":

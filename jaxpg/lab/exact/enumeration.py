@@ -87,6 +87,31 @@ def moments(
     return Moments(mean, (weight[:, None] * centred).T @ centred)
 
 
+def group_moments(
+    mdp: Mdp, logits, estimator: Estimator, hyperparams: Hyperparams, group_size: int
+) -> Moments:
+    """Mean and covariance of the gradient of one group of G episodes from one start, over all groups.
+
+    The start is drawn as the world's, and the episodes from it are independent. Raises ValueError as
+    `moments` does, for each start.
+    """
+    initial = np.asarray(mdp.initial, np.float64)
+    parts = []
+    for state in np.flatnonzero(initial):
+        start = mdp._replace(initial=np.eye(len(initial))[state])
+        found = moments(start, logits, estimator, hyperparams, batch_size=group_size)
+        parts.append((initial[state], found))
+    return over_starts(parts)
+
+
+def over_starts(parts: list[tuple[float, Moments]]) -> Moments:
+    """The moments over starts with these probabilities, from those of each (law of total covariance)."""
+    mean = np.sum([p * found.mean for p, found in parts], axis=0)
+    squares = [p * (found.covariance + np.outer(found.mean, found.mean)) for p, found in parts]
+    second = np.sum(squares, axis=0)
+    return Moments(mean, second - np.outer(mean, mean))
+
+
 def _zeros(mdp):
     return np.zeros((int(np.max(mdp.observation)) + 1, np.shape(mdp.reward)[1]))
 

@@ -21,13 +21,14 @@ from jaxpg.estimators import (
     coefficients,
     describe,
     facts_of,
+    group_size_of,
     importance,
     lane_gradients,
 )
 from jaxpg.estimators.control_variates import ControlVariate
 from jaxpg.memory import available_bytes
 from jaxpg.policies import Agent, AgentParams, Network
-from jaxpg.rollout.episodic import episodes_from
+from jaxpg.rollout.episodic import check_groups, episodes_from
 from jaxpg.types import Array, Hyperparams, Key, Params, Trajectory
 
 # Working memory of one chunk of trajectories. On a CPU small enough for its cache to help, large enough to
@@ -54,6 +55,7 @@ class Source(NamedTuple):
     behaviour_params: Params = None  # None: on-policy
     critic: Network | None = None
     critic_params: Params = ()
+    group_size: int = 1  # episodes that share a start
 
 
 class Chunk(NamedTuple):
@@ -123,7 +125,8 @@ def couples(estimator: Estimator) -> bool:
 def chunk_size(source: Source) -> int:
     """Trajectories per chunk, so that a chunk's rollout, activations and gradients fill its bytes."""
     room = CHUNK_BYTES.get(backend(), OTHER_CHUNK_BYTES)
-    return max(1, min(2**16, int(room // trajectory_bytes(source, 2))))
+    groups = min(2**16, int(room // trajectory_bytes(source, 2))) // source.group_size
+    return max(1, groups) * source.group_size
 
 
 def trajectory_bytes(source: Source, gradients: float) -> float:
@@ -142,6 +145,14 @@ def check_source(source: Source, num_trajectories: int) -> None:
     check_env(source.env)
     if num_trajectories < 1:
         raise ValueError(f"num_trajectories={num_trajectories} must be at least 1")
+    check_groups(num_trajectories, source.group_size, "num_trajectories")
+    compared = group_size_of(source.estimator)
+    if compared not in (1, source.group_size):
+        raise ValueError(
+            f"the estimator compares groups of {compared} episodes from one start; pass group_size={compared}"
+        )
+    if source.group_size > 1 and isinstance(source.behaviour_params, tuple):
+        raise ValueError("a mixture of behaviours has no groups; leave group_size out")
     reads_critic = facts_of(source.estimator.baseline).reads_critic
     if reads_critic and source.critic is None:
         raise ValueError("baseline critic reads a critic's values; pass critic= and critic_params=")
@@ -191,14 +202,15 @@ def roll(source: Source, start: Array | int, size: int) -> Trajectory:
     behaviour = source.policy_params if source.behaviour_params is None else source.behaviour_params
     several = tuple(behaviour) if isinstance(behaviour, tuple | list) else (behaviour,)
     kinds = len(several)
+    groups = source.group_size
     # Column j holds the trajectories of one behaviour, so that all of them share its products.
-    index = start + jnp.arange(-(-size // kinds) * kinds).reshape(-1, kinds)
+    index = start // groups + jnp.arange(-(-size // (groups * kinds)) * kinds).reshape(-1, kinds)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *several)
 
     def column(policy_params, index):
         params = AgentParams(policy_params, source.critic_params)
         keys = jax.vmap(partial(jax.random.fold_in, source.key))(index)
-        return episodes_from(env, agent, params, keys)
+        return episodes_from(env, agent, params, keys, groups)
 
     columns = jax.tree.map(lambda x: x[index[0] % kinds], stacked)
     found = jax.vmap(column, (0, 1), 2)(columns, index)

@@ -17,6 +17,7 @@ from jaxpg.lab.measure.samples import (
     gradient_samples,
     rows_of,
 )
+from jaxpg.rollout.episodic import check_groups
 from jaxpg.stats.intervals import Estimate, within
 from jaxpg.stats.moments import (
     GROUPS,
@@ -114,7 +115,9 @@ def plan(source: Source, num_trajectories: int, batch_size: int | None) -> tuple
     """Trajectories per sample, and the number of samples."""
     check_source(source, num_trajectories)
     coupled = couples(source.estimator)
-    size = (batch_size or 64) if coupled else 1
+    groups = source.group_size
+    size = (batch_size or max(64 // groups, 1) * groups) if coupled else 1
+    check_groups(size if coupled else groups, groups, "batch_size")
     if coupled and size < 2:
         raise ValueError(
             f"batch_size={size} must be at least 2 for an estimator that couples a batch"

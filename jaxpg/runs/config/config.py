@@ -73,7 +73,8 @@ class Config:
     algorithm: str = _flag(
         "ppo",
         "reinforce, reinforce_to_go, reinforce_baseline, gpomdp, gpomdp_continuing, enac, vpg, a2c, "
-        "impala, ppo, ppo_kl, npg, trpo, off_policy, guided or behaviour_cloning; sets the defaults",
+        "impala, ppo, ppo_kl, npg, trpo, off_policy, guided, behaviour_cloning, rloo, grpo, dr_grpo, dapo, "
+        "gspo or cispo; sets the defaults",
     )
     seeds: int = _flag(8, "agents trained side by side, for every point of the grid")
     updates: int = _flag(200, "updates per agent")
@@ -144,6 +145,9 @@ class Config:
     adaptation: str | None = _flag(
         None,
         "how to hold each update's KL at --target-kl: fixed (off), kl_penalty or learning_rate",
+    )
+    group_size: int | None = _flag(
+        None, "episodes that share a start, for rloo, grpo and the like; None: the algorithm's"
     )
     num_batches: int | None = _flag(None, "learn from the last N batches, weighted", 1, 1000)
     importance: str | None = _flag(

@@ -47,6 +47,10 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("*", "ppo_kl"): _PPO,
     ("*", "gpomdp"): {"num_envs": 64, "learning_rate": 1e-2},
     ("*", "gpomdp_continuing"): {"num_envs": 64, "num_steps": 128, "learning_rate": 1e-2},
+    **{
+        ("*", name): {"num_envs": 64, "learning_rate": 1e-2}
+        for name in ("rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo")
+    },
     ("*", "enac"): {"num_envs": 32, "updates": 100},
     ("*", "off_policy"): {"num_envs": 16, "updates": 100, "learning_rate": 1e-2},
     ("*", "guided"): {"imitate": 100, "learning_rate": 1e-2},

@@ -127,7 +127,7 @@ def named(config: Config) -> str:
 
 def build_algorithm(config: Config) -> Algorithm:
     """The row of the algorithm table with the configuration's settings. Raises ValueError."""
-    row, counts = algorithm(config.algorithm), counts_of(config)
+    row, counts = algorithm(config.algorithm, config.group_size), counts_of(config)
     if (row.data.demonstrations or config.imitate) and not config.demonstrations:
         raise ValueError(
             f"{config.algorithm} learns from demonstrations; give --demonstrations FILE, as written "
