@@ -154,4 +154,4 @@ def _silent(group_size, advantage, resolution):
 
 def silent_share(group_size: int, advantage: Array, resolution: Array) -> Array:
     """The share of groups without any gradient, such as those whose returns are all equal."""
-    return _silent(group_size, advantage, resolution).mean()
+    return _silent(group_size, advantage, resolution).mean(dtype=advantage.dtype)

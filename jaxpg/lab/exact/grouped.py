@@ -184,7 +184,7 @@ def classes(mdp: Mdp, logits, start: int, gamma: float) -> list[Class]:
                         _add(following, (int(after), returns), part)
         running = following
     return [
-        Class(returns, length, sums.mass, sums.mean / sums.mass, sums.second / sums.mass)
+        Class(float(returns), length, sums.mass, sums.mean / sums.mass, sums.second / sums.mass)
         for (returns, length), sums in sorted(ended.items())
     ]
 
