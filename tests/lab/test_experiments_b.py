@@ -16,6 +16,7 @@ from jaxpg.lab.studies import (
     discounting,
     learning,
     observability,
+    precision,
     streams,
     windows,
 )
@@ -27,7 +28,15 @@ from jaxpg.lab.worlds.world import at_horizon, world
 
 ALL = {
     name: experiment
-    for module in (decomposition, coupling, windows, discounting, observability, learning)
+    for module in (
+        decomposition,
+        coupling,
+        windows,
+        discounting,
+        observability,
+        learning,
+        precision,
+    )
     for name, experiment in module.EXPERIMENTS.items()
 }
 A = world("A")

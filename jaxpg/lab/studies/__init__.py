@@ -15,6 +15,7 @@ from jaxpg.lab.studies import (
     noise,
     observability,
     offsets,
+    precision,
     staleness,
     windows,
 )
@@ -23,6 +24,7 @@ from jaxpg.lab.studies.study import Experiment, Progress, Result, Settings, Tabl
 _MODULES = (
     *(advantages, batch_sizes, ladder, offsets, hurts, horizons, importance, clipping, noise),
     *(decomposition, coupling, windows, discounting, staleness, observability, learning),
+    precision,
 )
 _FOUND = {name: each for module in _MODULES for name, each in module.EXPERIMENTS.items()}
 
@@ -31,6 +33,7 @@ _ORDER = (
     "batch-size", "ladder", "gae", "offset", "never-hurts", "horizon-is", "importance", "clipping",
     "noise-scale", "stale", "cosine", "total-variance", "horizon", "coupled", "windows", "discount",
     "partial-observability", "large-batch", "optimizers", "seeds", "committal", "behaviour",
+    "precision",
 )  # fmt: skip
 
 EXPERIMENTS: dict[str, Experiment] = {
