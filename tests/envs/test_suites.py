@@ -68,7 +68,9 @@ def test_a_game_of_pgx_is_its_own():
     step, by_hand = jax.jit(env.step), jax.jit(game.step)
     total = 0.0
     for t in range(40):
-        np.testing.assert_array_equal(obs, raw.observation)
+        seen, allowed = env.observation.split(obs)
+        np.testing.assert_array_equal(seen, raw.observation)
+        np.testing.assert_array_equal(allowed, raw.legal_action_mask)
         action = jnp.int32(np.flatnonzero(raw.legal_action_mask)[0] if t < 39 else t % 4)
         state, result = step(jax.random.key(t), state, action)
         raw = by_hand(raw, action, jax.random.key(t))
@@ -85,13 +87,14 @@ def test_a_puzzle_of_jumanji_is_its_own_and_its_clock_is_no_death():
 
     env, own = make_env("jumanji/Snake-v1", horizon=6), jumanji.make("Snake-v1", time_limit=6)
     grid = make_env("jumanji/Snake-v1", part="grid")
-    assert grid.observation.shape == own.observation_spec.grid.shape
+    assert grid.observation.inner.shape == own.observation_spec.grid.shape
     state, obs = jax.jit(env.reset)(jax.random.key(1))
     raw, seen = jax.jit(own.reset)(jax.random.key(1))
     step, by_hand = jax.jit(env.step), jax.jit(own.step)
     # A snake that turns in a circle stays alive.
     for t in range(6):
         parts = seen.observation.grid.ravel(), seen.observation.step_count[None]
+        parts = *parts, seen.observation.action_mask
         np.testing.assert_array_equal(obs, np.concatenate(parts), "in jumanji's order")
         action = jnp.int32(t % 4)
         state, result = step(jax.random.key(t), state, action)

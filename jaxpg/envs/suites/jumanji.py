@@ -17,7 +17,7 @@ def names() -> list[str]:
 
 
 def make(name: str, horizon: int | None = None, part: str | None = None, **settings) -> Env:
-    """The parts of an observation, but for the mask of actions, become one vector, in jumanji's order.
+    """The parts of an observation become one vector, in jumanji's order, with the mask of actions at the end.
 
     horizon: by default the environment's time_limit. part: the name of the one part to show, in its own
     shape, such as Snake's `grid`. The rest goes to the constructor.
@@ -43,13 +43,17 @@ def make(name: str, horizon: int | None = None, part: str | None = None, **setti
         _, step = state
         return shown(step.observation), step.reward, step.last() & (step.discount == 0), step.last()
 
+    action, mask = _space(name, made.action_spec), None
+    if isinstance(action, Discrete) and hasattr(made.observation_spec, MASK):
+        mask = lambda state: getattr(state[1].observation, MASK)  # noqa: E731
+
     def first(key):
         return shown(made.reset(key)[1].observation)
 
     return from_raw(
-        Raw(made.reset, lambda key, state, action: made.step(state[0], action), read),
+        Raw(made.reset, lambda key, state, action: made.step(state[0], action), read, mask),
         unbounded(jax.eval_shape(foreign(first), jax.random.key(0)).shape),
-        _space(name, made.action_spec),
+        action,
         horizon,
     )
 

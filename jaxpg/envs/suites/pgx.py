@@ -29,6 +29,8 @@ def make(name: str, horizon: int | None = None, **settings) -> Env:
                 state.terminated,
                 state.truncated,
             ),
+            # MinAtar allows everything everywhere.
+            (lambda state: state.legal_action_mask) if name == "2048" else None,
         ),
         between(0.0, 1.0, tuple(np.asarray(made.observation_shape).tolist())),
         Discrete(made.num_actions),

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpg.envs.env import Env
+from jaxpg.envs.masking import with_mask
 from jaxpg.envs.narrow import narrow, narrowed
 from jaxpg.envs.spaces import Box, Space
 from jaxpg.types import TimeStep
@@ -25,13 +26,14 @@ class Raw(NamedTuple):
     step: Callable[[Any, Any, Any], Any]  # (key, state, action) -> state
     # state -> (obs, reward, whether the process ended, whether the suite's own clock did)
     read: Callable[[Any], tuple[Any, Any, Any, Any]]
+    mask: Callable[[Any], Any] | None = None  # state -> the actions that it allows, bool [A]
 
 
 def from_raw(raw: Raw, observation: Space, action: Space, horizon: int) -> Env:
     """The Env of a suite's environment, whose episodes end after `horizon` steps at the latest.
 
     Runs in 32 bits, whatever the default precision. Real actions are clipped to their space. Observations
-    and rewards take the dtype that the spaces promise.
+    and rewards take the dtype that the spaces promise. With a mask, observations end with it (`with_mask`).
     """
     kinds = [jnp.float32 if isinstance(x, Box) else jnp.int32 for x in (observation, action)]
 
@@ -60,7 +62,8 @@ def from_raw(raw: Raw, observation: Space, action: Space, horizon: int) -> Env:
         time = jnp.where(terminated, horizon, time + 1)
         return (after, time), TimeStep(seen(obs), reward, terminated, truncated & ~terminated)
 
-    return Env(reset, step, observation, action, horizon)
+    env, mask = Env(reset, step, observation, action, horizon), raw.mask
+    return env if mask is None else with_mask(env, foreign(lambda state: mask(state[0])))
 
 
 def between(low: float, high: float, shape: tuple[int, ...]) -> Box:
