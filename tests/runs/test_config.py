@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxpg.devices import built_for
 from jaxpg.envs import gymnax_names
 from jaxpg.optimizers import BATCH_SCALINGS, OPTIMIZERS, SCHEDULES
 from jaxpg.policies import DISTRIBUTIONS, NETWORKS, init_params
@@ -16,6 +17,7 @@ from jaxpg.runs.config.config import COUNTS, Config, Grid, check, completed, poi
 from jaxpg.runs.config.flags import parse, request
 from jaxpg.runs.config.presets import PRESETS, preset
 from jaxpg.runs.config.rows import settled
+from jaxpg.runs.store.folder import description
 from jaxpg.runs.train.build import build, build_algorithm
 from jaxpg.training.algorithm import ALGORITHMS
 from jaxpg.types import HYPERPARAMS, Hyperparams
@@ -180,3 +182,20 @@ def test_products_have_the_precision_that_is_asked_for(precision):
         text = jax.jit(network.apply).lower(params, (), obs, first).as_text()
         asked = re.findall(r"dot_general.*precision = \[(\w+), (\w+)\]", text)
         assert asked == [(precision.upper(),) * 2] * 3
+
+
+def test_the_precision_is_the_chips_own_and_recorded():
+    for flags, chip, precision in (
+        ([], "tpu", "high"),
+        ([], "gpu", "highest"),
+        ([], "cpu", "highest"),
+        (["--precision", "default"], "tpu", "default"),
+    ):
+        config, grid = parse(["CartPole-v1", *flags], "jaxpg train")
+        with built_for(chip):
+            policy, *_ = build(config).agent
+            params = jax.eval_shape(policy.init, jax.random.key(0))
+            given = params, (), jnp.ones((1, 2, 4)), jnp.ones((1, 2), bool)
+            asked = re.findall(r"precision=(.*?)\n", str(jax.make_jaxpr(policy.apply)(*given)))
+            assert len(asked) == 3 and all(f"Precision.{precision.upper()}," in x for x in asked)
+            assert description(config, grid, [])["precision"]["matmul"] == precision

@@ -102,8 +102,10 @@ class Config:
     stride: int = _flag(1, "of each convolution", 1, MOST_STEPS)
     layer_norm: bool = _flag(False, "normalise the outputs of each layer before its activation")
     activation: str = _flag("tanh", "tanh, relu, silu or gelu")
-    precision: str = _flag(
-        "highest", "of matrix products on a GPU or TPU: default, high or highest; a CPU's are full"
+    precision: str | None = _flag(
+        None,
+        "of matrix products: default, high or highest; by default high on a TPU, else highest; a CPU's "
+        "are full",
     )
     initial_std: float = _flag(
         0.5, "initial standard deviation of real-valued actions, in half action ranges"

@@ -25,6 +25,7 @@ from jaxpg.devices import launch_options
 from jaxpg.envs import SUITES
 from jaxpg.envs.factory import source_of
 from jaxpg.memory import machine_bytes
+from jaxpg.policies.layers import precision_of
 from jaxpg.runs.config.config import CONFIG, FREE, Config, Grid, read_config
 from jaxpg.runs.config.schema import parsed
 from jaxpg.runs.host.cache import processor
@@ -308,9 +309,8 @@ def description(config: Config, grid: Grid, replicas: list[dict]) -> dict[str, A
         },
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "launch": launch_options(),
-        # The networks ask for full float32 products, whatever the device's default.
         "precision": {
-            "matmul": "highest",
+            "matmul": precision_of(config.precision),
             "dtype": str(jax.numpy.result_type(float)),
             "x64": jax.config.read("jax_enable_x64"),
         },

@@ -16,7 +16,7 @@ from jaxpg.optimizers.adaptation import ADAPTATIONS, fixed
 from jaxpg.optimizers.natural import NATURAL_OPTIMIZERS
 from jaxpg.policies import DISTRIBUTIONS, Agent, actor_critic, network_builder
 from jaxpg.policies.heads import SQUASHING, Settings
-from jaxpg.policies.layers import ACTIVATIONS, PRECISIONS
+from jaxpg.policies.layers import ACTIVATIONS, PRECISIONS, precision_of
 from jaxpg.runs.config.config import Config
 from jaxpg.runs.config.rows import counts_of
 from jaxpg.runs.console import shortened
@@ -42,7 +42,8 @@ def build(config: Config) -> Parts:
     # Names come first, because making the environment takes seconds.
     builder = network_builder(config.network)
     known(ACTIVATIONS, "activation", config.activation)
-    known(PRECISIONS, "precision", config.precision)
+    precision = precision_of(config.precision)
+    known(PRECISIONS, "precision", precision)
     if config.distribution is not None:
         known(DISTRIBUTIONS, "distribution", config.distribution)
     # In older versions, gymnax's 32-bit values become 64-bit in a mapped scan.
@@ -54,8 +55,9 @@ def build(config: Config) -> Parts:
     env = wrapped(make_env(config.environment, **settings_of(config)), config)
     # Not every network has hidden layers or an activation.
     accepted = inspect.signature(builder).parameters
+    given = {**vars(config), "precision": precision}
     settings = {
-        name: getattr(config, name)
+        name: given[name]
         for name in ("hidden", "channels", "stride", "activation", "layer_norm", "precision")
         if name in accepted
     } | {name: getattr(config, name) for name in Settings.__annotations__}
