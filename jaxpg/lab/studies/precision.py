@@ -99,7 +99,7 @@ def precision(settings: Settings, progress: Progress) -> Result:
     )
     rounded = {network: roundings_of(network) for network in (inside, outside)}
     rows = []
-    for odds in (1.0, TRAINED) if settings.quick else ODDS:
+    for odds in (ODDS[1], TRAINED) if settings.quick else ODDS:
         progress(f"policies of log-odds {odds:g}")
         params = sharpened(inside, inside.init(weights), seen, odds)
         found = bias_rows(world, inside, rounded[inside], params)
