@@ -36,10 +36,13 @@ class TanhGaussian(Gaussian):
     def entropy(self) -> Array:
         """The Gaussian's, plus E[log(1 - tanh(u)^2)] by a Gauss-Hermite rule of NODES nodes, in nats."""
         nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
-        std, mean = jnp.exp(self.log_std), jnp.zeros_like(self.mean)
-        for node, weight in zip(nodes, weights / weights.sum(), strict=True):
-            mean += float(weight) * _log_slope(self.mean + float(node) * std)
-        return super().entropy() + total(mean)
+        shape = (*self.mean.shape, NODES)
+        nodes, weights = (
+            jnp.broadcast_to(jnp.asarray(x, self.mean.dtype), shape)
+            for x in (nodes, weights / weights.sum())
+        )
+        u = self.mean[..., None] + jnp.exp(self.log_std)[..., None] * nodes
+        return super().entropy() + total((weights * _log_slope(u)).sum(-1))
 
 
 def _log_slope(u):
@@ -55,8 +58,8 @@ class Beta(NamedTuple):
 
     def sample(self, key: Key) -> Array:
         """An action u = log(X / Y) / 2, where X and Y have the gamma distribution of alpha and of beta."""
-        k_x, k_y = jax.random.split(key)
-        return (jax.random.loggamma(k_x, self.alpha) - jax.random.loggamma(k_y, self.beta)) / 2
+        log_x, log_y = jax.random.loggamma(key, jnp.stack(self))
+        return (log_x - log_y) / 2
 
     def log_prob(self, action: Array) -> Array:
         """sum_d [ (alpha-1) log z + (beta-1) log(1-z) - log B(alpha, beta) - log 2 ], z = (1+a)/2."""
