@@ -45,7 +45,8 @@ def with_fields(cls: Any) -> None:
     said = dict(
         re.findall(r"^    (\w+): [^\n#]*(?:# *(.*))?$", inspect.getsource(cls), re.MULTILINE)
     )
-    for name, kind in cls.__annotations__.items():
+    for name in cls.__annotations__.keys() & set(cls._fields):
+        kind = cls.__annotations__[name]
         if hasattr(kind, "__metadata__"):
             said[name] = kind.__metadata__[0].help
             cls.__annotations__[name] = cls.__new__.__annotations__[name] = kind.__origin__
