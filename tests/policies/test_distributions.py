@@ -1,9 +1,12 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
 
+from jaxpg.devices import built_for
 from jaxpg.policies import Categorical, Gaussian, MultiCategorical
 from jaxpg.policies.distributions import MASKED_LOGIT
 
@@ -111,3 +114,18 @@ def test_masked_logits_give_finite_gradients():
         return d.log_prob(jnp.array([1, 3, 2])) + d.entropy()
 
     assert np.isfinite(np.asarray(jax.grad(loss)(jnp.asarray(MULTI)))).all()
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_few_actions_are_written_out_without_changing_a_number(platform, x64):
+    logits, others = jax.random.normal(jax.random.key(0), (2, 5, 3))
+    action = jnp.array([0, 1, 2, 1, 0])
+
+    def found(logits):
+        policy, other = Categorical(logits), Categorical(others)
+        return jnp.stack([policy.log_prob(action), policy.entropy(), policy.kl(other)])
+
+    expected = found(logits), jax.jacobian(found)(logits)
+    with built_for(platform):
+        written = found(logits), jax.jacobian(found)(logits)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), written, expected)
