@@ -38,6 +38,18 @@ def from_factory(name: str, **settings) -> Env:
     )
 
 
+def names_factory(name: str) -> bool:
+    """Whether a name has the form MODULE:FUNCTION.
+
+    >>> names_factory("my_package.worlds:make_env"), names_factory("0:1:log8")
+    (True, False)
+    """
+    parts = name.split(":")
+    return len(parts) == 2 and all(
+        word.isidentifier() for part in parts for word in part.split(".")
+    )
+
+
 def imported(name: str) -> Callable[..., Any]:
     """What MODULE:NAME names. Raises ValueError if it cannot be imported or is not there."""
     place, _, inside = name.partition(":")
@@ -57,7 +69,7 @@ def imported(name: str) -> Callable[..., Any]:
 
 def source_of(name: str) -> Path | None:
     """The file of the module in MODULE:NAME, once imported; None for any other name."""
-    module = sys.modules.get(name.partition(":")[0]) if ":" in name else None
+    module = sys.modules.get(name.partition(":")[0]) if names_factory(name) else None
     file = getattr(module, "__file__", None)
     return Path(file) if file else None
 

@@ -20,6 +20,7 @@ import chex
 import jax
 
 from jaxpg.envs import Box, Discrete, Env, Masked, Squashed
+from jaxpg.envs.factory import names_factory
 from jaxpg.policies import networks
 from jaxpg.policies.bounded import Beta, TanhGaussian
 from jaxpg.policies.distributions import Bernoulli, Categorical, Gaussian, MultiCategorical
@@ -108,7 +109,7 @@ def network_builder(name: str) -> Callable[..., Network]:
     Traceback (most recent call last):
     ValueError: unknown network 'mpl'; did you mean mlp...
     """
-    if ":" in name:
+    if names_factory(name):
         return own_network(name)
     if name not in NETWORKS:
         near = difflib.get_close_matches(name, NETWORKS, n=3, cutoff=0.4) or NETWORKS

@@ -14,6 +14,7 @@ from jaxpg.lab.studies import (
     coupling,
     decomposition,
     discounting,
+    groups,
     learning,
     observability,
     precision,
@@ -36,6 +37,7 @@ ALL = {
         observability,
         learning,
         precision,
+        groups,
     )
     for name, experiment in module.EXPERIMENTS.items()
 }
@@ -300,3 +302,27 @@ def test_baselines_of_equal_variance_commit_differently():
     error = np.sqrt(known * (1 - known) * (1 / number + 1 / 4000))
     assert (np.abs(stuck - known) <= 5 * error + 1e-12).all(), stuck
     assert (np.diff(stuck) < 0).all()
+
+
+# Groups of episodes from one start.
+
+
+@pytest.mark.slow
+def test_groups_on_an_environment_without_tables_are_measured(monkeypatch):
+    some = {"grpo": groups.group_estimators(2)["grpo"]}
+    monkeypatch.setattr(groups, "group_estimators", lambda size: some)
+    settings = Settings(env="Pendulum-v1", quick=True, trajectories=2**8)
+    (row,) = groups._rows(groups._points(settings)[0], 2, settings)
+    assert row["exact"] is None and row["quantity"] == groups.TRACE and row["low"] > 0
+
+
+def test_what_biases_a_group_and_what_does_not():
+    point = groups._points(Settings(env="tokens", quick=True))[2]
+    rows = groups._rows(point, 4, None)
+    found = {(row["estimator"], row["quantity"]): row["exact"] for row in rows}
+    for name in ("rloo", "no_baseline", "own_sample", "dr_grpo"):
+        assert found[name, "cosine"] == pytest.approx(1, abs=1e-9)
+    assert found["own_sample", "length_of_mean"] == pytest.approx(3 / 4)
+    assert found["dr_grpo", "length_of_mean"] == pytest.approx(3 / 4 / 4), "over the longest length"
+    assert found["length", "cosine"] < 0.96 < found["all_steps", "cosine"] < 1
+    assert found["std", "cosine"] < 1 - 1e-5

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from jaxpg.envs.env import Env
-from jaxpg.envs.factory import from_factory, refused
+from jaxpg.envs.factory import from_factory, names_factory, refused
 from jaxpg.envs.gymnax import from_gymnax, gymnax_names
 
 GROUP = "jaxpg.envs"  # of entry points
@@ -53,7 +53,7 @@ def make_env(name: str, **settings) -> Env:
     suite, _, inside = name.partition("/")
     if inside:
         return _from_suite(suite, inside, settings)
-    if ":" in name:
+    if names_factory(name):
         return from_factory(name, **settings)
     declared = _declared()
     if name in declared:

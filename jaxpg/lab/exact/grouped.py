@@ -56,12 +56,27 @@ def moments(
             f"groups are exact with the credit total_return, not {describe(estimator.credit)}; "
             "lab.enumeration covers it in a small world"
         )
-    world, gamma = tabulate(mdp, logits), float(hyperparams.gamma)
-    parts = []
-    for start in np.flatnonzero(world.initial):
-        found = classes(mdp, logits, int(start), gamma)
-        parts.append((world.initial[start], _of_start(found, estimator, group_size, world.horizon)))
-    return over_starts(parts)
+    return moments_of(
+        laws(mdp, logits, float(hyperparams.gamma)), estimator, group_size, mdp.horizon
+    )
+
+
+def laws(mdp: Mdp, logits, gamma: float) -> list[tuple[float, list[Class]]]:
+    """The probability of every start, and the classes of episodes from it."""
+    initial = tabulate(mdp, logits).initial
+    return [
+        (float(initial[start]), classes(mdp, logits, int(start), gamma))
+        for start in np.flatnonzero(initial)
+    ]
+
+
+def moments_of(
+    known: list[tuple[float, list[Class]]], estimator: Estimator, group_size: int, horizon: int
+) -> Moments:
+    """`moments` from the laws of a world, which are the same for every estimator and size."""
+    return over_starts(
+        [(p, _of_start(found, estimator, group_size, horizon)) for p, found in known]
+    )
 
 
 def _of_start(found: list[Class], estimator, size, horizon) -> Moments:

@@ -7,6 +7,7 @@ from jaxpg.lab.studies import (
     coupling,
     decomposition,
     discounting,
+    groups,
     horizons,
     hurts,
     importance,
@@ -25,6 +26,7 @@ _MODULES = (
     *(advantages, batch_sizes, ladder, offsets, hurts, horizons, importance, clipping, noise),
     *(decomposition, coupling, windows, discounting, staleness, observability, learning),
     precision,
+    groups,
 )
 _FOUND = {name: each for module in _MODULES for name, each in module.EXPERIMENTS.items()}
 
@@ -33,7 +35,7 @@ _ORDER = (
     "batch-size", "ladder", "gae", "offset", "never-hurts", "horizon-is", "importance", "clipping",
     "noise-scale", "stale", "cosine", "total-variance", "horizon", "coupled", "windows", "discount",
     "partial-observability", "large-batch", "optimizers", "seeds", "committal", "behaviour",
-    "precision",
+    "precision", "groups",
 )  # fmt: skip
 
 EXPERIMENTS: dict[str, Experiment] = {

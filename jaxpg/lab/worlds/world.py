@@ -10,6 +10,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from jaxpg.envs import Discrete, Env, Lqr, Mdp, env_names, from_lqr, from_mdp, make_env
+from jaxpg.envs.factory import names_factory
 from jaxpg.lab.exact.tables import Moments, Tables, tabulate
 from jaxpg.lab.worlds.instances import INSTANCES
 from jaxpg.lab.worlds.regulators import PARAMS, coefficients, gain_policy, value_critic
@@ -126,7 +127,7 @@ def world(
         shape = (int(np.max(mdp.observation)) + 1, mdp.reward.shape[1])
         return tabular_world(name, mdp, np.zeros(shape), gamma=gamma, policy=policy)
     known = [*INSTANCES, REGULATOR, *env_names()]
-    if name not in known and not {"/", ":"} & {*name}:
+    if name not in known and "/" not in name and not names_factory(name):
         raise ValueError(
             f"unknown environment {name!r}; did you mean {_near(name, known)}? Exact answers exist for "
             f"{', '.join([*INSTANCES, REGULATOR, *TABULATED])}"
