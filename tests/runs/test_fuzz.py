@@ -26,9 +26,11 @@ from jaxpg.lab.studies import (
     EXPERIMENTS,
     ascent,
     decomposition,
+    groups,
     horizons,
     ladder,
     lags,
+    precision,
     regulated,
     sampling,
     streams,
@@ -101,7 +103,7 @@ def halted():
     with pytest.MonkeyPatch.context() as patch:
         for place, name in (
             (run, "_compiled"), (replica_batches, "begin"), (playback, "evaluation"), (playback, "episodes"),
-            (playback, "film"), (ladder, "measure"), *DRAWING,
+            (playback, "film"), (ladder, "measure"), (precision, "bias_rows"), (groups, "_rows"), *DRAWING,
         ):  # fmt: skip
             patch.setattr(place, name, begun)
         plan = replica_batches.BatchPlan(SIZE, None, None)
