@@ -34,6 +34,11 @@ PRECISIONS = {x.name.lower(): x for x in jax.lax.Precision}
 # bits bias it by up to 0.03 (`jaxpg lab precision`).
 PRECISION = {"tpu": "high"}
 
+# Precisions at which all gradients of a TPU's layers are products of matrices. Sums over samples and products
+# with one column cost more: PPO on 4096x128 CartPoles takes a v5e 16.6 Mcycles instead of 19.9. At "high" it is
+# 22.1 instead of 22.5, but 4.8 instead of 4.6 for 8 agents of 16x64.
+BY_PRODUCTS = ("default",)
+
 KERNEL = 3  # entries in each direction that a convolution combines
 
 ACTIVATIONS = {"tanh": nn.tanh, "relu": nn.relu, "silu": nn.silu, "gelu": nn.gelu}
@@ -55,7 +60,8 @@ def dense(width: int, scale: float, precision: str) -> nn.Dense:
     """A layer whose matrix is filled with its gain, and its bias with 0."""
     product = _product if backend() == "cpu" else None
     gain = nn.initializers.constant(scale)
-    return nn.Dense(
+    by_products = backend() == "tpu" and precision in BY_PRODUCTS
+    return (_ByProducts if by_products else nn.Dense)(
         width,
         kernel_init=gain,
         precision=precision,
@@ -79,6 +85,35 @@ def _product(x, kernel, dimensions, precision=None, preferred_element_type=None)
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
+
+
+class _ByProducts(nn.Dense):
+    """A layer whose gradients are products of matrices, also the bias's."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        shape, dtype = (inputs.shape[-1], self.features), self.param_dtype
+        kernel = self.param("kernel", self.kernel_init, shape, dtype)
+        bias = self.param("bias", self.bias_init, shape[1:], dtype)
+        return _affine(self.precision, inputs, kernel, bias)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _affine(precision: Any, x: Array, kernel: Array, bias: Array) -> Array:
+    out = jnp.dot(x, kernel, precision=precision)
+    return out + jnp.broadcast_to(bias, out.shape)
+
+
+@_affine.defjvp
+def _affine_jvp(precision, primals, tangents):
+    (x, kernel, bias), (d_x, d_kernel, d_bias) = primals, tangents
+    # XLA makes sums of products with one column, or with ones that it sees.
+    wide = jnp.pad(d_kernel, ((0, 0), (0, max(2 - len(bias), 0))))
+    moved = jnp.dot(x, wide, precision=precision)[..., : len(bias)]
+    moved += jnp.dot(d_x, kernel, precision=precision)
+    ones = jax.lax.optimization_barrier(jnp.ones((*x.shape[:-1], 8), x.dtype))
+    rows = jnp.pad(d_bias[None], ((0, 7), (0, 0)))
+    return _affine(precision, *primals), moved + jnp.dot(ones, rows, precision="high")
 
 
 def pure(module: nn.Module) -> Layers:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from worlds import clock
 
+from jaxpg.devices import built_for
 from jaxpg.envs import Box, Discrete, Env, MultiDiscrete, Squashed, from_gymnax
 from jaxpg.policies import (
     Agent,
@@ -199,3 +200,24 @@ def test_switches_are_a_bernoulli_vector():
     assert isinstance(found, Bernoulli) and found.mode().shape == (1, 5, 3)
     with pytest.raises(ValueError, match=r"between 2, but the actions are .*\(2, 3\)"):
         mlp(BOX, MultiDiscrete((2, 3)), distribution="bernoulli")
+
+
+@pytest.mark.parametrize("action", [Discrete(3), None])
+def test_a_tpus_layers_have_the_derivatives_of_others(action, x64):
+    space = Box(-np.ones(4, np.float32), np.ones(4, np.float32))
+    network = mlp(space, action, (5, 6), precision="default")
+    keys = jax.random.split(jax.random.key(0), 3)
+    params, moved = network.init(keys[0]), network.init(keys[1])
+    obs, first = jax.random.normal(keys[2], (7, 2, 4)), jnp.zeros((7, 2), bool)
+
+    def found(network):
+        def outputs(params):
+            return jax.tree.leaves(network.apply(params, (), obs, first)[1])[0]
+
+        pull = jax.vjp(outputs, params)[1]
+        out, along = jax.jvp(outputs, (params,), (moved,))
+        return out, along, jax.vmap(pull)(jnp.stack([out, along]))
+
+    with built_for("tpu"):
+        own = found(mlp(space, action, (5, 6), precision="default"))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-12), own, found(network))
