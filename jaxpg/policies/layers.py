@@ -35,8 +35,8 @@ PRECISIONS = {x.name.lower(): x for x in jax.lax.Precision}
 PRECISION = {"tpu": "high"}
 
 # Precisions at which all gradients of a TPU's layers are products of matrices. Sums over samples and products
-# with one column cost more: PPO on 4096x128 CartPoles takes a v5e 16.6 Mcycles instead of 19.9. At "high" it is
-# 22.1 instead of 22.5, but 4.8 instead of 4.6 for 8 agents of 16x64.
+# with one column cost more: PPO on 4096x128 CartPoles takes a v5e 16.6 Mcycles instead of 19.9. At "high"
+# that is 22.1 instead of 22.5, but 4.8 instead of 4.6 for 8 agents of 16x64.
 BY_PRODUCTS = ("default",)
 
 KERNEL = 3  # entries in each direction that a convolution combines
