@@ -18,7 +18,17 @@ from jaxpg.policies.distributions import Bernoulli, Categorical, Gaussian, Multi
 from jaxpg.policies.heads import DISTRIBUTIONS, Distribution
 from jaxpg.policies.initializers import orthogonal
 from jaxpg.policies.masking import masked
-from jaxpg.policies.networks import Network, cnn, gru, linear, lstm, mingru, mlp, tabular
+from jaxpg.policies.networks import (
+    Network,
+    cnn,
+    gru,
+    linear,
+    lstm,
+    mingru,
+    mlp,
+    tabular,
+    transformer,
+)
 from jaxpg.policies.normalisation import normalised
 from jaxpg.policies.own import own_network
 
@@ -54,4 +64,5 @@ __all__ = [
     "orthogonal",
     "own_network",
     "tabular",
+    "transformer",
 ]

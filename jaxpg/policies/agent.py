@@ -9,7 +9,7 @@
 (True, True, True)
 >>> trajectory = Trajectory(*[jnp.ones((3, 2, 1))] * 7, jnp.ones((3, 2), bool), None, None)
 >>> float(observed(agent, params, trajectory).policy["statistics"].seen), [*NETWORKS]
-(6.0, ['mlp', 'linear', 'cnn', 'gru', 'lstm', 'mingru', 'tabular'])
+(6.0, ['mlp', 'linear', 'cnn', 'gru', 'lstm', 'mingru', 'transformer', 'tabular'])
 """
 
 import difflib
@@ -158,5 +158,6 @@ NETWORKS = {
     "gru": networks.gru,
     "lstm": networks.lstm,
     "mingru": networks.mingru,
+    "transformer": networks.transformer,
     "tabular": networks.tabular,
 }

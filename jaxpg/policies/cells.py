@@ -108,6 +108,73 @@ def minimal(features: int, precision: str) -> Cell:
     return Cell(init, initial_carry, apply)
 
 
+# Steps that attention looks back, and its heads.
+WINDOW, HEADS = 32, 4
+
+
+class Cache(NamedTuple):
+    """The keys and values of the last steps, oldest first, and how many of the episode's came before."""
+
+    keys: Array  # [B, WINDOW, H]
+    values: Array
+    since: Array  # [B] steps since the episode's first, -1 before any
+
+
+def attention(features: int, precision: str) -> Cell:
+    """A block of a causal transformer (Vaswani et al., 2017) over the last steps of the episode.
+
+    h = x + O softmax(q k / sqrt(d) + b[age]) v, then h + D relu(U h), with a bias b for each head and age
+    (Raffel et al., 2020) instead of positions. The carry is its cache of keys and values. Raises ValueError
+    unless the heads divide `features`.
+    """
+    if features % HEADS:
+        raise ValueError(f"features={features} is not a multiple of the {HEADS} heads of attention")
+    layer = pure(dense(features, 1.0, precision))
+
+    def initial_carry(num_lanes):
+        zeros = jnp.zeros((num_lanes, WINDOW, features))
+        return Cache(zeros, zeros, jnp.full(num_lanes, -1, jnp.result_type(int)))
+
+    def init(encoded):
+        inner = jnp.zeros((1, 1, features))
+        params = {name: layer.init(encoded) for name in ("x", "q", "k", "v")}
+        params |= {name: layer.init(inner) for name in ("o", "up", "down")}
+        return params | {"ages": jnp.zeros((HEADS, WINDOW + 1))}
+
+    def apply(params, carry, encoded, first):
+        x, q, k, v = (layer.apply(params[name], encoded) for name in ("x", "q", "k", "v"))
+        steps, lanes = first.shape
+        row = jnp.arange(steps)[:, None]
+        start = jnp.where(first, row, -(carry.since + 1)[None])
+        since = row - jax.lax.cummax(start, axis=0)  # [T, B]
+        keys, values = (
+            jnp.concatenate([old, jnp.moveaxis(new, 1, 0)], axis=1)
+            for old, new in zip(carry[:2], (k, v), strict=True)
+        )
+        age = WINDOW + row - jnp.arange(WINDOW + steps)[None]  # [T, WINDOW + T]
+        seen = (age >= 0) & (age <= WINDOW)
+        seen = seen[:, None] & (age[:, None] <= since[..., None])  # [T, B, WINDOW + T]
+        split = (HEADS, features // HEADS)
+        scores = jnp.einsum(
+            "tbhd,bshd->bhts",
+            q.reshape(steps, lanes, *split),
+            keys.reshape(lanes, -1, *split),
+            precision=precision,
+        )
+        bias = params["ages"][:, jnp.clip(age, 0, WINDOW)][None]
+        scores = scores / split[1] ** 0.5 + jnp.broadcast_to(bias, scores.shape)
+        seen = jnp.broadcast_to(jnp.moveaxis(seen, 1, 0)[:, None], scores.shape)
+        share = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
+        found = jnp.einsum(
+            "bhts,bshd->tbhd", share, values.reshape(lanes, -1, *split), precision=precision
+        )
+        h = x + layer.apply(params["o"], found.reshape(steps, lanes, features))
+        h = h + layer.apply(params["down"], jax.nn.relu(layer.apply(params["up"], h)))
+        return Cache(keys[:, steps:], values[:, steps:], since[-1]), h
+
+    return Cell(init, initial_carry, apply)
+
+
 def _after(one, other):
     """The map h -> keep h + new of one, and then of the other."""
     return one[0] * other[0], one[1] * other[0] + other[1]

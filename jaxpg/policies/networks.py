@@ -198,10 +198,12 @@ def _recurrent(
     return Network(init, within.initial_carry, apply)
 
 
-# A gated recurrent unit, long short-term memory, and a unit that is linear in its state, as in `cells`.
+# A gated recurrent unit, long short-term memory, a unit that is linear in its state, and causal attention,
+# as in `cells`.
 gru = partial(_recurrent, cells.gated)
 lstm = partial(_recurrent, cells.long_short_term)
 mingru = partial(_recurrent, cells.minimal)
+transformer = partial(_recurrent, cells.attention)
 
 
 def _check(observation: Space, action: Space | None) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jaxpg.envs import Box, Discrete
-from jaxpg.policies import lstm, mingru
+from jaxpg.policies import lstm, mingru, transformer
+from jaxpg.policies.cells import HEADS, WINDOW
 
 STEPS, LANES = 11, 3
 BOUND = np.ones(2, np.float32)
@@ -108,3 +109,64 @@ def test_the_minimal_unit_starts_with_memories_of_2_to_100_steps():
     bias = network.init(jax.random.key(0))["cell"]["z"]["params"]["bias"]
     steps = 1 + np.exp(-np.asarray(bias, float))  # 1 / sigmoid
     np.testing.assert_allclose([steps.min(), steps.max()], [2, 100], 1e-4)
+
+
+def attended(params, obs, first):
+    """Logits of the block of attention [T, B, A], one query after the other."""
+    within, output = layers_of(params)
+    cell, x = params["cell"], np.stack([within(row) for row in obs])
+
+    def layer(name, x):
+        own = cell[name]["params"]
+        return x @ np.asarray(own["kernel"]) + np.asarray(own["bias"])
+
+    skip, queries, keys, values = (layer(name, x) for name in ("x", "q", "k", "v"))
+    mixed = np.zeros_like(skip)
+    size = skip.shape[-1] // HEADS
+    for b in range(x.shape[1]):
+        start = 0
+        for t in range(len(x)):
+            start = t if first[t, b] else start
+            places = range(max(start, t - WINDOW), t + 1)
+            for head in range(HEADS):
+                part = slice(head * size, (head + 1) * size)
+                scores = np.array([
+                    queries[t, b, part] @ keys[s, b, part] / size**0.5 + cell["ages"][head, t - s]
+                    for s in places
+                ])  # fmt: skip
+                share = np.exp(scores - scores.max())
+                found = sum(w * values[s, b, part] for w, s in zip(share, places, strict=True))
+                mixed[t, b, part] = found / share.sum()
+    h = skip + layer("o", mixed)
+    h = h + layer("down", np.maximum(layer("up", h), 0))
+    return np.stack([output(row) for row in h])
+
+
+def test_attention_looks_back_within_the_episode_and_its_window(x64):
+    network = transformer(Box(-BOUND, BOUND), Discrete(3), (5,), features=8)
+    keys, steps = jax.random.split(jax.random.key(0), 4), WINDOW + 13
+    params = jax.tree.map(
+        lambda x: x + 0.3 * jax.random.normal(keys[0], x.shape), network.init(keys[1])
+    )
+    obs = jax.random.normal(keys[2], (steps, 2, 2))
+    first = jax.random.uniform(keys[3], (steps, 2)) < jnp.array([[0.0, 0.1]])
+    first = first.at[0].set(True)
+    assert first[:, 0].sum() == 1 and first[:, 1].sum() > 3
+
+    def run(carry, obs, first):
+        carry, found = network.apply(params, carry, obs, first)
+        return carry, found.logits
+
+    start = network.initial_carry(2)
+    end, whole = jax.jit(run)(start, obs, first)
+    np.testing.assert_allclose(whole, attended(params, obs, np.asarray(first)), 1e-9, 1e-11)
+    # A rollout's steps, and an update's pieces, give the same log-probs and the same cache.
+    step, carry, rows = jax.jit(run), start, []
+    for t in range(steps):
+        carry, row = step(carry, obs[t : t + 1], first[t : t + 1])
+        rows.append(row[0])
+    np.testing.assert_allclose(whole, np.stack(rows), 1e-9, 1e-11)
+    for a, b in zip(carry, end, strict=True):
+        np.testing.assert_allclose(a, b, 1e-9, 1e-11)
+    with pytest.raises(ValueError, match="features=6 is not a multiple of the 4 heads"):
+        transformer(Box(-BOUND, BOUND), None, (5,), features=6)

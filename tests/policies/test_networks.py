@@ -21,6 +21,7 @@ from jaxpg.policies import (
     mlp,
     orthogonal,
     tabular,
+    transformer,
 )
 
 BOX = Box(-np.ones((2, 3), np.float32), np.ones((2, 3), np.float32))
@@ -80,7 +81,7 @@ def test_recurrent_initialisation_does_not_hang_under_vmap():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", [linear, mlp, gru, lstm, mingru])
+@pytest.mark.parametrize("build", [linear, mlp, gru, lstm, mingru, transformer])
 @pytest.mark.parametrize("observation", [Discrete(5), BOX, MultiDiscrete((3, 4))])
 def test_shapes_and_near_uniform_start(build, observation):
     integer = not isinstance(observation, Box)

@@ -94,8 +94,8 @@ class Config:
     normalise_rewards: bool = _flag(False, "divide rewards by the running deviation of returns")
     network: str = _flag(
         "mlp",
-        "mlp, linear, cnn, gru, lstm, mingru, tabular or MODULE:FUNCTION; policy and critic are built "
-        "alike",
+        "mlp, linear, cnn, gru, lstm, mingru, transformer, tabular or MODULE:FUNCTION; policy and critic "
+        "are built alike",
     )
     hidden: tuple[int, ...] = _flag((64, 64), "widths of the hidden layers")
     channels: tuple[int, ...] = _flag((16,), "filters of each 3 x 3 convolution of a cnn")
