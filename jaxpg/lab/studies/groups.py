@@ -192,6 +192,6 @@ EXPERIMENTS = {
         group_study,
         Settings(env=TOKENS),
         Settings(env=TOKENS, quick=True, trajectories=2**14),
-        ignores=("estimators", "repeats"),
+        ignores=("estimators", "repeats", "trajectories"),
     ),
 }
