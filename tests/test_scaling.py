@@ -40,10 +40,10 @@ def test_the_scale_is_the_deviation_of_all_returns_so_far(source, x64):
     state = data.init(task, params, jax.random.key(1))
     plain = source.init(task, params, jax.random.key(1))
     numbers, running, returns = Hyperparams(gamma=GAMMA), np.zeros(3), []
+    both = jax.jit(lambda m, s, p: (data.gather(task, m, s), source.gather(task, m, p)))
     for update in range(4):
         moment = Moment(params, numbers, jax.random.key(2 + update), jnp.int32(update))
-        state, found = data.gather(task, moment, state)
-        plain, own = source.gather(task, moment, plain)
+        (state, found), (plain, own) = both(moment, state, plain)
         for t in range(len(own.trajectory.reward)):
             running = own.trajectory.reward[t] + GAMMA * np.where(
                 own.trajectory.first[t], 0, running
@@ -59,20 +59,23 @@ def test_the_scale_is_the_deviation_of_all_returns_so_far(source, x64):
 @pytest.mark.slow
 def test_the_unit_of_reward_changes_nothing():
     """Powers of two are exact, so everything learnt is the same bit by bit; the control is not."""
+
+    @partial(jax.jit, static_argnums=1)
+    def learnt(factor, scales):
+        row = algorithm("ppo")._replace(num_minibatches=2)
+        row = row._replace(data=scaled(row.data)) if scales else row
+        env = paid(factor, max_steps_in_episode=50)
+        agent = actor_critic(env, hidden=(8,))
+        trainer = make_trainer(env, agent, row, num_envs=4, num_steps=16)
+        state, metrics = train(trainer, trainer.init(jax.random.key(0)), NUMBERS, num_updates=4)
+        seen = evaluate(env, agent, state.params, jax.random.key(1), 8)
+        return state.params, metrics["episode_return"], seen.mean
+
     found = {}
     for exponent in (0, 20, -20):
         for scales in (True, False):
-            row = algorithm("ppo")._replace(num_minibatches=2)
-            row = row._replace(data=scaled(row.data)) if scales else row
-            env = paid(2.0**exponent, max_steps_in_episode=50)
-            agent = actor_critic(env, hidden=(8,))
-            trainer = make_trainer(env, agent, row, num_envs=4, num_steps=16)
-            learn = jax.jit(partial(train, trainer, num_updates=4))
-            state, metrics = learn(trainer.init(jax.random.key(0)), NUMBERS)
-            found[exponent, scales] = state.params, metrics["episode_return"]
-            if scales:
-                seen = evaluate(env, agent, state.params, jax.random.key(1), 8)
-                assert seen.mean > 8 * 2.0**exponent, "evaluations keep the environment's unit"
+            *found[exponent, scales], mean = learnt(jnp.float32(2.0**exponent), scales)
+            assert mean > 8 * 2.0**exponent, "evaluations keep the environment's unit"
     for exponent in (20, -20):
         same = jax.tree.map(jnp.array_equal, found[exponent, True][0], found[0, True][0])
         assert all(jax.tree.leaves(same))
