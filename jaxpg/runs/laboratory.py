@@ -200,7 +200,7 @@ def _listing() -> list[str]:
         for name, each in EXPERIMENTS.items()
     ]
     worlds = (
-        "any: --env takes A, T or C (worked instances), LQR, or a gymnax environment, and --checkpoint "
+        "any: --env takes A, T or C (worked instances), LQR, or any of jaxpg envs, and --checkpoint "
         "a policy trained there. Exact lines are drawn where probabilities are known: in the worked "
         "instances, FrozenLake-misc, Catch-bsuite and DiscountingChain-bsuite, and in part in LQR."
     )
@@ -254,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = found.add_argument
     add("name", metavar="NAME", help="an experiment, `all`, or `list` to see them")
-    add("--env", help="A, T or C (worked instances) or a gymnax environment; default: A")
+    add("--env", help="A, T or C (worked instances) or any of jaxpg envs; default: A")
     add("--policy", help="mlp, linear, gru or tabular, at its initial parameters")
     add(
         "--checkpoint",
