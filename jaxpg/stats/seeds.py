@@ -42,8 +42,9 @@ def summarise(values: np.ndarray, attainable: tuple[float, float] = ANY) -> Summ
 
 def number(value: float, digits: int = 1) -> str:
     """The value with fixed digits, three significant ones where those would show less; a dash for NaN."""
-    if 0 < abs(value) < 10.0 ** (1 - digits):
-        return f"{value:.3g}"
+    least = 10.0 ** (1 - digits)
+    if 0 < abs(value) < least and abs(float(short := f"{value:.3g}")) < least:
+        return short
     return f"{value:,.{digits}f}" if np.isfinite(value) else "-"
 
 

@@ -94,7 +94,14 @@ def test_the_bootstrapped_interval_holds_the_mean_as_often_as_it_may():
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [(499.96, "500.0"), (0.0, "0.0"), (5e-4, "0.0005"), (-0.8349, "-0.835"), (np.nan, "-")],
+    [
+        (499.96, "500.0"),
+        (0.0, "0.0"),
+        (5e-4, "0.0005"),
+        (0.9998, "1.0"),
+        (-0.8349, "-0.835"),
+        (np.nan, "-"),
+    ],
 )
 def test_small_numbers_keep_their_digits(value, said):
     assert number(value) == said
