@@ -61,8 +61,7 @@ def clipped(
     The gradient is 0 exactly where A > 0 and rho > 1+eps, or A < 0 and rho < 1-eps.
     """
     rho = jnp.exp(log_prob - trajectory.log_prob)
-    near = jnp.clip(rho, 1.0 - hyperparams.clip_eps, 1.0 + hyperparams.clip_eps)
-    return jnp.minimum(rho * advantage, near * advantage)
+    return _clipped(rho, advantage, hyperparams.clip_eps, hyperparams.clip_eps)
 
 
 @slot()
@@ -70,7 +69,8 @@ def clipped_apart(
     log_prob: Array, advantage: Array, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
     """min(rho A, clip(rho, 1-clip_eps, 1+clip_eps_high) A) (Yu et al., 2025)."""
-    return _clipped(jnp.exp(log_prob - trajectory.log_prob), advantage, hyperparams)
+    rho = jnp.exp(log_prob - trajectory.log_prob)
+    return _clipped(rho, advantage, hyperparams.clip_eps, hyperparams.clip_eps_high)
 
 
 @slot(whole_episodes=True, by_lane=True)
@@ -81,11 +81,12 @@ def sequence_clipped(
     log_rho = jnp.where(trajectory.mask, log_prob - trajectory.log_prob, 0.0)
     length = jnp.maximum(trajectory.mask.sum(axis=0, keepdims=True), 1)
     mean = log_rho.sum(axis=0, keepdims=True) / length
-    return _clipped(jnp.exp(jnp.broadcast_to(mean, log_rho.shape)), advantage, hyperparams)
+    root = jnp.exp(jnp.broadcast_to(mean, log_rho.shape))
+    return _clipped(root, advantage, hyperparams.clip_eps, hyperparams.clip_eps_high)
 
 
-def _clipped(rho, advantage, hyperparams):
-    near = jnp.clip(rho, 1.0 - hyperparams.clip_eps, 1.0 + hyperparams.clip_eps_high)
+def _clipped(rho, advantage, below, above):
+    near = jnp.clip(rho, 1.0 - below, 1.0 + above)
     return jnp.minimum(rho * advantage, near * advantage)
 
 

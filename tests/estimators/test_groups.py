@@ -20,7 +20,7 @@ from jaxpg.estimators import (
     importance,
     surrogates,
 )
-from jaxpg.lab import Source, gradient_statistics
+from jaxpg.lab import Source, gradient_statistics, gradient_trace
 from jaxpg.lab.exact import enumeration, grouped
 from jaxpg.policies import actor_critic, init_params, tabular
 from jaxpg.rollout import episodes_again
@@ -254,6 +254,13 @@ def test_measured_groups_are_the_exact_ones():
     assert found.trace.low < trace < found.trace.high
     error = np.sqrt(np.diag(exact.covariance) / 2**14)
     assert (np.abs(found.mean - exact.mean) < 4.5 * error + 1e-6).all()
+    # Without a baseline too, episodes from one start are no independent samples.
+    alone = Estimator(credit.total_return)
+    found = gradient_statistics(source._replace(estimator=alone), 2**16, batch_size=4)
+    known = np.trace(grouped.moments(mdp, logits, alone, NUMBERS, 4).covariance)
+    assert found.trace.low < known < found.trace.high and found.batch_size == 4
+    with pytest.raises(ValueError, match="or they share a start"):
+        gradient_trace(source._replace(estimator=alone), 2**12)
     # Episodes from starts of their own have another law.
     apart = enumeration.moments(mdp, logits, row.estimator, NUMBERS, batch_size=4)
     assert abs(np.trace(apart.covariance) / trace - 1) > 0.05

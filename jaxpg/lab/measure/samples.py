@@ -122,6 +122,11 @@ def couples(estimator: Estimator) -> bool:
     return any(facts_of(slot).couples for slot in estimator)
 
 
+def dependent(source: Source) -> bool:
+    """Whether trajectories are no independent samples: an estimator couples them, or they share a start."""
+    return couples(source.estimator) or source.group_size > 1
+
+
 def chunk_size(source: Source) -> int:
     """Trajectories per chunk, so that a chunk's rollout, activations and gradients fill its bytes."""
     room = CHUNK_BYTES.get(backend(), OTHER_CHUNK_BYTES)

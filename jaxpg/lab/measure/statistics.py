@@ -12,7 +12,7 @@ from jaxpg.lab.measure.samples import (
     Source,
     check_source,
     chunk_size,
-    couples,
+    dependent,
     gather,
     gradient_samples,
     rows_of,
@@ -114,10 +114,9 @@ class _Weights(NamedTuple):
 def plan(source: Source, num_trajectories: int, batch_size: int | None) -> tuple[int, int]:
     """Trajectories per sample, and the number of samples."""
     check_source(source, num_trajectories)
-    coupled = couples(source.estimator)
-    groups = source.group_size
+    coupled, groups = dependent(source), source.group_size
     size = (batch_size or max(64 // groups, 1) * groups) if coupled else 1
-    check_groups(size if coupled else groups, groups, "batch_size")
+    check_groups(size, groups, "batch_size")
     if coupled and size < 2:
         raise ValueError(
             f"batch_size={size} must be at least 2 for an estimator that couples a batch"

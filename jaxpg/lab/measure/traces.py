@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jaxpg.lab.measure.samples import Source, chunk_size, couples, gather, log_probs, rows_of
+from jaxpg.lab.measure.samples import Source, chunk_size, dependent, gather, log_probs, rows_of
 from jaxpg.lab.measure.statistics import plan, trace_of
 from jaxpg.stats.intervals import Estimate, mean_interval
 from jaxpg.stats.moments import GROUPS, moments_of
@@ -28,9 +28,9 @@ def gradient_trace(
     """
     if route not in ROUTES:
         raise ValueError(f"unknown route {route!r}; use one of {', '.join(ROUTES)}")
-    if couples(source.estimator):
+    if dependent(source):
         raise ValueError(
-            "this estimator couples the trajectories of a batch; use gradient_statistics"
+            "the estimator couples the trajectories, or they share a start; use gradient_statistics"
         )
     _, num_samples = plan(source, num_trajectories, None)
     per_group = num_samples // GROUPS

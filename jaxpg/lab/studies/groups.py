@@ -144,12 +144,9 @@ def _measured(world, estimator, size, settings, truth) -> dict[str, dict[str, An
         group_size=size,
     )  # fmt: skip
     count = settings.trajectories // size * size
-    batch = None if estimator == Estimator(credit.total_return) else size
-    found = gradient_statistics(source, count, reference=truth, batch_size=batch)
+    found = gradient_statistics(source, count, reference=truth, batch_size=size)
     cost = {"trajectories": count, "env_steps": found.num_steps}
-    # A group of one is a group of `size` independent episodes with 1/size of the trace.
-    scale = (size if batch else 1) / EPISODES
-    rows = {TRACE: estimated([scale * x for x in found.noise_scale], **cost)}
+    rows = {TRACE: estimated([size / EPISODES * x for x in found.noise_scale], **cost)}
     if found.cosine is not None:
         rows[COSINE] = estimated(found.cosine, **cost)
     return rows
