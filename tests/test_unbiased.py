@@ -12,7 +12,7 @@ import pytest
 sys.path.append(str(Path(__file__).parent / "lab"))
 from instances import random_instance
 
-from jaxpg.estimators import Estimator, baselines, credit, facts_of, importance, surrogates
+from jaxpg.estimators import Estimator, baselines, credit, facts_of, groups, importance, surrogates
 from jaxpg.lab import exact
 from jaxpg.lab.exact import enumeration
 from jaxpg.types import Hyperparams
@@ -37,6 +37,9 @@ UNBIASED = {
     "to go, time mean": Estimator(TO_GO, baselines.time_mean, ON),
     "to go, optimal constant": Estimator(TO_GO, baselines.optimal_constant, ON),
     "to go, optimal per time": Estimator(TO_GO, baselines.optimal_per_time, ON),
+    "to go, optimal per time, in a group": Estimator(
+        TO_GO, groups.grouped(baselines.optimal_per_time, 2), ON
+    ),
     "ratio on-policy": Estimator(TO_GO, TABULATED, ON, surrogates.ratio),
     "clipped on-policy": Estimator(TO_GO, TABULATED, ON, surrogates.clipped),
     "penalised on-policy": Estimator(TO_GO, TABULATED, ON, surrogates.kl_penalised),
@@ -51,6 +54,7 @@ BIASED = {
     "to go without gamma^t": Estimator(TO_GO),
     "lambda-return, wrong critic": Estimator(LAMBDA, baselines.critic, ON),
     "to go, batch mean": Estimator(TO_GO, baselines.batch_mean, ON),
+    "to go, optimal token": Estimator(TO_GO, baselines.optimal_token, ON),
     "per step": Estimator(TO_GO, importance=ON, reduce=surrogates.per_step),
     "standardised": Estimator(
         TO_GO, importance=ON, surrogate=surrogates.standardised(surrogates.score)

@@ -8,15 +8,18 @@ scores g_t = step_t grad log pi(a_t|s_t) that b will multiply; it costs nothing 
 [[0.0, 0.0, 0.0], [3.0, 3.0, 3.0], [4.0, 3.5, 1.5], [2.0, 2.0, 2.0]]
 >>> mask, zeros = jnp.array([[True, True, False]]), jnp.zeros((1, 3), int)
 >>> trajectory = Trajectory(*[zeros] * 7, mask, value=psi, next_value=psi)
->>> scores = Scores(jnp.array([[1.0, 1.0, 2.0]]), lambda psi: psi)
+>>> scores = Scores(jnp.array([[1.0, 1.0, 2.0]]), lambda lanes, step, psi: psi, lambda lanes, step: step)
 >>> given = psi, scores, trajectory, Hyperparams(normaliser_coef=0.5)
 >>> [b(*given).ravel().tolist() for b in (time_mean, weighted_mean, critic, regularised(critic))]
 [[2.0, 1.0, 1.5], [3.75, 3.75, 3.75], [1.0, 2.0, 6.0], [0.5, 1.5, 5.5]]
->>> [b(*given).ravel().tolist() for b in (optimal_constant, optimal_per_time, tabulated([[7.0]]))]
-[[4.0, 3.5, 1.5], [4.0, 3.5, 1.5], [7.0, 7.0, 7.0]]
+>>> [b(*given).ravel().tolist() for b in (optimal_constant, optimal_per_time, optimal_token)]
+[[4.0, 3.5, 1.5], [4.0, 3.5, 1.5], [1.5, 1.5, 1.5]]
+>>> tabulated([[7.0]])(*given).ravel().tolist()
+[7.0, 7.0, 7.0]
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -28,10 +31,13 @@ from jaxpg.types import Array, Hyperparams, Trajectory
 
 
 class Scores(NamedTuple):
-    """The weighted scores g_t of every trajectory, which are never stored."""
+    """The weighted scores g_t of trajectories, which are never stored; of any of their lanes."""
 
     step: Array  # [T, B] their weights
-    inner: Callable[[Array], Array]  # psi [T, B] -> g_t . sum_k psi_k g_k [T, B]
+    # (trajectory, step, psi) -> g_t . sum_k psi_k g_k, all [T, B]
+    inner: Callable[[Trajectory, Array, Array], Array]
+    # (trajectory, step) -> |g_t|^2 [T, B], g_t in the parameters of the distribution, not of the network
+    square: Callable[[Trajectory, Array], Array]
 
 
 Baseline = Callable[[Array, Scores, Trajectory, Hyperparams], Array]
@@ -157,10 +163,12 @@ def optimal_constant(
     Leave-one-out, so unbiased; as N grows, it minimises the trace over constants.
     Raises ValueError when N < 2.
     """
-    del trajectory, hyperparams
+    del hyperparams
     _check_others(psi, "optimal_constant")
-    numerator = scores.inner(psi).sum(axis=0, keepdims=True)
-    denominator = scores.inner(jnp.ones_like(psi)).sum(axis=0, keepdims=True)
+    inner = partial(scores.inner, trajectory, scores.step)
+    numerator, denominator = (
+        inner(x).sum(axis=0, keepdims=True) for x in (psi, jnp.ones_like(psi))
+    )
     return jnp.broadcast_to(_ratio_of_others(numerator, denominator), psi.shape)
 
 
@@ -174,9 +182,30 @@ def optimal_per_time(
     E|g_t|^2 = E[g_t . sum_k g_k] needs no norm of a single step. Leave-one-out, so unbiased; noisy for
     few trajectories. Raises ValueError when N < 2.
     """
-    del trajectory, hyperparams
+    del hyperparams
     _check_others(psi, "optimal_per_time")
-    return _ratio_of_others(scores.inner(psi), scores.inner(jnp.ones_like(psi)))
+    inner = partial(scores.inner, trajectory, scores.step)
+    return _ratio_of_others(inner(psi), inner(jnp.ones_like(psi)))
+
+
+@slot(couples=True, min_lanes=2, whole_episodes=True)
+def optimal_token(
+    psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
+) -> Array:
+    """b_t = sum_j W_{t,j} psi_{t,j} / sum_j W_{t,j}, W_t = sum_{k<=t} |g_k|^2, over j running at t.
+
+    The optimal token baseline as published (Li et al., 2026): norms of scores in the distribution's own
+    parameters, added up from the start, need no backward pass. Biased, as its own trajectory is included: one that
+    runs alone has advantage 0. `optimal_per_time` is unbiased, and estimates the b_t of least trace.
+    Raises ValueError when N < 2.
+    """
+    del hyperparams
+    _check_others(psi, "optimal_token")
+    square = jnp.where(trajectory.mask, scores.square(trajectory, scores.step), 0.0)
+    energy = jnp.where(trajectory.mask, jnp.cumsum(square, axis=0), 0.0)
+    total = energy.sum(axis=1, keepdims=True)
+    weighted = (energy * psi).sum(axis=1, keepdims=True)
+    return jnp.broadcast_to(weighted / jnp.where(total > 0.0, total, 1.0), psi.shape)
 
 
 @slot(reads_critic=True)

@@ -74,8 +74,9 @@ def assess(
     log_ratio = jnp.where(trajectory.mask, log_prob - trajectory.log_prob, 0.0)
     weights = estimator.importance(log_ratio, trajectory, hyperparams)
     psi = estimator.credit(weights.trace, trajectory, hyperparams)
-    inner = partial(_score_kernel, policy, params, trajectory, weights.step)
-    scores = baselines.Scores(weights.step, inner)
+    scores = baselines.Scores(
+        weights.step, partial(_inner, policy, params), partial(_square, policy, params)
+    )
     baseline = estimator.baseline(psi, scores, trajectory, hyperparams)
     advantage = jnp.where(trajectory.mask, weights.step * (psi - baseline), 0.0)
     # Sums over T steps carry rounding that grows with the root of T.
@@ -175,11 +176,8 @@ def lane_gradients(policy: Network, params: Params, trajectory: Trajectory, weig
     return jax.vmap(of_one, in_axes=1)(trajectory, jnp.where(trajectory.mask, weight, 0.0))
 
 
-def _score_kernel(policy, params, trajectory, step, psi):
-    if policy is None:
-        raise ValueError(
-            "this baseline weights by scores: assess needs the policy and its parameters"
-        )
+def _inner(policy, params, trajectory, step, psi):
+    _check_policy(policy)
     weight = jnp.where(trajectory.mask, step, 0.0)
 
     # One trajectory at a time: a backward pass for sum_k w_k psi_k grad log pi_k, then a forward-mode
@@ -192,6 +190,22 @@ def _score_kernel(policy, params, trajectory, step, psi):
         return jax.jvp(log_probs, (params,), pull(cotangent))[1]
 
     return weight * jax.vmap(of_one, in_axes=1, out_axes=1)(trajectory, weight * psi)
+
+
+def _square(policy, params, trajectory, step):
+    _check_policy(policy)
+    carry = policy.initial_carry(trajectory.mask.shape[1])
+    _, distribution = policy.apply(params, carry, trajectory.obs, trajectory.first)
+    score = jax.grad(lambda given: given.log_prob(trajectory.action).sum())(distribution)
+    squares = jax.tree.map(lambda x: (x**2).reshape(*step.shape, -1).sum(axis=-1), score)
+    return step**2 * sum(jax.tree.leaves(squares))
+
+
+def _check_policy(policy):
+    if policy is None:
+        raise ValueError(
+            "this baseline weights by scores: assess needs the policy and its parameters"
+        )
 
 
 def _lane_log_probs(policy, params, lane):

@@ -5,7 +5,8 @@ Lanes come in groups of G, side by side, as `rollout.episodes(..., group_size=G)
 >>> psi = jnp.array([[1.0, 0.0, 3.0, 3.0]])  # one step of two groups of two
 >>> mask = jnp.ones((1, 4), bool)
 >>> trajectory = jaxpg.types.Trajectory(*[psi] * 7, mask, psi, psi)
->>> given = psi, baselines.Scores(psi, None), trajectory, jaxpg.Hyperparams()
+>>> baselines = jaxpg.estimators.baselines
+>>> given = psi, baselines.Scores(psi, None, None), trajectory, jaxpg.Hyperparams()
 >>> kinds = baselines.leave_one_out, baselines.batch_mean
 >>> [grouped(kind, 2)(*given).ravel().tolist() for kind in kinds]
 [[0.0, 1.0, 3.0, 3.0], [0.5, 0.5, 3.0, 3.0]]
@@ -25,7 +26,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpg.estimators import baselines
 from jaxpg.estimators.baselines import Baseline
 from jaxpg.estimators.slot import Rescale, Slot, describe, facts_of
 from jaxpg.types import Array
@@ -45,15 +45,10 @@ def grouped(baseline: Baseline, group_size: int) -> Slot:
 
 def _grouped(baseline, group_size, psi, scores, trajectory, hyperparams):
     def within(psi, step, trajectory):
-        return baseline(psi, baselines.Scores(step, _alone), trajectory, hyperparams)
+        return baseline(psi, scores._replace(step=step), trajectory, hyperparams)
 
     parts = jax.tree.map(partial(_split, group_size), (psi, scores.step, trajectory))
     return _joined(jax.vmap(within, 1, 1)(*parts))
-
-
-def _alone(psi):
-    del psi
-    raise ValueError("baselines that weight by scores compare the whole batch, not a group of it")
 
 
 def _split(group_size, x):

@@ -9,13 +9,14 @@ import pytest
 from worlds import bandit, random_mdp
 
 from jaxpg import Hyperparams, episodes, make_trainer, train
-from jaxpg.envs import from_gymnax, from_mdp
+from jaxpg.envs import Discrete, from_gymnax, from_mdp
 from jaxpg.estimators import (
     Estimator,
     assess,
     baselines,
     coefficients,
     credit,
+    describe,
     groups,
     importance,
     surrogates,
@@ -42,16 +43,28 @@ def whole_episodes(seed=0, returns=None) -> Trajectory:
         reward = np.where(last, np.asarray(returns), 0.0)
     zeros = np.zeros((T, B))
     log_prob = np.where(mask, rng.normal(size=(T, B)), 0.0)
-    parts = zeros, zeros.astype(int), log_prob, reward, mask & ~last, mask & (row == 0), last
+    action = np.where(mask, np.arange(B) % 2, 0)
+    parts = zeros.astype(int), action, log_prob, reward, mask & ~last, mask & (row == 0), last
     return Trajectory(*(jnp.asarray(x) for x in (*parts, mask, zeros, zeros)))
 
 
 def advantages(estimator, trajectory):
-    return np.asarray(assess(estimator, trajectory, trajectory.log_prob, NUMBERS).advantage)
+    policy, params = tabular(Discrete(1), Discrete(2)), {"logits": jnp.array([[0.3, -0.5]])}
+    found = assess(estimator, trajectory, trajectory.log_prob, NUMBERS, policy, params)
+    return np.asarray(found.advantage)
 
 
 @pytest.mark.parametrize(
-    "baseline", [baselines.leave_one_out, baselines.batch_mean, baselines.time_mean]
+    "baseline",
+    [
+        baselines.leave_one_out,
+        baselines.batch_mean,
+        baselines.time_mean,
+        baselines.optimal_constant,
+        baselines.optimal_per_time,
+        baselines.optimal_token,
+    ],
+    ids=describe,
 )
 def test_a_grouped_baseline_is_its_loop_over_groups(baseline, x64):
     trajectory = whole_episodes()

@@ -22,7 +22,7 @@ from jaxpg.estimators import (
     importance,
     surrogates,
 )
-from jaxpg.policies import tabular
+from jaxpg.policies import Gaussian, Network, tabular
 from jaxpg.types import Array, Hyperparams, Trajectory
 
 HP = Hyperparams(gamma=0.9, lambda_=0.7)
@@ -152,11 +152,11 @@ def test_truncation_is_not_death():
         assert np.allclose(death, 1.0)
 
 
-def never_called(psi):
+def never_called(*given):
     raise AssertionError
 
 
-UNREAD = baselines.Scores(jnp.ones((T, B)), never_called)
+UNREAD = baselines.Scores(jnp.ones((T, B)), never_called, never_called)
 
 
 def test_baselines_against_loops():
@@ -178,6 +178,48 @@ def test_baselines_against_loops():
             assert np.isclose(running[t, i], psi[t, alive].mean() if alive else 0.0)
     # Sample by sample: the own-mean estimate is (N-1)/N times the leave-one-out one.
     assert np.allclose(psi - own, (B - 1) / B * (psi - others), atol=1e-12)
+
+
+def test_the_optimal_token_baseline_weighs_by_the_norms_so_far():
+    """With a table, scores have the square 1 - 2 pi(a) + sum pi^2; a Gaussian's are by mean and log std."""
+    traj = masked(trajectory(24))
+    obs, action = np.random.default_rng(25).integers(0, 2, (2, T, B))
+    traj = estimators.masked(traj._replace(obs=jnp.asarray(obs), action=jnp.asarray(action)))
+    psi, mask = np.random.default_rng(26).normal(size=(T, B)), np.asarray(traj.mask)
+    policy, logits = tabular(Discrete(2), Discrete(2)), np.array([[0.3, -0.4], [1.0, 0.5]])
+    fixed = Slot(lambda trace, traj, numbers: jnp.asarray(psi), "fixed")
+    row = Estimator(fixed, baselines.optimal_token, importance.from_start(importance.on_policy))
+    found = assess(row, traj, traj.log_prob, HP, policy, {"logits": jnp.asarray(logits)}).advantage
+    pi = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    energy = np.zeros(B)
+    for t in range(T):
+        for i in np.flatnonzero(mask[t]):
+            own = pi[obs[t, i]]
+            energy[i] += 0.9 ** (2 * t) * (1 - 2 * own[action[t, i]] + (own**2).sum())
+        alive = np.flatnonzero(mask[t])
+        expected = (energy[alive] * psi[t, alive]).sum() / energy[alive].sum()
+        assert np.allclose(found[t, alive], 0.9**t * (psi[t, alive] - expected), atol=1e-12)
+
+    gaussian = gaussian_policy(1)
+    real = jnp.asarray(np.random.default_rng(27).normal(size=(T, B, 1)))
+    given = assess(
+        row._replace(importance=importance.on_policy), traj._replace(action=real), traj.log_prob, HP,
+        gaussian, jnp.array([0.2, -0.3]),
+    )  # fmt: skip
+    z = (np.asarray(real)[..., 0] - 0.2) * np.exp(0.3)
+    energy = np.where(mask, np.cumsum((z * np.exp(0.3)) ** 2 + (z**2 - 1) ** 2, axis=0), 0.0)
+    expected = (energy * psi).sum(axis=1, keepdims=True) / energy.sum(axis=1, keepdims=True)
+    assert np.allclose(given.advantage, np.where(mask, psi - expected, 0.0), atol=1e-12)
+
+
+def gaussian_policy(size):
+    """A Gaussian of one mean and one log std, whatever is seen: params are both."""
+
+    def apply(params, carry, obs, first):
+        shape = (*first.shape, size)
+        return carry, Gaussian(*(jnp.broadcast_to(x, shape) for x in params))
+
+    return Network(lambda key: jnp.zeros(2), lambda num_envs: (), apply)
 
 
 @pytest.mark.parametrize("baseline", [baselines.leave_one_out, baselines.time_mean])
@@ -320,6 +362,7 @@ WRAPPED = {
         baselines.regularised(baselines.critic),
         baselines.regularised(baselines.leave_one_out),
         groups.grouped(baselines.leave_one_out, 2),
+        groups.grouped(baselines.optimal_token, 2),
     ],
     "importance": [
         *importance.IMPORTANCES.values(),

@@ -318,7 +318,7 @@ def test_groups_on_an_environment_without_tables_are_measured(monkeypatch):
 
 def test_what_biases_a_group_and_what_does_not():
     point = groups._points(Settings(env="tokens", quick=True))[2]
-    rows = groups._rows(point, 4, None)
+    rows = groups._rows(point, 4, Settings())
     found = {(row["estimator"], row["quantity"]): row["exact"] for row in rows}
     for name in ("rloo", "no_baseline", "own_sample", "dr_grpo"):
         assert found[name, "cosine"] == pytest.approx(1, abs=1e-9)
@@ -326,3 +326,20 @@ def test_what_biases_a_group_and_what_does_not():
     assert found["dr_grpo", "length_of_mean"] == pytest.approx(3 / 4 / 4), "over the longest length"
     assert found["length", "cosine"] < 0.96 < found["all_steps", "cosine"] < 1
     assert found["std", "cosine"] < 1 - 1e-5
+
+
+def test_the_optimal_token_baseline_shrinks_and_turns_the_gradient_and_the_unbiased_one_does_not():
+    point = groups._points(Settings(env="tokens", quick=True))[2]
+    listed = {name: groups.group_estimators(2)[name] for name in groups.LISTED}
+    found = {
+        name: groups._quantities(
+            groups._moments(point, name, estimator, 2), 2,
+            exact.gradient(point.world.mdp, point.world.logits, 1.0),
+        )
+        for name, estimator in listed.items()
+    }  # fmt: skip
+    assert found["optimal_per_time"]["cosine"] == pytest.approx(1, abs=1e-6)
+    assert found["optimal_per_time"]["length_of_mean"] == pytest.approx(1, abs=1e-6)
+    token = found["optimal_token"]
+    assert token["cosine"] < 1 - 1e-4 and token["length_of_mean"] < 0.7
+    assert groups._moments(point, "optimal_token", listed["optimal_token"], 8) is None

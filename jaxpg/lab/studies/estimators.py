@@ -179,6 +179,10 @@ ESTIMATORS: dict[str, Named] = {
         "reward to go minus the best constant, estimated from the others",
         slots(TO_GO, baselines.optimal_constant),
     ),
+    "rtg_optimal_token": Named(
+        "reward to go minus its mean at t, weighted by the scores so far (Li et al., 2026)",
+        slots(TO_GO, baselines.optimal_token, warning="biased: its own trajectory is in the baseline"),
+    ),
     "rtg_time": Named("reward to go minus its mean at t", known(TO_GO, mean_to_go), "tables"),
     "rtg_optimal_time": Named(
         "reward to go minus the best b_t", known(TO_GO, best(TO_GO, "per_time")), "tables"

@@ -1,13 +1,14 @@
 """Groups: estimators that compare episodes from one start, at equal numbers of episodes."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxpg.envs.tokens import Tokens, skilled_logits, tokens_mdp
-from jaxpg.estimators import Estimator, baselines, credit, groups, surrogates
+from jaxpg.estimators import Estimator, baselines, credit, groups, importance, surrogates
 from jaxpg.lab import exact
-from jaxpg.lab.exact import grouped
+from jaxpg.lab.exact import enumeration, grouped
 from jaxpg.lab.exact.tables import Moments
 from jaxpg.lab.measure.samples import Source
 from jaxpg.lab.measure.statistics import gradient_statistics
@@ -31,6 +32,8 @@ SPREAD = 2.0  # of the skill from prompt to prompt: some are hard
 SKILLS = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 6.0)
 EPISODES = 64  # of the batch that all are compared at
 CHECKED = ("rloo", "grpo", "dapo")  # measured too where all are exact
+LISTED = ("optimal_token", "optimal_per_time")  # exact where all groups can be listed
+MOST = 100_000  # groups that are listed
 # dr_grpo and own_sample differ from rloo by a factor, and all_steps is nearly dapo.
 DRAWN = ("rloo", "grpo", "dapo", "no_baseline", "std", "length")
 TRACE, COSINE, SCALE = "noise_to_signal", "cosine", "length_of_mean"
@@ -57,6 +60,11 @@ def group_estimators(size: int) -> dict[str, Estimator]:
         "length": own._replace(reduce=surrogates.per_length),
         "all_steps": own._replace(reduce=surrogates.per_step),
     }
+    start = importance.from_start(importance.on_policy)
+    for name in LISTED:
+        causes[name] = Estimator(
+            baseline=groups.grouped(getattr(baselines, name), size), importance=start
+        )
     # gspo and cispo equal grpo and dapo where data is the policy's own, as it is here.
     rows = {name: GROUP_ROWS[name](size).estimator for name in ("rloo", "grpo", "dr_grpo", "dapo")}
     return rows | causes
@@ -74,8 +82,9 @@ def group_study(settings: Settings, progress: Progress) -> Result:
     for size in sizes:
         progress(f"groups of {size}")
         for point in [middle] if size != sizes[-1] else points:
-            measured = point is middle and size == sizes[0]
-            rows += _rows(point, size, settings if measured else None)
+            measured = LISTED if point is middle else ()
+            measured += CHECKED if point is middle and size == sizes[0] else ()
+            rows += _rows(point, size, settings, measured)
     summary = {
         name: {
             quantity: found[0]["exact"] if found[0]["exact"] is not None else found[0]["measured"]
@@ -107,16 +116,16 @@ def _laws(world: World) -> list[tuple[float, list[grouped.Class]]]:
     return grouped.laws(world.mdp, world.logits, world.gamma)
 
 
-def _rows(point: Point, size: int, settings: Settings | None) -> list[dict[str, Any]]:
+def _rows(
+    point: Point, size: int, settings: Settings, measured: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
     world, rows = point.world, []
     truth = exact.gradient(world.mdp, world.logits, world.gamma) if point.laws else None
     for name, estimator in group_estimators(size).items():
         common = {"estimator": name, "group_size": size, "success": point.success}
-        exactly: dict[str, float] = {}
-        if point.laws:
-            moments = grouped.moments_of(point.laws, estimator, size, world.env.horizon)
-            exactly = _quantities(moments, size, truth)
-        measures = settings is not None and (name in CHECKED or not point.laws)
+        known = _moments(point, name, estimator, size)
+        exactly = {} if known is None else _quantities(known, size, truth)
+        measures = name in measured or not point.laws
         seen = _measured(world, estimator, size, settings, truth) if measures else {}
         for quantity in (TRACE, COSINE, SCALE):
             if quantity in exactly or quantity in seen:
@@ -125,6 +134,17 @@ def _rows(point: Point, size: int, settings: Settings | None) -> list[dict[str, 
                     | seen.get(quantity, {})
                 )
     return rows
+
+
+def _moments(point: Point, name: str, estimator: Estimator, size: int) -> Moments | None:
+    world = point.world
+    if not point.laws:
+        return None
+    if name not in LISTED:
+        return grouped.moments_of(point.laws, estimator, size, world.env.horizon)
+    if math.comb(enumeration.count_trajectories(world.mdp) + size - 1, size) > MOST:
+        return None
+    return enumeration.group_moments(world.mdp, world.logits, estimator, world.hyperparams, size)
 
 
 def _quantities(moments: Moments, size: int, truth) -> dict[str, float]:
