@@ -195,8 +195,8 @@ def optimal_token(
     """b_t = sum_j W_{t,j} psi_{t,j} / sum_j W_{t,j}, W_t = sum_{k<=t} |g_k|^2, over j running at t.
 
     The optimal token baseline as published (Li et al., 2026): norms of scores in the distribution's own
-    parameters, added up from the start, need no backward pass. Biased, as its own trajectory is included: one that
-    runs alone has advantage 0. `optimal_per_time` is unbiased, and estimates the b_t of least trace.
+    parameters, added up from the start, need no backward pass. Biased, as its own trajectory is included: one
+    that runs alone has advantage 0. `optimal_per_time` is unbiased, and estimates the b_t of least trace.
     Raises ValueError when N < 2.
     """
     del hyperparams
