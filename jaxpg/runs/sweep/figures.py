@@ -75,8 +75,9 @@ def _panel(axis, points, name):
         best = at[points.best], value[points.best]
         axis.plot(*best, "o", color=COLOURS[1], markersize=11, markerfacecolor="none")
     lost = at[np.broadcast_to(points.diverged, at.shape)]
-    axis.plot(lost, np.zeros(len(lost)), "x", color=COLOURS[1], transform=axis.get_xaxis_transform(),
-              clip_on=False)  # fmt: skip
+    if len(lost):  # an empty line that is not clipped has no box, and the panels would collapse
+        axis.plot(lost, np.zeros(len(lost)), "x", color=COLOURS[1], transform=axis.get_xaxis_transform(),
+                  clip_on=False)  # fmt: skip
     if _spread(at):
         axis.set_xscale("log")
 
