@@ -25,6 +25,7 @@ from jaxpg.runs.host import health
 from jaxpg.runs.host.interrupt import Interrupted
 from jaxpg.runs.store import artifacts
 from jaxpg.runs.sweep import figures, ranking, sweep
+from jaxpg.runs.sweep.record import Search, description
 from jaxpg.runs.sweep.search import (
     Options,
     Range,
@@ -416,7 +417,7 @@ def swept(returns, areas, diverged):
     rates = tuple(0.1 * (1.0 + np.arange(len(returns))))
     grid = grid._replace(learning_rate=rates)
     points = choose(grid, Options({}, None, None), 0)
-    search = ranking.Search(grid, Options({}, None, None), ("learning_rate",), points, [])
+    search = Search(grid, Options({}, None, None), ("learning_rate",), points, [])
     found = outcomes(np.array(returns, float)[:, None], [config.updates] * len(returns))
     found = found._replace(
         areas=np.array(areas, float)[:, None], diverged=np.array(diverged)[:, None]
@@ -431,7 +432,7 @@ def test_a_sweep_with_ties_and_divergence(tmp_path, monkeypatch):
     assert ranking.best_of(found, np.arange(4), 1).tolist() == [1]
     said = " ".join(" ".join(ranking.report(config, search, found, costs)).split())
     assert "best: --learning-rate 0.2 ties with 1 other point at 500.0; it has the largest" in said
-    ranking.write(tmp_path, config, search, found, costs, True)
+    ranking.write(tmp_path, description(config, search), search, found, costs, True)
     table = parquet.read_table(tmp_path / "table.parquet").to_pydict()
     assert table["rank"] == [1, 2, 3, None] and table["tied"] == [1, 1, 0, 0]
     assert table["area"][:3] == [400, 300, 500] and table["diverged"] == [0, 0, 0, 1]
@@ -550,6 +551,11 @@ BAD = {
     "CartPole-v1 --learning-rate 1:2:99999999999999": "learning_rate=1:2:99999999999999 is not a range",
     "CartPole-v1 --gamma 0:1:log1000000000": "has 1,000,000,000 values; at most 100,000 are possible",
     "CartPole-v1 --gamma 0:1:lin8 --halving 1.0000001": "keeps all of 8 points; 1.14286 or more keeps fewer",
+    "CartPole-v1 --gamma .9,.99 --part 0/3": "--part 0/3 does not exist; the parts are 1/3 to 3/3",
+    "CartPole-v1 --gamma .9,.99 --part": "--part takes I/N, such as 2/8",
+    "CartPole-v1 --gamma .9,.99 --part 3/3": "--part 3/3 divides 2 points into 3 parts; at most 2 parts",
+    "CartPole-v1 --gamma 0:1:lin8 --part 1/2 --halving 2": "--part does not go with --halving",
+    "CartPole-v1 --join full": "unrecognized arguments: CartPole-v1",
     "CartPole-v1 --gamma .9,.99 --critic-epochs 2147483647": "critic_epochs=2147483647 must be at most",
     "CartPole-v1 --gamma .9,.99 --tensorboard": "--tensorboard means nothing to a sweep",
     "CartPol-v1 --gamma .9,.99": "did you mean CartPole-v1",

@@ -258,6 +258,19 @@ def read_arrays(path: str | Path, names: Container[str]) -> dict[str, np.ndarray
         return found
 
 
+def read_arrays_like(
+    path: Path, wanted: dict[str, tuple[tuple[int, ...], np.dtype]]
+) -> dict[str, np.ndarray]:
+    """Reads the arrays of these shapes and types; another precision is converted. Raises ValueError."""
+    declared = declared_arrays(path)
+    for name, (shape, dtype) in wanted.items():
+        found = declared.get(name)
+        if found is None or (found.shape, found.dtype.kind) != (shape, dtype.kind):
+            has = "lacks it" if found is None else f"has {found.dtype}{found.shape}"
+            raise ValueError(f"{path} does not hold {name} of this sweep, {dtype}{shape}: it {has}")
+    return read_arrays(path, wanted)
+
+
 @contextmanager
 def _archive(path) -> Iterator[zipfile.ZipFile]:
     try:

@@ -4,36 +4,27 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from jaxpg.runs.config.config import Config, Grid
+from jaxpg.runs.config.config import Config
+from jaxpg.runs.console import say
 from jaxpg.runs.host import health
 from jaxpg.runs.store import artifacts
 from jaxpg.runs.store import folder as files
-from jaxpg.runs.store.folder import SWEEP
+from jaxpg.runs.store.folder import SWEEP, write_atomically
 from jaxpg.runs.store.metrics import nan_mean
 from jaxpg.runs.sweep import figures
-from jaxpg.runs.sweep.search import Options, Rung
+from jaxpg.runs.sweep.record import Search
+from jaxpg.runs.sweep.search import count
 from jaxpg.runs.train.report import aligned
 from jaxpg.stats.moments import Estimate
 from jaxpg.stats.reliability import interquartile_mean
 from jaxpg.stats.seeds import interval, number, robust
-from jaxpg.types import Hyperparams
 
+OUTCOMES = "outcomes.npz"
 MOST_ROWS = 12
 WIDTH = 80
 DESCRIBED = ("return", "low", "high", "updates", "evaluated", "area", "tied", "diverged")
-
-
-class Search(NamedTuple):
-    """The points that a sweep tries, and for how long."""
-
-    grid: Grid  # the listed values; for a range of random search, its ends
-    options: Options
-    swept: tuple[str, ...]
-    points: list[Hyperparams]
-    rungs: list[Rung]
 
 
 class Outcomes(NamedTuple):
@@ -139,14 +130,15 @@ def table(search: Search, outcomes: Outcomes) -> dict[str, list]:
     }
 
 
-def headline(config: Config, search: Search) -> list[str]:
-    """Lines that say what is tried."""
-    devices = jax.devices()
+def headline(config: Config, search: Search, where: str) -> list[str]:
+    """Lines that say what is tried; where: the devices, or the parts that were joined."""
     lines = [
         f"{config.environment}, {config.algorithm}: {len(search.points):,} points x {config.seeds} "
-        f"seeds, {config.updates} updates, {len(devices)} {devices[0].platform} "
-        f"device{'s' * (len(devices) > 1)}"
+        f"seeds, {config.updates} updates, {where}"
     ]
+    if search.options.part is not None:
+        part, total = search.options.part, count(search.grid, search.options)
+        lines.append(f"part {part.number} of {part.of}, of {total:,} points")
     if len(search.rungs) > 1:
         said = ", ".join(f"{r.points:,} to update {r.updates:,}" for r in search.rungs)
         lines.append(f"halving: {said}")
@@ -174,18 +166,30 @@ def report(config: Config, search: Search, outcomes: Outcomes, costs: Costs) -> 
     what = f"{config.evaluation_episodes} fresh episodes per agent" if evaluated else (
         "fresh episodes where training ended, else the last chunk of training"
     )  # fmt: skip
-    flags = []
+    flags, best = [], "best" if search.options.part is None else "best of this part"
     if found["rank"] and np.isfinite(found["return"][0]):
         flags = [f"--{n.replace('_', '-')} {found[n][0]:g}" for n in names]
     return [
         f"interquartile mean over {config.seeds} seed{'s' * (config.seeds > 1)} of the return of",
         f"{what}:",
         *lines,
-        *(["best: " + " ".join(flags), *_tie(found)] if flags else []),
+        *([f"{best}: " + " ".join(flags), *_tie(found)] if flags else []),
         f"{costs.env_steps:,} steps in {costs.seconds:.1f} s, in batches of {costs.batch:,} agents, "
         f"after {costs.compile_seconds:.1f} s",
         "of compilation",
     ]
+
+
+def announce(
+    folder: Path, config: Config, search: Search, outcomes: Outcomes, costs: Costs
+) -> None:
+    """Prints the report. Raises health.Diverged if every agent diverged."""
+    say(*report(config, search, outcomes, costs))
+    if outcomes.diverged.all():
+        raise health.Diverged(
+            f"nothing is ranked: all {len(search.points)} points diverged, the last seed at update "
+            f"{outcomes.diverged.max()}; smaller steps may help; the table is in {folder}"
+        )
 
 
 def _tie(found) -> list[str]:
@@ -200,19 +204,37 @@ def _tie(found) -> list[str]:
 
 
 def write(
-    folder: Path, config: Config, search: Search, outcomes: Outcomes, costs: Costs, complete: bool
+    folder: Path,
+    described: dict[str, Any],
+    search: Search,
+    outcomes: Outcomes,
+    costs: Costs,
+    complete: bool,
 ) -> None:
-    """Writes table.csv and table.parquet, then sweep.json, whose presence vouches for them."""
+    """Writes table.csv and table.parquet, then sweep.json, whose presence vouches for them.
+
+    A part of a sweep also has outcomes.npz, so that the parts can be ranked together to the last digit.
+    """
     found = table(search, outcomes)
     artifacts.write_table(folder, found)
-    record: dict[str, Any] = {
-        **description(config, search),
+    if search.options.part is not None:
+        numbers = swept_numbers(search)
+        write_atomically(
+            folder / OUTCOMES, lambda file: np.savez(file, points=numbers, **outcomes._asdict())
+        )
+    results = {
         "costs": costs._asdict(),
         "complete": complete,
         "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
         "points": _described(search, outcomes, found),
     }
-    files.write_json(folder / SWEEP, record)
+    # Settings keep every digit, because they are compared.
+    files.write_json(folder / SWEEP, described | files.jsonable(results), exact=True)
+
+
+def swept_numbers(search: Search) -> np.ndarray:
+    """[P, swept]: what differs between the points."""
+    return np.array([[getattr(p, n) for n in search.swept] for p in search.points], float)
 
 
 def draw(folder: Path, config: Config, search: Search, outcomes: Outcomes) -> None:
@@ -222,7 +244,7 @@ def draw(folder: Path, config: Config, search: Search, outcomes: Outcomes) -> No
         {n: [getattr(p, n) for p in search.points] for n in search.swept},
         estimates,
         outcomes.updates == config.updates,
-        search.options.random is None,
+        search.options.random is None and search.options.part is None,
         np.all(outcomes.diverged, axis=1),
         *(int(i) for i in first if np.isfinite(estimates[0, i])),
     )
@@ -230,23 +252,6 @@ def draw(folder: Path, config: Config, search: Search, outcomes: Outcomes) -> No
     artifacts.write_figure(
         folder / files.FIGURES, lambda figure: figures.draw(figure, numbers, title), "response"
     )
-
-
-def description(config: Config, search: Search) -> dict[str, Any]:
-    """The settings of a sweep, and what it computes with."""
-    described = files.description(config, search.grid, [])
-    del described["replicas"]
-    return {
-        "kind": "sweep",
-        **described,
-        "search": {
-            "swept": list(search.swept),
-            "random": search.options.random,
-            "ranges": {n: r._asdict() for n, r in search.options.ranges.items()},
-            "halving": search.options.halving,
-            "rungs": [rung._asdict() for rung in search.rungs],
-        },
-    }
 
 
 def _described(search, outcomes, found) -> list[dict[str, Any]]:

@@ -1,18 +1,21 @@
 """Searches: which points of hyperparameter space a sweep tries, and for how long. Imports nothing heavy."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxpg.runs.config.config import MOST, Grid, num_points, points
+from jaxpg.runs.config.config import MOST, Grid, num_points, points, varying
+from jaxpg.runs.console import shortened
 from jaxpg.types import Hyperparams
 
 EXAMPLE = "1e-4:1e-2:log8"
 MOST_VALUES = 100_000  # in a range
 HELP = """\
 usage: jaxpg sweep ENV [--NUMBER VALUES] [--random POINTS] [--halving FACTOR]
+       jaxpg sweep --join FOLDER... [--run FOLDER]
 
 Trains every point of a grid, or points drawn at random, as one compiled
 program in batches that fit memory, and ranks them by the final evaluation.
@@ -29,6 +32,9 @@ options:
   --halving FACTOR  successive halving: train all points for a few updates, keep
                     the best 1/FACTOR of them, train these FACTOR times as long,
                     and so on
+  --part I/N        train only the I-th of N parts of the points, in a folder of
+                    its own, as one task of a job array
+  --join FOLDER...  rank the points of all N parts together, in a new folder
   --resume-or-start resume the interrupted sweep in the folder --run, or start
                     it there
   --seeds, --updates, --run and all other flags are those of train (jaxpg train
@@ -47,12 +53,24 @@ class Range(NamedTuple):
     values: int | None  # how many; None: any number between, for a random search
 
 
+class Part(NamedTuple):
+    """One of several parts of a sweep, run alone: every `of`-th point, from this number on.
+
+    The points are listed or drawn for the whole sweep, whatever the part, and a seed has the same key at
+    every point. So a part gives its points the results of the whole sweep, to rounding.
+    """
+
+    number: int  # from 1
+    of: int
+
+
 class Options(NamedTuple):
     """The options that a sweep adds to those of a run."""
 
     ranges: dict[str, Range]  # those without a count
     random: int | None  # points to draw
     halving: float | None  # the factor by which points become fewer
+    part: Part | None = None  # to run alone
 
 
 class Rung(NamedTuple):
@@ -69,16 +87,18 @@ def take_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
     """
     rest, words = [], list(argv)
     ranges: dict[str, Range] = {}
-    random = halving = None
+    random = halving = part = None
     while words:
         word = words.pop(0)
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
-        if flag in ("--random", "--halving"):
+        if flag in ("--random", "--halving", "--part"):
             if not equals:
                 value = words.pop(0) if words else ""
             if flag == "--random":
                 random = _number(int, flag, value, "a number of points, such as 64")
+            elif flag == "--part":
+                part = read_part(value)
             else:
                 halving = _number(float, flag, value, "a factor above 1, such as 3")
             continue
@@ -99,7 +119,37 @@ def take_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
         raise ValueError(f"--random {str(random)[:20]} must be at most {MOST}")
     if halving is not None and not (math.isfinite(halving) and halving > 1):
         raise ValueError(f"--halving {halving:g} must be above 1: 3 keeps the best third")
-    return Options(ranges, random, halving), rest
+    if part is not None and halving is not None:
+        raise ValueError(
+            "--part does not go with --halving, which compares all points with each other, and a part has "
+            "only its own; leave one of them out"
+        )
+    return Options(ranges, random, halving, part), rest
+
+
+def read_part(text: str) -> Part:
+    """Parses 2/8, the second of eight parts. Raises ValueError."""
+    if not re.fullmatch(r"[0-9]{1,9}/[1-9][0-9]{0,8}", text):
+        said = f"--part {shortened(text)}".rstrip()
+        raise ValueError(f"{said} takes I/N, such as 2/8 for the second of eight parts")
+    part = Part(*map(int, text.split("/")))
+    if not 1 <= part.number <= part.of:
+        raise ValueError(
+            f"--part {text} does not exist; the parts are 1/{part.of} to {part.of}/{part.of}"
+        )
+    return part
+
+
+def places(part: Part | None, total: int) -> slice:
+    """Where the points of the part lie among all. Raises ValueError if some part would have none."""
+    if part is None:
+        return slice(0, total)
+    if part.of > total:
+        raise ValueError(
+            f"--part {part.number}/{part.of} divides {total:,} points into {part.of:,} parts; "
+            f"at most {total:,} parts are possible"
+        )
+    return slice(part.number - 1, total, part.of)
 
 
 def read_range(name: str, text: str) -> Range:
@@ -138,9 +188,11 @@ def listed(span: Range) -> list[float]:
 
 
 def choose(grid: Grid, options: Options, seed: int) -> list[Hyperparams]:
-    """The points to try: the whole grid, or the number asked for, drawn at random. Raises ValueError."""
-    swept = [name for name, values in grid._asdict().items() if len(values) > 1]
-    if not swept:
+    """The points to try: the whole grid, or the number asked for, drawn at random. Raises ValueError.
+
+    They are the same whatever the part.
+    """
+    if not varying(grid):
         raise ValueError(
             f"nothing is swept; give a hyperparameter several values, as in --learning-rate {EXAMPLE} "
             "or --gamma .9,.99"

@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxpg.memory import machine_bytes
-from jaxpg.runs.config.config import Config, Grid, check, completed
+from jaxpg.runs.config.config import Config, Grid, check, completed, varying
 from jaxpg.runs.config.flags import request
 from jaxpg.runs.config.rows import settled
-from jaxpg.runs.config.schema import read_json
 from jaxpg.runs.console import say
 from jaxpg.runs.host import health
 from jaxpg.runs.host.interrupt import Interrupted, heeding, signals
@@ -25,8 +24,9 @@ from jaxpg.runs.store import folder as files
 from jaxpg.runs.store.folder import SWEEP
 from jaxpg.runs.store.lock import locked
 from jaxpg.runs.sweep import ranking
-from jaxpg.runs.sweep.ranking import Costs, Outcomes, Search
-from jaxpg.runs.sweep.search import Options, choose, count, rungs, take_options
+from jaxpg.runs.sweep.ranking import Costs, Outcomes
+from jaxpg.runs.sweep.record import Search, description, new_folder, recorded, settings
+from jaxpg.runs.sweep.search import Options, choose, count, places, rungs, take_options
 from jaxpg.runs.train import replica_batches
 from jaxpg.runs.train.build import Parts, build, instructed
 from jaxpg.runs.train.loop import chunk_length, stopper, workers
@@ -35,17 +35,6 @@ from jaxpg.stats.intervals import attained
 
 NOTHING = "before the first update; nothing was saved"
 UNHEARD = ("tensorboard", "wandb", "profile", "debug_nans")  # flags of train that mean nothing here
-
-
-class Began(TypedDict):
-    """The required content of sweep.json, for a finished sweep or an unfinished one."""
-
-    config: dict[str, Any]
-    hyperparameters: dict[str, Any]
-    search: dict[str, Any]
-    demonstrations_sha256: str | None
-    complete: NotRequired[bool]
-    batch: NotRequired[int]
 
 
 class Sweep(NamedTuple):
@@ -87,52 +76,45 @@ def prepare(argv: Sequence[str]) -> Sweep:
     if len(search.rungs) > 1:
         _check_room(len(search.points), config.seeds, replica_batches.state_bytes(parts))
     began = _began(config, search) if asked.resume is None else None
-    folder = Path(str(config.run)) if began is not None else _folder(config, asked.resume is None)
+    folder = Path(str(config.run))
+    if began is None:
+        folder = new_folder(config, options.part, over=asked.resume is None)
     return Sweep(config, search, parts, folder, began)
 
 
 def _began(config: Config, search: Search) -> dict[str, Any] | None:
     """The record of the sweep in the folder config.run. Raises ValueError if it is a different one."""
     folder = Path(str(config.run))
-    found = [path for path in (folder / SWEEP, folder / files.BATCHES / SWEEP) if path.is_file()]
+    found = recorded(folder)
     if not found:
         return None
     files.check_links(folder)
-    records: list[dict[str, Any]] = [read_json(path, Began) for path in found]
-    began = _settings(records[0])
-    now = _settings(json.loads(json.dumps(ranking.description(config, search))))
+    (path, first), (last_path, last) = found[0], found[-1]
+    began = settings(first)
+    now = settings(json.loads(json.dumps(description(config, search))))
     for name, value in now.items():
         if began.get(name, value) != value:
             raise ValueError(
-                f"{found[0]} has a sweep with another {name.strip('_')}; use the flags that it began "
+                f"{path} has a sweep with another {name.strip('_')}; use the flags that it began "
                 "with, or name a new folder with --run"
             )
-    if not records[0].get("complete", False):
-        if "batch" not in records[-1]:
+    if not first.get("complete", False):
+        if "batch" not in last:
             raise ValueError(f"{folder} has no batches to resume; name a new folder with --run")
         most = len(search.points) * config.seeds + jax.device_count() - 1
-        if not 1 <= records[-1]["batch"] <= most:
+        if not 1 <= last["batch"] <= most:
             raise ValueError(
-                f"cannot read {found[-1]}: batch={records[-1]['batch']} must be between 1 and {most}"
+                f"cannot read {last_path}: batch={last['batch']} must be between 1 and {most}"
             )
-    return records[-1] | {"complete": records[0].get("complete", False)}
-
-
-def _settings(record: dict[str, Any]) -> dict[str, Any]:
-    """The settings that determine a sweep's numbers."""
-    free = ("run", "quiet", "demonstrations", "checkpoint_seconds", "compilation_cache")
-    found = record["config"] | record["hyperparameters"] | record["search"]
-    found["demonstrations_sha256"] = record["demonstrations_sha256"]
-    return {name: value for name, value in found.items() if name not in free}
+    return last | {"complete": first.get("complete", False)}
 
 
 def _search(config: Config, grid: Grid, options: Options) -> Search:
     total = count(grid, options)
     _check_room(total, config.seeds)
-    points = choose(grid, options, config.seed)
-    steps = rungs(total, config.updates, chunk_length(config.updates), options.halving)
-    swept = tuple(name for name, values in grid._asdict().items() if len(values) > 1)
-    return Search(grid, options, swept, points, steps)
+    points = choose(grid, options, config.seed)[places(options.part, total)]
+    steps = rungs(len(points), config.updates, chunk_length(config.updates), options.halving)
+    return Search(grid, options, tuple(varying(grid)), points, steps)
 
 
 def _check_room(points: int, seeds: int, state: int = 0) -> None:
@@ -146,14 +128,6 @@ def _check_room(points: int, seeds: int, state: int = 0) -> None:
         f"{points * each / 1e9:,.1f} GB, and {free / 1e9:.1f} GB are free; {int(free / each):,} points "
         "fit, and --random draws fewer"
     )
-
-
-def _folder(config: Config, over: bool) -> Path:
-    if config.run is None:
-        return files.new_folder(
-            files.RUNS, files.plain(f"sweep-{config.environment}-{config.algorithm}")
-        )
-    return files.create_folder(config, over)
 
 
 def execute(sweep: Sweep) -> None:
@@ -170,14 +144,14 @@ def execute(sweep: Sweep) -> None:
         executor, compilers = (stack.enter_context(workers()) for _ in range(2))
         try:
             if not config.quiet:
-                say(*ranking.headline(config, search))
+                say(*ranking.headline(config, search, _devices()))
             shown = stack.enter_context(display(config.quiet))
             show, stopped = stack.enter_context(heeding(shown, stopped))
             job = replica_batches.SweepJob(
                 config, search.points, parts, executor, compilers, stopped
             )
             if began is not None:
-                now = ranking.description(config, search)
+                now = description(config, search)
                 for name, (old, new) in files.otherwise(began, now).items():
                     show(
                         f"its numbers will match an unbroken sweep's to rounding: {name} was {old}, is {new}"
@@ -190,18 +164,13 @@ def execute(sweep: Sweep) -> None:
                 files.discard_folder(folder)
             raise
         cut = stopped()  # a later signal finds all results written, and ends nothing
-        ranking.write(folder, config, search, outcomes, costs, complete=not cut)
+        described = description(config, search)
+        ranking.write(folder, described, search, outcomes, costs, complete=not cut)
         show("drawing")
         ranking.draw(folder, config, search, outcomes)
-        gone = outcomes.diverged.all()
         if not cut:
             shutil.rmtree(folder / files.BATCHES, ignore_errors=True)
-    say(*ranking.report(config, search, outcomes, costs))
-    if gone:
-        raise health.Diverged(
-            f"nothing is ranked: all {len(search.points)} points diverged, the last seed at update "
-            f"{outcomes.diverged.max()}; smaller steps may help; the table is in {folder}"
-        )
+    ranking.announce(folder, config, search, outcomes, costs)
     if cut:
         done = int((outcomes.updates > 0).sum())
         said = (
@@ -210,6 +179,13 @@ def execute(sweep: Sweep) -> None:
         )
         raise Interrupted(cut, said)
     say(f"saved in {folder}")
+    if search.options.part is not None:
+        say("jaxpg sweep --join FOLDER... ranks all parts together, once each has run")
+
+
+def _devices() -> str:
+    devices = jax.devices()
+    return f"{len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}"
 
 
 def _climb(
@@ -242,7 +218,7 @@ def _climb(
     def save(path, rows, done, states):
         if not about:  # before the first batch; again after a resume, perhaps on another machine
             place.mkdir(exist_ok=True)
-            about.update(ranking.description(job.config, search), batch=plan.size)
+            about.update(description(job.config, search), batch=plan.size)
             files.write_json(place / SWEEP, about, exact=True)
         replica_batches.write(path, rows, numbers(rows, done), states)
         saved[0] = time.perf_counter()

@@ -14,7 +14,7 @@ from jaxpg.devices import backend
 from jaxpg.runs.config.config import Config
 from jaxpg.runs.host import health
 from jaxpg.runs.store.checkpoint import on_host, stored_as
-from jaxpg.runs.store.folder import declared_arrays, read_arrays, write_atomically
+from jaxpg.runs.store.folder import declared_arrays, read_arrays_like, write_atomically
 from jaxpg.runs.train.build import Parts
 from jaxpg.runs.train.loop import chunk_length, wait_for
 from jaxpg.runs.train.replicas import Programs, Replicas, compile_programs, replicas_of
@@ -188,15 +188,7 @@ def read(
             wanted |= {
                 name: ((len(rows), *shape), dtype) for name, (shape, dtype) in leaves.items()
             }
-        for name, (shape, dtype) in wanted.items():
-            # Another precision is converted to the expected one.
-            found = declared.get(name)
-            if found is None or (found.shape, found.dtype.kind) != (shape, dtype.kind):
-                has = "lacks it" if found is None else f"has {found.dtype}{found.shape}"
-                raise ValueError(
-                    f"{path} does not hold {name} of this sweep, {dtype}{shape}: it {has}"
-                )
-        arrays = read_arrays(path, wanted)
+        arrays = read_arrays_like(path, wanted)
     except ValueError as error:
         raise ValueError(f"{error}; remove it, to train its batch again") from error
     if not np.array_equal(arrays["rows"], rows):
