@@ -156,6 +156,15 @@ class Hyperparams(NamedTuple):
             where="rows with a critic",
         ),
     ] = 1e9
+    value_coef: Annotated[
+        Any,
+        Number(
+            "weight of the critic's gradient, that of half its squared error, in a shared torso's",
+            "--shared-torso",
+            least=0,
+            hint="try 0.5",
+        ),
+    ] = 0.5
     ess_floor: Annotated[
         Any,
         _SHARE._replace(

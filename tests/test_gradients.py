@@ -119,7 +119,7 @@ def test_an_epoch_uses_every_step_once(layout, parts, x64):
     numbers = Hyperparams(learning_rate=1e-8, max_grad_norm=1e9)
     batch = assess(estimator, trajectory, trajectory.log_prob, numbers)
     start, carry = AgentParams(params, ()), AgentCarry((), ())
-    optimizer, _ = optimizers(row, numbers)
+    optimizer, _ = optimizers(Agent(policy), row, numbers)
     after, *_ = improve(
         Agent(policy), row, layout, start, (optimizer.init(params), ()), batch, carry, numbers,
         jax.random.key(3),

@@ -14,6 +14,7 @@
 
 import difflib
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import chex
@@ -25,17 +26,22 @@ from jaxpg.policies import networks
 from jaxpg.policies.bounded import Beta, TanhGaussian
 from jaxpg.policies.distributions import Bernoulli, Categorical, Gaussian, MultiCategorical
 from jaxpg.policies.masking import masked
-from jaxpg.policies.networks import Network, example_observation
+from jaxpg.policies.networks import Network, example_observation, value_layer
 from jaxpg.policies.normalisation import normalised
 from jaxpg.policies.own import own_network
 from jaxpg.types import Carry, Key, Params, Trajectory
 
 
 class Agent(NamedTuple):
-    """Two networks that share nothing; without a critic every value is 0."""
+    """A policy and a critic; without one every value is 0.
+
+    shared: the critic is one more layer on the policy's torso (`networks.value_layer`), and both are trained
+    in the same steps.
+    """
 
     policy: Network
     critic: Network | None = None
+    shared: bool = False
 
 
 class AgentParams(NamedTuple):
@@ -53,6 +59,20 @@ def init_params(agent: Agent, key: Key) -> AgentParams:
     k_policy, k_critic = jax.random.split(key)
     critic = agent.critic.init(k_critic) if agent.critic else ()
     return AgentParams(agent.policy.init(k_policy), critic)
+
+
+def critic_of(agent: Agent, params: AgentParams) -> tuple[Network | None, Params]:
+    """The critic as a network of its own, with its parameters: on a shared torso these are the agent's.
+
+    >>> env = jaxpg.envs.from_lqr(jaxpg.envs.Lqr())
+    >>> agent = actor_critic(env, hidden=(8,), shared_torso=True)
+    >>> params = init_params(agent, jax.random.key(0))
+    >>> critic_of(agent, params)[1] is params
+    True
+    """
+    if agent.critic is None or not agent.shared:
+        return agent.critic, params.critic
+    return agent.critic._replace(init=partial(init_params, agent)), params
 
 
 def check_params(agent: Agent, params: AgentParams) -> None:
@@ -84,22 +104,35 @@ def observed(agent: Agent, params: AgentParams, trajectory: Trajectory) -> Agent
     return AgentParams(after(agent.policy, params.policy), after(agent.critic, params.critic))
 
 
-def actor_critic(env: Env, network: str = "mlp", *, normalise: bool = False, **settings) -> Agent:
+def actor_critic(
+    env: Env,
+    network: str = "mlp",
+    *,
+    normalise: bool = False,
+    shared_torso: bool = False,
+    **settings,
+) -> Agent:
     """An agent whose policy and critic are built alike for an environment's spaces.
 
     network: one of NETWORKS, or MODULE:FUNCTION (`own_network`); settings go to its builder
-    (`hidden=(64, 64)`, `distribution="beta"`). normalise: both see normalised observations. Actions that
-    the observation's mask forbids are never taken. Raises ValueError for an unknown network.
+    (`hidden=(64, 64)`, `distribution="beta"`). normalise: both see normalised observations. shared_torso: all
+    layers but the last are those of both. Actions that the observation's mask forbids are never taken.
+    Raises ValueError for an unknown network, and for one without a torso to share.
     """
     builder = network_builder(network)
     space = env.observation
     seen = space.inner if isinstance(space, Masked) else space
-    pair = [builder(seen, output, **settings) for output in (env.action, None)]
-    if normalise:
-        pair = [normalised(network, seen) for network in pair]
-    if isinstance(space, Masked):
-        pair = [masked(network, space) for network in pair]
-    return Agent(*pair)
+
+    def made(output):
+        network = builder(seen, output, **settings)
+        if normalise:
+            network = normalised(network, seen)
+        return masked(network, space) if isinstance(space, Masked) else network
+
+    policy = made(env.action)
+    if not shared_torso:
+        return Agent(policy, made(None))
+    return Agent(policy, value_layer(policy, space, settings.get("precision", "highest")), True)
 
 
 def network_builder(name: str) -> Callable[..., Network]:

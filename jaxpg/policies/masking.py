@@ -27,11 +27,10 @@ def masked(network: Network, space: Masked) -> Network:
             out = Categorical(jnp.where(mask, out.logits, MASKED_LOGIT))
         return carry, out
 
-    inner_observe = network.observe
-    if inner_observe is None:
-        return network._replace(apply=apply)
-
-    def observe(params, obs, mask):
-        return inner_observe(params, space.split(obs)[0], mask)
-
-    return network._replace(apply=apply, observe=observe)
+    observe, features = network.observe, network.features
+    return network._replace(
+        apply=apply,
+        observe=observe and (lambda params, obs, mask: observe(params, space.split(obs)[0], mask)),
+        features=features
+        and (lambda params, carry, obs, first: features(params, carry, space.split(obs)[0], first)),
+    )

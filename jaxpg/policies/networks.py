@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Unpack
 
+import jax
 import jax.numpy as jnp
 
 from jaxpg.envs import Box, Discrete, Space, spaces
@@ -44,6 +45,8 @@ class Network(NamedTuple):
     ]  # obs [T, B, ...], first [T, B]
     # The params after an update with obs [T, B, ...] and mask [T, B]; those the optimizer trains stay.
     observe: Callable[[Params, Array, Array], Params] | None = None
+    # Like apply, but the torso's features [T, B, F], before the last layer; None: there is no torso.
+    features: Callable[[Params, Carry, Array, Array], tuple[Carry, Array]] | None = None
 
 
 def tabular(observation: Space, action: Space | None, **policy: Unpack[Settings]) -> Network:
@@ -104,7 +107,8 @@ def mlp(
     _check(observation, action)
     body = body_of(hidden, activation, precision, layer_norm)
     output = output_of(action, precision, policy)
-    return _feed_forward(body, output, partial(spaces.encode, observation), observation)
+    found = _feed_forward(body, output, partial(spaces.encode, observation), observation)
+    return found if hidden else found._replace(features=None)
 
 
 def cnn(
@@ -158,11 +162,53 @@ def _feed_forward(body: Layers, output: Layers, encode, observation) -> Network:
         output_gains = output.init(body.apply(gains, example))
         return orthogonal(key, {"body": gains, "head": output_gains})
 
-    def apply(params, carry, obs, first):
+    def features(params, carry, obs, first):
         del first
-        return carry, output.apply(params["head"], body.apply(params["body"], encode(obs)))
+        return carry, body.apply(params["body"], encode(obs))
 
-    return Network(init, lambda num_lanes: (), apply)
+    return _on_torso(init, lambda num_lanes: (), features, output)
+
+
+def _on_torso(init, initial_carry, features, output: Layers) -> Network:
+    def apply(params, carry, obs, first):
+        carry, found = features(params, carry, obs, first)
+        return carry, output.apply(params["head"], found)
+
+    return Network(init, initial_carry, apply, features=features)
+
+
+def value_layer(policy: Network, observation: Space, precision: str = "highest") -> Network:
+    """A critic that is one more layer on a policy's torso.
+
+    Its `init` gives that layer's parameters; its `apply` takes those of the policy and of the layer, as
+    fields `policy` and `critic`. Raises ValueError for a policy without a torso.
+
+    >>> policy = mlp(Box(-np.ones(3), np.ones(3)), Discrete(2), (8,))
+    >>> layer = value_layer(policy, Box(-np.ones(3), np.ones(3)))
+    >>> [x.shape for x in jax.tree.leaves(jax.eval_shape(layer.init, jax.random.key(0)))]
+    [(1,), (8, 1)]
+    """
+    features = policy.features
+    if features is None:
+        raise ValueError(
+            "there is no torso to share: the network has no hidden layers, or does not give its features; "
+            "leave out shared_torso"
+        )
+    output = output_of(None, precision, {})
+
+    def width(key):
+        carry, obs = policy.initial_carry(1), example_observation(observation)
+        return features(policy.init(key), carry, obs, jnp.zeros((1, 1), bool))[1]
+
+    def init(key):
+        found = jax.eval_shape(width, key)
+        return orthogonal(key, output.init(jnp.zeros(found.shape, found.dtype)))
+
+    def apply(params, carry, obs, first):
+        carry, found = features(params.policy, carry, obs, first)
+        return carry, output.apply(params.critic, found)
+
+    return Network(init, policy.initial_carry, apply)
 
 
 def _recurrent(
@@ -190,12 +236,11 @@ def _recurrent(
         output_gains = output.init(jnp.zeros((1, 1, features)))
         return orthogonal(key, {"body": body_gains, "cell": cell_gains, "head": output_gains})
 
-    def apply(params, carry, obs, first):
+    def remembered(params, carry, obs, first):
         encoded = body.apply(params["body"], encode(obs))
-        carry, out = within.apply(params["cell"], carry, encoded, first)
-        return carry, output.apply(params["head"], out)
+        return within.apply(params["cell"], carry, encoded, first)
 
-    return Network(init, within.initial_carry, apply)
+    return _on_torso(init, within.initial_carry, remembered, output)
 
 
 # A gated recurrent unit, long short-term memory, a unit that is linear in its state, and causal attention,

@@ -45,7 +45,7 @@ def normalised(network: Network, observation: Space) -> Network:
         zeros = jnp.zeros(size)
         return {"network": network.init(key), "statistics": Statistics(zeros[0], zeros, zeros)}
 
-    def apply(params, carry, obs, first):
+    def scaled(params, obs):
         # Statistics are data; the estimator does not differentiate them.
         seen, mean, squares = jax.lax.stop_gradient(params["statistics"])
         std = jnp.sqrt(jnp.maximum(squares / jnp.maximum(seen, 1.0), SMALLEST_VARIANCE))
@@ -53,14 +53,19 @@ def normalised(network: Network, observation: Space) -> Network:
             jnp.broadcast_to(x.reshape(observation.shape), obs.shape)
             for x in (mean, jnp.where(seen > 0, std, 1.0))
         )
-        scaled = jnp.clip((obs - mean) / scale, -LIMIT, LIMIT)
-        return network.apply(params["network"], carry, scaled, first)
+        return jnp.clip((obs - mean) / scale, -LIMIT, LIMIT)
+
+    def on_scaled(function):
+        return lambda params, carry, obs, first: function(
+            params["network"], carry, scaled(params, obs), first
+        )
 
     def observe(params, obs, mask):
         rows = obs.reshape(-1, size)
         return params | {"statistics": merged(params["statistics"], rows, mask.ravel())}
 
-    return network._replace(init=init, apply=apply, observe=observe)
+    features = network.features and on_scaled(network.features)
+    return Network(init, network.initial_carry, on_scaled(network.apply), observe, features)
 
 
 def merged(statistics: Statistics, rows: Array, mask: Array) -> Statistics:

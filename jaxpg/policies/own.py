@@ -118,9 +118,12 @@ def _with_head(torso: Torso, observation, action, precision, policy) -> Network:
         k_torso, k_head = jax.random.split(key)
         return {"torso": start(k_torso, example), "head": head.init(k_head)}
 
-    def apply(params, carry, obs, first):
+    def shaped(params, carry, obs, first):
         found = run(params["torso"], shown(obs))
-        found = found.reshape(*first.shape, found.shape[-1])
+        return carry, found.reshape(*first.shape, found.shape[-1])
+
+    def apply(params, carry, obs, first):
+        _, found = shaped(params, carry, obs, first)
         return carry, head.apply(params["head"], (), found, first)[1]
 
-    return Network(init, lambda num_lanes: (), apply)
+    return Network(init, lambda num_lanes: (), apply, features=shaped)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxpg.batching import any_replica, fair_divisor
 from jaxpg.devices import backend
 from jaxpg.envs import Env
-from jaxpg.policies import Agent, AgentParams, check_params, initial_carry
+from jaxpg.policies import Agent, AgentParams, check_params, critic_of, initial_carry
 from jaxpg.rollout.packing import pack, unpack
 from jaxpg.rollout.stepping import (
     EpisodeSums,
@@ -193,9 +193,10 @@ def _episodes(
     seen = jnp.concatenate([opening[None], successor])
     nothing: Any = ()
     value = next_value = nothing
-    if agent.critic is not None:
+    critic, critic_params = critic_of(agent, params)
+    if critic is not None:
         first = jnp.arange(num_steps + 1)[:, None] == jnp.zeros((1, num_lanes), int)
-        _, found = agent.critic.apply(params.critic, carry.critic, seen, first)
+        _, found = critic.apply(critic_params, carry.critic, seen, first)
         value = jnp.where(mask, found[:-1], 0.0)
         next_value = jnp.where(mask & (discount > 0.0), found[1:], 0.0)
     trajectory = Trajectory(

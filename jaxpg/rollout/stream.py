@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from jaxpg.batching import any_replica, divisor, if_any
 from jaxpg.devices import backend
 from jaxpg.envs import Env, check_env
-from jaxpg.policies import Agent, AgentCarry, AgentParams, Network, check_params, initial_carry
+from jaxpg.policies import (
+    Agent,
+    AgentCarry,
+    AgentParams,
+    Network,
+    check_params,
+    critic_of,
+    initial_carry,
+)
 from jaxpg.rollout.packing import pack, small, unpack
 from jaxpg.rollout.stepping import (
     EpisodeSums,
@@ -74,7 +82,7 @@ def unroll(
     """
     check_env(env)
     check_params(agent, params)
-    num_envs, critic = state.first.shape[0], agent.critic
+    num_envs, (critic, critic_params) = state.first.shape[0], critic_of(agent, params)
     # A critic without memory can wait: one pass over all steps is cheaper than a small one per step.
     waits = critic is not None and not jax.tree.leaves(state.carry.critic)
     keeps = waits and math.prod(state.obs.shape[1:]) <= SMALL.get(backend(), 0)
@@ -86,7 +94,7 @@ def unroll(
     def value_of(carry, obs, first) -> tuple[Any, Any]:
         if critic is None:
             return (), ()
-        carry, value = critic.apply(params.critic, carry, obs[None], first[None])
+        carry, value = critic.apply(critic_params, carry, obs[None], first[None])
         return carry, value[0].astype(state.episode_return.dtype)
 
     def step(state, inputs):
@@ -127,9 +135,9 @@ def unroll(
     else:
         cut = last & ~terminated
         if keeps:
-            beyond = _values(critic, params.critic, kept(cut, beyond), jnp.zeros_like(last), cut)
+            beyond = _values(critic, critic_params, kept(cut, beyond), jnp.zeros_like(last), cut)
         if waits:
-            value = _values(critic, params.critic, seen, first)
+            value = _values(critic, critic_params, seen, first)
         # Unless the episode ended, the successor's value is the next row's.
         later = jnp.concatenate([value[1:], value_of(carry.critic, obs, ending)[1][None]])
         next_value = jnp.where(last, kept(cut, beyond), later)

@@ -209,6 +209,21 @@ def unmeasured(algorithm: Algorithm) -> list[str]:
     return ["ess"] if algorithm.measure_kl else ["ess", "kl"]
 
 
+def check_shared(algorithm: Algorithm) -> None:
+    """Raises ValueError for a row that cannot train a policy and a critic in the same steps."""
+    why = None
+    if algorithm.critic_optimizer is None:
+        why = "there is no critic to share it with"
+    elif algorithm.policy_optimizer in natural.NATURAL_OPTIMIZERS:
+        why = "natural gradients step by the policy's KL alone"
+    elif algorithm.critic_epochs:
+        why = f"critic_epochs={algorithm.critic_epochs} would move it for the critic alone"
+    if why:
+        raise ValueError(
+            f"shared_torso: {why}; leave it out, or use ppo, ppo_kl, a2c, impala, or vpg with critic_epochs=0"
+        )
+
+
 def check_algorithm(algorithm: Algorithm, has_critic: bool) -> None:
     """Raises ValueError for a row whose parts contradict each other."""
     estimator, source = algorithm.estimator, algorithm.data

@@ -34,16 +34,21 @@ ONE_BY_ONE = {"gpu": 2**16}
 
 
 def optimizers(
-    algorithm: Algorithm, hyperparams: Hyperparams
+    agent: Agent, algorithm: Algorithm, hyperparams: Hyperparams
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.GradientTransformation]:
-    """The policy's and the critic's optimizer with these hyperparameters."""
-    critic = algorithm.critic_optimizer
+    """The optimizers with these hyperparameters, of the two that `trained` gives."""
+    critic = None if agent.shared else algorithm.critic_optimizer
     # Optimizers read `learning_rate`, so the critic's gets its own under that name.
     for_critic = hyperparams._replace(learning_rate=hyperparams.critic_learning_rate)
     return (
         optax.with_extra_args_support(algorithm.policy_optimizer(hyperparams)),
         critic(for_critic) if critic else optax.identity(),
     )
+
+
+def trained(agent: Agent, params: AgentParams) -> tuple[Params, Params]:
+    """What each of the two optimizers moves: with a shared torso, the first moves everything."""
+    return (params, ()) if agent.shared else (params.policy, params.critic)
 
 
 def improve(
@@ -62,7 +67,8 @@ def improve(
 ) -> tuple[AgentParams, Any, Metrics]:
     """Update the policy and the critic in epochs of the same minibatches, then the critic alone.
 
-    Neither reads the other's new parameters, so the two may run side by side.
+    Neither reads the other's new parameters, so the two may run side by side. With a shared torso they
+    take one step, along the policy's gradient minus value_coef times the critic's.
     layout: what a minibatch is made of, "steps" or "lanes". recall: (params, k_rollout, index) -> lanes of
     the batch's trajectory, where it is rolled out again instead of kept.
     """
@@ -76,11 +82,14 @@ def improve(
     def rescale(minibatch):
         return rescaled(estimator, minibatch)[1].advantage
 
-    trained = params.policy, params.critic
-    flat, trees = zip(*map(ravel_pytree, trained), strict=True)
-    policy_step = partial(_policy_step, agent.policy, algorithm, layout, recalled, trees[0])
+    flat, trees = zip(*map(ravel_pytree, trained(agent, params)), strict=True)
+    policy, beside = agent.policy, None
+    if agent.shared:
+        beside, alone = agent.critic, policy.apply
+        policy = policy._replace(apply=lambda params, *inputs: alone(params.policy, *inputs))
+    policy_step = partial(_policy_step, policy, beside, algorithm, layout, recalled, trees[0])
     critic_step = partial(_critic_step, agent.critic, trees[1])
-    policy_optimizer, critic_optimizer = optimizers(algorithm, hyperparams)
+    policy_optimizer, critic_optimizer = optimizers(agent, algorithm, hyperparams)
     policy_step = partial(policy_step, policy_optimizer, hyperparams)
     critic_step = partial(critic_step, critic_optimizer, hyperparams)
     axis = 0 if layout == "steps" else 1
@@ -137,7 +146,7 @@ def improve(
     states = (flat[0], opt_state[0], hyperparams.stop_kl >= 0), (flat[1], opt_state[1])
     steps = policy_step, critic_step
     data, keys = (batch, carry), jax.random.split(key)
-    if agent.critic is None:
+    if agent.critic is None or agent.shared:
         (state,), metrics = fit(steps[:1], states[:1], data, keys)
         states = state, states[1]
     elif backend() not in ONE_LOOP:
@@ -149,13 +158,13 @@ def improve(
         states, metrics = (*policy, *critic), metrics | more
     else:
         states, metrics = fit(steps, states, data, keys)
-    policy, critic = (tree(state[0]) for tree, state in zip(trees, states, strict=True))
+    moved = tuple(tree(state[0]) for tree, state in zip(trees, states, strict=True))
+    params_after: AgentParams = moved[0] if agent.shared else AgentParams(*moved)
     opt_state = tuple(state[1] for state in states)
     if algorithm.measure_kl:
         # Measured after the last step, to be the divergence of the whole update.
-        moved = _kl_from(agent.policy, params.policy, batch, carry)
-        metrics["kl"] = moved(policy)
-    return AgentParams(policy, critic), opt_state, metrics
+        metrics["kl"] = _kl_from(agent.policy, params.policy, batch, carry)(params_after.policy)
+    return params_after, opt_state, metrics
 
 
 def _in_groups(batch: Batch, algorithm: Algorithm) -> Batch:
@@ -174,9 +183,11 @@ def _in_groups(batch: Batch, algorithm: Algorithm) -> Batch:
     return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[2:]), batch)
 
 
-def _policy_step(policy, algorithm, layout, recall, tree, optimizer, hyperparams, state, minibatch):
-    # flat: the parameters in one vector, so that they are moved at once. within_kl: [] bool, no minibatch of
-    # this update has exceeded stop_kl.
+def _policy_step(
+    policy, critic, algorithm, layout, recall, tree, optimizer, hyperparams, state, minibatch
+):
+    # critic: of a shared torso. flat: the parameters in one vector, so that they are moved at once.
+    # within_kl: [] bool, no minibatch of this update has exceeded stop_kl.
     (flat, opt_state, within_kl), (batch, carry) = state, minibatch
     params = tree(flat)
     ascent, metrics = gradient_of(
@@ -185,6 +196,11 @@ def _policy_step(policy, algorithm, layout, recall, tree, optimizer, hyperparams
     gradient = -ravel_pytree(ascent)[0]  # optimizers descend
     if algorithm.control_variate:
         gradient = _controlled(policy, algorithm, params, batch, hyperparams)
+    if critic:
+        descent, metrics["critic_loss"] = critic_gradient(
+            critic, params, carry.critic, batch, hyperparams
+        )
+        gradient += hyperparams.value_coef * ravel_pytree(descent)[0]
     metrics["grad_norm"] = optax.tree.norm(gradient)
     extra = _extra_args(policy, algorithm, layout, params, batch, carry, hyperparams)
     updates, new_state = optimizer.update(tree(gradient), opt_state, params, **extra)

@@ -24,9 +24,9 @@ from jaxpg.optimizers import adaptation, scheduled
 from jaxpg.policies import Agent, AgentParams, check_agent, init_params, initial_carry, observed
 from jaxpg.rollout import episodes_again, lanes_at_once
 from jaxpg.rollout.episodic import check_groups
-from jaxpg.training.algorithm import Algorithm, check_algorithm
+from jaxpg.training.algorithm import Algorithm, check_algorithm, check_shared
 from jaxpg.training.data import Moment, Task, corrected
-from jaxpg.training.improvement import improve, noise, optimizers
+from jaxpg.training.improvement import improve, noise, optimizers, trained
 from jaxpg.types import Array, Hyperparams, Key, Metrics, Trajectory
 
 # A batch of whole episodes larger than this is rolled out again instead of kept.
@@ -104,8 +104,9 @@ def make_trainer(
         k_params, k_data, k_train = jax.random.split(key, 3)
         params = init_params(agent, k_params)
         # The state of an optimizer has the same structure whatever its numbers.
-        policy, critic = optimizers(algorithm, Hyperparams())
-        opt_state = (policy.init(params.policy), critic.init(params.critic))
+        made = optimizers(agent, algorithm, Hyperparams())
+        made = zip(made, trained(agent, params), strict=True)
+        opt_state = tuple(optimizer.init(moved) for optimizer, moved in made)
         scales = adaptation.initial_scales() if adapts else ()
         state = data.init(task, params, k_data)
         return TrainState(params, opt_state, state, k_train, jnp.int32(0), scales)
@@ -176,6 +177,8 @@ def _check(env, agent, algorithm, num_envs, num_steps) -> str:
     for name, value in (("num_envs", num_envs), ("num_steps", num_steps)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+    if agent.shared:
+        check_shared(algorithm)
     check_algorithm(algorithm, agent.critic is not None)
     check_agent(env, agent)
     estimator, data = algorithm.estimator, algorithm.data

@@ -175,7 +175,7 @@ def test_every_field_is_a_flag(capsys):
 def check_products(config, precision):
     """Both factors of the three products of the policy and of the critic have this precision."""
     obs, first = jnp.ones((1, 2, 4)), jnp.ones((1, 2), bool)
-    for network in build(config).agent:
+    for network in build(config).agent[:2]:
         assert network is not None
         params = jax.eval_shape(network.init, jax.random.key(0))
         text = jax.jit(network.apply).lower(params, (), obs, first).as_text()

@@ -14,7 +14,7 @@ from jaxpg.envs.factory import names_factory
 from jaxpg.lab.exact.tables import Moments, Tables, tabulate
 from jaxpg.lab.worlds.instances import INSTANCES
 from jaxpg.lab.worlds.regulators import PARAMS, coefficients, gain_policy, value_critic
-from jaxpg.policies import NETWORKS, Agent, AgentParams, Network, actor_critic
+from jaxpg.policies import NETWORKS, Agent, AgentParams, Network, actor_critic, critic_of
 from jaxpg.types import Hyperparams, Params
 
 REGULATOR = "LQR"
@@ -289,7 +289,8 @@ def _trained(name, policy, checkpoint, gamma) -> World:
     numbers = checkpoint.hyperparams
     numbers = numbers if gamma is None else numbers._replace(gamma=gamma)
     found = World(name, checkpoint.env, agent.policy, params.policy, numbers)
-    found = found._replace(critic=agent.critic, critic_params=params.critic)
+    critic, critic_params = critic_of(agent, params)
+    found = found._replace(critic=critic, critic_params=critic_params)
     if checkpoint.tables is None:
         return found
     # The table has the environment's observations, so a policy trained in one can act in the other.

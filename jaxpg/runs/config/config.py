@@ -97,6 +97,10 @@ class Config:
         "mlp, linear, cnn, gru, lstm, mingru, transformer, tabular or MODULE:FUNCTION; policy and critic "
         "are built alike",
     )
+    shared_torso: bool = _flag(
+        False,
+        "let policy and critic share all layers but the last; --learning-rate then moves both",
+    )
     hidden: tuple[int, ...] = _flag((64, 64), "widths of the hidden layers")
     channels: tuple[int, ...] = _flag((16,), "filters of each 3 x 3 convolution of a cnn")
     stride: int = _flag(1, "of each convolution", 1, MOST_STEPS)

@@ -61,7 +61,13 @@ def build(config: Config) -> Parts:
         for name in ("hidden", "channels", "stride", "activation", "layer_norm", "precision")
         if name in accepted
     } | {name: getattr(config, name) for name in Settings.__annotations__}
-    agent = actor_critic(env, config.network, normalise=config.normalise, **settings)
+    agent = actor_critic(
+        env,
+        config.network,
+        normalise=config.normalise,
+        shared_torso=config.shared_torso,
+        **settings,
+    )
     if row.critic_optimizer is None:
         agent = agent._replace(critic=None)
     trainer = make_trainer(env, agent, row, num_envs=config.num_envs, num_steps=config.num_steps)
