@@ -33,8 +33,8 @@ class TimeStep(NamedTuple):
 class Trajectory(NamedTuple):
     """T steps of B environments, [T, B, ...]; rows after an episode's end have mask False and zeros.
 
-    >>> Trajectory._fields[-3:]
-    ('mask', 'value', 'next_value')
+    >>> Trajectory._fields[-4:]
+    ('mask', 'value', 'next_value', 'reference')
     """
 
     obs: Array
@@ -49,6 +49,7 @@ class Trajectory(NamedTuple):
     next_value: (
         Array  # V(true successor), also at truncation; where terminated, discount cancels it
     )
+    reference: Any = ()  # log-prob of the action under a fixed reference policy; () without one
 
 
 class Number(NamedTuple):

@@ -91,7 +91,7 @@ def test_a_memory_holds_the_last_batches(x64):
     for i in (2, 3, 4):  # the first two have been overwritten
         expected = batch_of(env, agent, tables[i], i)
         at = (i % K) * B
-        for kept, new in zip(memory.trajectory, expected, strict=True):
+        for kept, new in zip(*map(jax.tree.leaves, (memory.trajectory, expected)), strict=True):
             assert np.array_equal(kept[:, at : at + B], new)
     early = remembered(env, agent, tables[:1])
     assert early.trajectory.mask[:, :B].any() and not early.trajectory.mask[:, B:].any()

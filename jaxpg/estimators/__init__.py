@@ -6,6 +6,7 @@ from jaxpg.estimators import (
     credit,
     groups,
     importance,
+    reference,
     surrogates,
 )
 from jaxpg.estimators.estimator import (
@@ -43,6 +44,7 @@ __all__ = [
     "lane_gradients",
     "masked",
     "objective",
+    "reference",
     "rescaled",
     "slot",
     "surrogates",

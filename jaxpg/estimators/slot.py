@@ -26,6 +26,7 @@ class Facts(NamedTuple):
     whole_episodes: bool = False  # undefined on a stream, which cuts episodes
     constant: bool = False  # of a credit: the same number at every step
     reads_critic: bool = False
+    reads_reference: bool = False  # it needs data that records a reference policy
     corrects: bool = True  # correct for data that another policy gathered
     linear: bool = False  # of a reduction: linear in the gain, so it may be taken in parts
     ignores_lanes: bool = False  # of a reduction: does not depend on which lane a step is in

@@ -249,6 +249,17 @@ def check_algorithm(algorithm: Algorithm, has_critic: bool) -> None:
             f"credit {describe(estimator.credit)} with baseline {describe(estimator.baseline)} reads a "
             "critic; give the agent one and the algorithm a critic_optimizer"
         )
+    reads = [value for value in estimator if facts_of(value).reads_reference]
+    if reads and not source.records_reference:
+        raise ValueError(
+            f"{describe(reads[0])} reads a reference policy, which {source.name} does not record; use "
+            f"with_reference({source.name})"
+        )
+    if facts_of(estimator.credit).reads_reference and source.reweighs:
+        raise ValueError(
+            f"{describe(estimator.credit)} charges the policy for its own actions, but {source.name} holds "
+            "those of others; use a penalty instead (penalised, --kl-estimate k2), or one batch"
+        )
     weighs = facts_of(estimator.importance).corrects
     if facts_of(estimator.surrogate).rescale and facts_of(estimator.credit).constant and not weighs:
         raise ValueError(

@@ -16,6 +16,8 @@ from jaxpg.envs import Env
 from jaxpg.estimators import Estimator, check_lanes, importance, masked
 from jaxpg.estimators.estimator import Batch
 from jaxpg.estimators.importance import Importance
+from jaxpg.estimators.reference import divergence
+from jaxpg.estimators.surrogates import per_step
 from jaxpg.policies import Agent, AgentCarry, AgentParams, Network, initial_carry
 from jaxpg.types import Array, Carry, Hyperparams, Key, Metrics, Params, Trajectory
 
@@ -67,6 +69,7 @@ class Data(NamedTuple):
     reweighs: bool = (
         False  # trajectory.log_prob is not that of the policy at the start of the update
     )
+    records_reference: bool = False  # trajectory.reference is filled
     repeats: bool = False  # the same key gives the same lanes again, so they need not be kept
     num_batches: int = 1  # how many of the last batches it holds
     inner: "Data | None" = None  # what a wrapper wraps
@@ -177,6 +180,65 @@ def replay(data: Data, num_batches: int) -> Data:
         num_batches=num_batches,
         inner=data,
     )
+
+
+class Reference(NamedTuple):
+    """A fixed policy of the same network, and what it remembers of a stream."""
+
+    params: Params
+    carry: Carry
+
+
+def with_reference(data: Data) -> Data:
+    """`data` that records what a fixed reference policy thinks of the actions, once per batch.
+
+    Its parameters are those of the policy at the start, until `referring` gives others. They are part of
+    the state, so a resumed run has the same reference. Raises ValueError for data with demonstrations.
+
+    >>> with_reference(replay(stream, 4)).name
+    'replay(with_reference(stream), 4)'
+    """
+    if data.demonstrations:
+        raise ValueError(
+            f"a reference policy is compared with on the policy's own data, not on {data.name}; use another "
+            "algorithm, or leave the reference out"
+        )
+    if data.inner:
+        return replay(with_reference(data.inner), data.num_batches)
+
+    def init(task, params, key):
+        carry = task.agent.policy.initial_carry(task.num_envs)
+        return Reference(params.policy, carry), data.init(task, params, key)
+
+    def gather(task, moment, state):
+        (params, carry), inner = state
+        inner, found = data.gather(task, moment, inner)
+        given, policy = found.trajectory, task.agent.policy
+        after, distribution = policy.apply(params, carry, given.obs, given.first)
+        # The own log-probability where masked, so that the ratio is 1 there.
+        log_prob = jnp.where(given.mask, distribution.log_prob(given.action), given.log_prob)
+        given = given._replace(reference=log_prob)
+        apart = per_step(divergence("k3", given.log_prob, given), given.mask)
+        found = found._replace(trajectory=given, metrics=found.metrics | {"kl_reference": apart})
+        # Whole episodes begin anew.
+        return (Reference(params, carry if data.whole_episodes else after), inner), found
+
+    return data._replace(
+        name=f"with_reference({data.name})",
+        init=init,
+        gather=gather,
+        records_reference=True,
+        repeats=False,
+    )
+
+
+def referring(state: Any, params: Params) -> Any:
+    """The state of data with a reference, with these parameters of its policy."""
+
+    def put(node):
+        return node._replace(params=params) if isinstance(node, Reference) else node
+
+    return jax.tree.map(put, state, is_leaf=lambda node: isinstance(node, Reference))
 
 
 def empty_memory(batch: tuple[Trajectory, AgentCarry], num_batches: int) -> Memory:

@@ -20,6 +20,7 @@ from jaxpg.estimators import (
     facts_of,
     groups,
     importance,
+    reference,
     surrogates,
 )
 from jaxpg.policies import Gaussian, Network, tabular
@@ -356,6 +357,7 @@ REDUCTIONS = ("per_episode", "per_step", "per_length", "per_row")
 INNER = importance.self_normalised(importance.prefix)
 # Values that a call returns, around one that couples and one that does not.
 WRAPPED = {
+    "credit": [reference.charged(credit.reward_to_go, "k1")],
     "baseline": [
         baselines.constant(1.0),
         baselines.tabulated(np.arange(2.0 * T).reshape(T, 2)),
@@ -376,6 +378,8 @@ WRAPPED = {
         groups.group_scaled(surrogates.score, 2),
         groups.episode_scaled(surrogates.score),
         groups.dropping(groups.group_scaled(surrogates.score, 2), 2),
+        reference.penalised(surrogates.score, "k2"),
+        reference.penalised(surrogates.standardised(surrogates.clipped), "k3"),
     ],
 }
 
@@ -393,9 +397,10 @@ def values_of(place):
 def test_no_value_is_forgotten():
     """Every function that builds a slot value has one among those measured below."""
     seen = {value.name for place in MODULES for value in values_of(place)}
-    for name, function in inspect.getmembers(groups, inspect.isfunction):
-        if function.__module__ == groups.__name__ and not name.startswith("_"):
-            assert name in seen or inspect.signature(function).return_annotation is Array
+    for module in (groups, reference):
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ == module.__name__ and not name.startswith("_"):
+                assert name in seen or inspect.signature(function).return_annotation is Array
     for place, module in MODULES.items():
         names = {describe(value).partition("(")[0] for value in values_of(place)}
         if place == "reduce":
@@ -418,7 +423,8 @@ def test_what_a_value_says_of_coupling_is_what_it_does(place):
     obs = jnp.asarray(np.random.default_rng(21).integers(0, 2, (T, B)))
     one = estimators.masked(one._replace(obs=obs))
     # Lane 1 now lives for 4 steps instead of 3.
-    other = trajectory(22)._replace(obs=1 - obs)
+    one = one._replace(reference=one.log_prob + 0.3)
+    other = trajectory(22)._replace(obs=1 - obs, reference=one.log_prob - 0.2)
     longer = one.mask.at[3, 1].set(True)
     lane = jnp.arange(B)[None] == 1
     changed = jax.tree.map(

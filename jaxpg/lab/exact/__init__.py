@@ -43,7 +43,7 @@ Parameters are tabular logits [O, A] over the observations of an Mdp, flattened 
 True
 """
 
-from jaxpg.lab.exact import bandits, gaussian, lqr, stationary
+from jaxpg.lab.exact import bandits, gaussian, lqr, reference, stationary
 from jaxpg.lab.exact.baselines import OptimalBaselines, control_variate_moments, optimal_baselines
 from jaxpg.lab.exact.compose import moments
 from jaxpg.lab.exact.coupled import Cosine, cosine, leave_one_out_moments
@@ -105,6 +105,7 @@ __all__ = [
     "occupancy",
     "optimal_baselines",
     "pair_moments",
+    "reference",
     "return_variance",
     "stationary",
     "surrogate_moments",

@@ -34,10 +34,13 @@ def count_trajectories(mdp: Mdp) -> int:
     return _count(tabulate(mdp, _zeros(mdp)))
 
 
-def enumerate_trajectories(mdp: Mdp, behaviour_logits, critic=None) -> Enumeration:
+def enumerate_trajectories(
+    mdp: Mdp, behaviour_logits, critic=None, reference_logits=None
+) -> Enumeration:
     """Every trajectory with its probability under the behaviour; rows after an end are masked zeros.
 
     critic: V(s) [S] or V_t(s) [H, S] for `value` and `next_value`; 0 when not given.
+    reference_logits: [O, A] of a fixed policy whose log-probabilities are recorded too.
     Raises ValueError for a world with reward noise, or with more than LIMIT trajectories.
     """
     world = tabulate(mdp, behaviour_logits)
@@ -52,7 +55,11 @@ def enumerate_trajectories(mdp: Mdp, behaviour_logits, critic=None) -> Enumerati
             f"horizon={world.horizon}, or use lab.exact"
         )
     state, action, alive, probability = _paths(world)
-    return Enumeration(_trajectory(world, state, action, alive, critic), probability)
+    trajectory = _trajectory(world, state, action, alive, critic)
+    if reference_logits is not None:
+        seen = np.log(tabulate(mdp, reference_logits).policy)[state, action]
+        trajectory = trajectory._replace(reference=jnp.asarray(np.where(alive, seen, 0.0)))
+    return Enumeration(trajectory, probability)
 
 
 def moments(
@@ -63,12 +70,14 @@ def moments(
     behaviour_logits=None,
     *,
     critic=None,
+    reference_logits=None,
     batch_size: int = 1,
 ) -> Moments:
     """Mean and covariance of the gradient of a batch of independent episodes, over all batches.
 
-    logits, behaviour_logits: [O, A]. The gradient is that of estimators.objective, at `logits`, of a
-    tabular policy. Batches are multisets: N trajectories make (N + batch_size - 1 choose batch_size).
+    logits, behaviour_logits, reference_logits: [O, A]. The gradient is that of estimators.objective, at
+    `logits`, of a tabular policy. Batches are multisets: N trajectories make (N + batch_size - 1 choose
+    batch_size).
     Raises ValueError for a world with reward noise, or with more than LIMIT batches.
     """
     acting = logits if behaviour_logits is None else behaviour_logits
@@ -79,7 +88,7 @@ def moments(
             f"there are {count} batches of {batch_size} trajectories, more than the {LIMIT} that can be "
             f"listed; shorten the horizon={mdp.horizon} or the batch"
         )
-    listed = enumerate_trajectories(mdp, acting, critic)
+    listed = enumerate_trajectories(mdp, acting, critic, reference_logits)
     index, weight = _batches(listed.probability, batch_size)
     gradients = _gradients(estimator, listed.trajectory, logits, hyperparams, index)
     mean = weight @ gradients
