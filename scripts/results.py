@@ -1,9 +1,12 @@
 """Measure what each method learns, on fresh episodes: every case is one `jaxpg train` command.
 
 scripts/results [CASE ...] [--out DIR] [--quick]
+scripts/results suites            tasks of other suites and MinAtar's games, against untrained policies
+scripts/results minatar --long    MinAtar's games for 10^7 steps, which is for an accelerator
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -17,11 +20,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxpg.runs.config.flags import parse
 from jaxpg.stats.intervals import attained
 from jaxpg.stats.seeds import interval, number, robust, summarise
 
 ROOT = Path(__file__).parent.parent
 EPISODES, SEEDS = 128, 10
+QUICK = ["--updates", "2", "--seeds", "2", "--evaluation-episodes", "4"]
 Row = dict[str, Any]
 
 
@@ -30,6 +35,8 @@ class Case(NamedTuple):
     target: float | None  # the mean should reach it; None: a control, which should not
     digits: int = 1
     record: str | None = None  # arguments of jaxpg record, which makes demonstrations.npz first
+    seeds: int = SEEDS
+    untrained: bool = False  # measured against the policy that training starts from
 
 
 DEEP = "DeepSea-bsuite --settings size=12,max_steps_in_episode=12"
@@ -73,13 +80,46 @@ CASES = {
     "deepsea-reinforce": Case(f"{LEARN} --algorithm reinforce_baseline", None, 2),
 }
 
+# A few seeds, because a CPU should take minutes for each; `untrained` is what they are compared with.
+MINATAR = {
+    f"minatar-{game.lower()}": Case(f"{game}-MinAtar --network cnn", None, 1, None, 4, True)
+    for game in ("Asterix", "Breakout", "Freeway", "SpaceInvaders")
+}
+LONG = 10_000_000  # steps of an agent
+SUITES = {
+    name: Case(arguments, None, digits, None, seeds, True)
+    for name, arguments, digits, seeds in (
+        ("inverted-pendulum", "brax/inverted_pendulum", 0, 4),
+        ("reacher", "brax/reacher", 0, 4),
+        ("snake", "jumanji/Snake-v1", 1, 4),
+        ("game2048", "jumanji/Game2048-v1", 0, 4),
+        ("empty", "navix/Navix-Empty-5x5-v0", 2, 4),
+        ("doorkey", "navix/Navix-DoorKey-5x5-v0", 2, 4),
+        ("craftax-classic", "craftax/Craftax-Classic-Symbolic-v1", 1, 4),
+    )
+} | MINATAR
+GROUPS = {"methods": CASES, "suites": SUITES, "minatar": MINATAR}
+ALL = CASES | SUITES
+UNTRAINED = "--updates 1 --schedule constant --learning-rate 0 --critic-learning-rate 0"
 
-def run(name: str, quick: bool) -> Row:
+
+def run(name: str, quick: bool, long: bool = False) -> Row:
     """Run one case in a process of its own."""
-    case = CASES[name]
-    small = ["--updates", "2", "--seeds", "2", "--evaluation-episodes", "4"]
-    full = ["--seeds", str(SEEDS), "--evaluation-episodes", str(EPISODES)]
-    given = shlex.split(case.arguments) + (small if quick else full)
+    case = ALL[name]
+    full = ["--seeds", str(case.seeds), "--evaluation-episodes", str(EPISODES)]
+    arguments = shlex.split(case.arguments)
+    if long:
+        config, _ = parse(arguments, "jaxpg train")
+        arguments += ["--updates", str(LONG // (config.num_envs * (config.num_steps or 128)))]
+    row = _trained(case, [*arguments, *(QUICK if quick else full)])
+    row |= {"command": f"jaxpg train {shlex.join(arguments)}"}
+    if case.untrained:
+        given = [*arguments, *(QUICK if quick else full), *UNTRAINED.split()]
+        row |= {"untrained": _trained(case, given)["returns"]}
+    return row
+
+
+def _trained(case: Case, given: list[str]) -> Row:
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent, "run")
         if case.record:
@@ -91,7 +131,6 @@ def run(name: str, quick: bool) -> Row:
     names = ("jax", "jaxlib", "flax", "optax", "gymnax", "numpy")
     versions = [f"Python {platform.python_version()}", *(f"{n} {version(n)}" for n in names)]
     return {
-        "command": f"jaxpg train {case.arguments}",
         "returns": evaluation["mean_return"],
         "episodes": evaluation["episodes"],
         # Steps of the environment itself, where one decision takes several.
@@ -111,7 +150,7 @@ def _jaxpg(folder: str, *arguments: str) -> None:
 
 def cells(name: str, row: Row) -> list[str]:
     """The cells of the table's line for this case."""
-    _, target, digits, _ = CASES[name]
+    _, target, digits, *_ = CASES[name]
     returns = np.array(row["returns"])
     mean, middle = summarise(returns, attained(returns)), robust(returns)
     return [
@@ -125,6 +164,37 @@ def cells(name: str, row: Row) -> list[str]:
     ]
 
 
+def against_untrained(name: str, row: Row) -> list[str]:
+    """The cells of the second table's line."""
+    digits = SUITES[name.removesuffix("-long")].digits
+    returns, before = np.array(row["returns"]), np.array(row["untrained"])
+
+    def told(values):
+        found = summarise(values, attained(values))
+        return f"{number(found.mean, digits)} {interval(found, digits)}"
+
+    return [
+        f"`{row['command']}`",
+        told(before),
+        told(returns),
+        f"{improvement(returns, before):.2g}",
+        str(len(returns)),
+        f"{row['steps']:.2g}",
+        f"{row['seconds']:.0f}",
+    ]
+
+
+def improvement(returns: np.ndarray, before: np.ndarray) -> float:
+    """The p-value of no improvement: the share of the ways to tell which seeds were trained with as large a
+    difference of means (one-sided permutation test; all ways up to 10 against 10)."""
+    both, size = np.concatenate([returns, before]), len(returns)
+    sums = [sum(chosen) for chosen in itertools.combinations(both, size)]
+    # Sums in another order round differently.
+    least = returns.sum() - 1e-9 * np.abs(both).sum()
+    return float(np.mean(np.array(sums) >= least))
+
+
+AGAINST = ["command", "untrained", "trained", "p", "seeds", "steps", "seconds"]
 COLUMNS = ["command", "target", "mean", "interquartile mean", "worst seed", "steps", "seconds"]
 PAGE = """# What each method learns
 
@@ -153,14 +223,27 @@ Settings that a command leaves out come from the presets, which `jaxpg train ENV
   from `jaxpg record {teach} --out demonstrations.npz`,
   an expert that slips once in four episodes. REINFORCE alone never sees the reward in as many steps;
   imitation slips as the expert does; guided does better than its teacher.
+
+## Other suites and MinAtar
+
+`scripts/results suites` measures these, with the extras of the suites installed; `scripts/results minatar
+--long` trains MinAtar's games for 10^7 steps, which is for an accelerator.
+
+{against}
+
+Untrained is the policy that training starts from, with the same seeds and as many episodes. p is the share
+of all ways to tell which seeds were trained with a difference of means as large (a permutation test; 4 seeds
+against 4 cannot get below 0.014).
 """
 
 
 def page(rows: dict[str, Row]) -> str:
-    lines = [COLUMNS, ["---"] * len(COLUMNS)]
-    lines += [cells(name, rows[name]) for name in CASES if name in rows]
+    long = [f"{name}-long" for name in MINATAR]
     return PAGE.format(
-        table="\n".join("| " + " | ".join(line) + " |" for line in lines),
+        table=_table(COLUMNS, [cells(name, rows[name]) for name in CASES if name in rows]),
+        against=_table(
+            AGAINST, [against_untrained(x, rows[x]) for x in [*SUITES, *long] if x in rows]
+        ),
         episodes=EPISODES,
         seeds=SEEDS,
         teach=TEACH,
@@ -168,11 +251,24 @@ def page(rows: dict[str, Row]) -> str:
     )
 
 
+def _table(columns: list[str], lines: list[list[str]]) -> str:
+    shown = [columns, ["---"] * len(columns), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in shown)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/results", description=__doc__)
-    parser.add_argument(
-        "cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)}; default: all"
+    parser = argparse.ArgumentParser(
+        prog="scripts/results",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        "cases",
+        nargs="*",
+        metavar="CASE",
+        help=f"{', '.join(ALL)}, or a group: {', '.join(GROUPS)}; default: methods",
+    )
+    parser.add_argument("--long", action="store_true", help="10^7 steps; for MinAtar's games")
     parser.add_argument(
         "--out", metavar="DIR", help="folder of results.json and results.md to update"
     )
@@ -180,17 +276,23 @@ def main() -> None:
         "--quick", action="store_true", help="tiny runs, to try the script itself; needs --out"
     )
     chosen = parser.parse_args()
-    unknown = set(chosen.cases) - set(CASES)
+    unknown = set(chosen.cases) - set(ALL) - set(GROUPS)
     if unknown:
-        parser.error(f"unknown case {min(unknown)!r}; use {', '.join(CASES)}")
+        parser.error(f"unknown case {min(unknown)!r}; use {', '.join([*ALL, *GROUPS])}")
+    names = [n for case in chosen.cases or ["methods"] for n in GROUPS.get(case, [case])]
+    if chosen.long and set(names) - set(MINATAR):
+        parser.error(f"--long is for {', '.join(['minatar', *MINATAR])}")
     if chosen.quick and not chosen.out:
         parser.error("--quick must not overwrite the page of this repository; give --out DIR")
     out = Path(chosen.out or ROOT / "scripts")
     stored = out / "results.json"
     rows = json.loads(stored.read_text()) if stored.exists() else {}
-    for name in chosen.cases or CASES:
-        rows[name] = run(name, chosen.quick)
-        print("  ".join([name, *cells(name, rows[name])[1:]]), flush=True)
+    for name in names:
+        row = run(name, chosen.quick, chosen.long)
+        line = against_untrained(name, row) if name in SUITES else cells(name, row)
+        key = f"{name}-long" if chosen.long else name
+        rows[key] = row
+        print("  ".join([key, *line[1:]]), flush=True)
         out.mkdir(parents=True, exist_ok=True)
         stored.write_text(json.dumps(rows, indent=1) + "\n")
         out.joinpath("results.md").write_text(page(rows))
