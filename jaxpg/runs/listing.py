@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from jaxpg.envs import SUITES, Box, Discrete, env_names, installed, make_env
+from jaxpg.envs.suites import installing
 from jaxpg.runs.config.presets import PRESETS
 from jaxpg.runs.console import say, shortened
 
@@ -85,5 +86,5 @@ def suites() -> Iterator[str]:
         yield f"{'':<10} " + (
             f"{len(env_names(name))} environments: jaxpg envs {name}/"
             if installed(name)
-            else f"not installed: pip install 'jaxpg[{name}]'"
+            else f"not installed: {installing(name)}"
         )

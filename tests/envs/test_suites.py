@@ -12,7 +12,7 @@ import pytest
 from test_contract import check_adapter
 
 from jaxpg import Hyperparams, episodes, make_trainer, train
-from jaxpg.envs import SUITES, check_env, env_names, installed, make_env
+from jaxpg.envs import SUITES, check_env, env_names, installed, make_env, suites
 from jaxpg.envs.suites.gymnasium import on_host
 from jaxpg.policies import actor_critic, init_params
 from jaxpg.rollout import init_stream, unroll
@@ -34,7 +34,7 @@ SMALL = {
 
 def needs(suite):
     if not installed(suite):
-        pytest.skip(f"{suite} is not installed: pip install 'jaxpg[{suite}]'")
+        pytest.skip(f"{suite} is not installed: {suites.installing(suite)}")
 
 
 @pytest.mark.slow
@@ -223,7 +223,10 @@ def test_a_name_that_cannot_be_made_is_one_line(name, settings, message):
 
 def test_a_suite_that_is_not_installed_names_its_extra(monkeypatch):
     monkeypatch.setitem(SUITES, "brax", SUITES["brax"]._replace(package="no_such_package"))
-    with pytest.raises(ValueError, match=r"brax/ant needs .* pip install 'jaxpg\[brax\]'"):
+    with pytest.raises(ValueError, match=r"brax/ant needs .* -m pip install -e '/.*\[brax\]'"):
+        make_env("brax/ant")
+    monkeypatch.setattr(suites, "__file__", "/usr/lib/python3/site-packages/jaxpg/envs/suites/x.py")
+    with pytest.raises(ValueError, match=r"brax/ant needs .*: pip install 'jaxpg\[brax\]'"):
         make_env("brax/ant")
 
 
@@ -293,8 +296,6 @@ def test_a_factory_is_found_in_the_working_directory(worlds):
 
 def test_an_entry_point_names_a_factory(worlds, monkeypatch):
     from importlib.metadata import EntryPoint
-
-    from jaxpg.envs import suites
 
     declared = EntryPoint("Walk-v0", f"{worlds}:make", suites.GROUP)
     monkeypatch.setattr(suites, "entry_points", lambda group: [declared])

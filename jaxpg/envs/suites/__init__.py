@@ -10,9 +10,12 @@ ValueError: unknown suite 'nethack' in 'nethack/Dungeon'; the suites are brax, c
 """
 
 import difflib
+import shlex
+import sys
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -87,6 +90,14 @@ def installed(suite: str) -> bool:
     return find_spec(SUITES[suite].package) is not None
 
 
+def installing(extra: str) -> str:
+    """The command that installs an extra, for this Python and for a checkout where this is one."""
+    root = Path(__file__).parents[3]
+    if (root / "pyproject.toml").is_file():
+        return f"{shlex.quote(sys.executable)} -m pip install -e '{root}[{extra}]'"
+    return f"pip install 'jaxpg[{extra}]'"
+
+
 def _declared() -> dict[str, str]:
     """MODULE:FACTORY of every entry point."""
     return {entry.name: entry.value for entry in entry_points(group=GROUP)}
@@ -119,7 +130,7 @@ def _adapter(suite, asked) -> ModuleType:
         )
     if not installed(suite):
         raise ValueError(
-            f"{asked} needs {SUITES[suite].package}, which is not installed: pip install 'jaxpg[{suite}]'"
+            f"{asked} needs {SUITES[suite].package}, which is not installed: {installing(suite)}"
         )
     return import_module(f"jaxpg.envs.suites.{suite}")
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxpg.envs.suites import installing
 from jaxpg.runs.config.config import Config
 from jaxpg.runs.store.folder import append_json, json_line, jsonable, write_atomically
 from jaxpg.stats.seeds import noise_ratios
@@ -47,7 +48,7 @@ def check_sinks(config: Config) -> None:
         (config.wandb, "wandb", "wandb"),
     ):
         if wanted and find_spec(module) is None:
-            raise ValueError(f"--{extra} needs {module}: pip install 'jaxpg[{extra}]'")
+            raise ValueError(f"--{extra} needs {module}: {installing(extra)}")
 
 
 def nan_mean(values: np.ndarray) -> np.ndarray:
