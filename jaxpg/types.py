@@ -122,7 +122,7 @@ class Hyperparams(NamedTuple):
     entropy_coef: Annotated[Any, Number("weight of the entropy bonus")] = 0.0
     kl_coef: Annotated[
         Any,
-        Number("weight of the KL penalty", "ppo_kl", least=0, hint="try 1"),
+        Number("weight of the KL penalty", "ppo_kl, --kl-estimate", least=0, hint="try 1"),
     ] = 1.0
     target_kl: Annotated[
         Any,

@@ -296,7 +296,7 @@ def rounding(repeats: int, quick: bool) -> Iterator[Row]:
     import jax
     import numpy as np
 
-    from jaxpg.runs.play.policy import read_run
+    from jaxpg.runs.train.saved import read_run
 
     updates = "4" if quick else "100"
     for algorithm in ("ppo", "reinforce_baseline"):

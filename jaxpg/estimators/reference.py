@@ -20,11 +20,13 @@ k3 [0.19 0.31]
 [0.19 0.31]
 """
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 
 from jaxpg.estimators.credit import Credit
+from jaxpg.estimators.estimator import Estimator
 from jaxpg.estimators.slot import Slot, facts_of
 from jaxpg.estimators.surrogates import Surrogate, standardised
 from jaxpg.types import Array, Trajectory
@@ -77,3 +79,15 @@ def divergence(estimate: str, log_prob: Array, trajectory: Trajectory) -> Array:
     """The estimate [T, B] of the KL from a policy with these log-probabilities; 0 where masked."""
     x = jnp.where(trajectory.mask, log_prob - trajectory.reference, 0.0)
     return ESTIMATES[estimate](x)
+
+
+def _with_penalty(estimate: str, estimator: Estimator) -> Estimator:
+    return estimator._replace(surrogate=penalised(estimator.surrogate, estimate))
+
+
+def _with_charge(estimator: Estimator) -> Estimator:
+    return estimator._replace(credit=charged(estimator.credit, "k1"))
+
+
+# Ways to hold a policy to its reference, by name: an estimator -> the estimator that does.
+REGULARISERS = {name: partial(_with_penalty, name) for name in ESTIMATES} | {"reward": _with_charge}

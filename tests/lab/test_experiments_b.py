@@ -18,6 +18,7 @@ from jaxpg.lab.studies import (
     learning,
     observability,
     precision,
+    reference,
     streams,
     windows,
 )
@@ -38,6 +39,7 @@ ALL = {
         learning,
         precision,
         groups,
+        reference,
     )
     for name, experiment in module.EXPERIMENTS.items()
 }
@@ -343,3 +345,18 @@ def test_the_optimal_token_baseline_shrinks_and_turns_the_gradient_and_the_unbia
     token = found["optimal_token"]
     assert token["cosine"] < 1 - 1e-4 and token["length_of_mean"] < 0.7
     assert groups._moments(point, "optimal_token", listed["optimal_token"], 8) is None
+
+
+# The KL to a reference policy.
+
+
+def test_near_the_reference_only_some_estimates_have_any_gradient():
+    summary = reference.estimates(Settings(env="A", quick=True), silent).summary
+    bias = {name: found["relative_bias_near"] for name, found in summary.items()}
+    assert bias["k1_reward"] < 1e-10
+    for name in ("k2_penalty", "k3_penalty"):
+        assert bias[name] < 0.05, "the directions of the KL agree there"
+        assert summary[name]["relative_bias_far"] > 0.04, "further away they do not"
+    for name in ("k1_penalty", "k2_reward", "k3_reward"):
+        assert abs(bias[name] - 1) < 0.05, "nothing is left of the gradient"
+    assert summary["k2_penalty"]["trace_near"] < summary["k1_reward"]["trace_near"]

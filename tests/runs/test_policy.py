@@ -22,10 +22,10 @@ from jaxpg.runs.config.config import Config
 from jaxpg.runs.play import playback
 from jaxpg.runs.play import policy as policies
 from jaxpg.runs.play.frames import DRAWERS, frame
-from jaxpg.runs.play.policy import read_run
 from jaxpg.runs.store import checkpoint
 from jaxpg.runs.store.trajectories import read_trajectories
 from jaxpg.runs.train.build import build
+from jaxpg.runs.train.saved import read_run
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from jaxpg.runs.config.config import load_config, points
 from jaxpg.runs.config.flags import EITHER, request
 from jaxpg.runs.config.presets import preset
 from jaxpg.runs.play.playback import record
-from jaxpg.runs.play.policy import load, load_policy, read_run
+from jaxpg.runs.play.policy import load, load_policy
 from jaxpg.runs.store import checkpoint
 from jaxpg.runs.store.folder import create_folder
 from jaxpg.runs.store.lock import locked
@@ -29,6 +29,7 @@ from jaxpg.runs.train import run
 from jaxpg.runs.train.build import build
 from jaxpg.runs.train.replicas import make_replicas
 from jaxpg.runs.train.run import prepare_resume
+from jaxpg.runs.train.saved import read_run
 
 
 def leaves(folder):

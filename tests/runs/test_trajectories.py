@@ -13,9 +13,9 @@ from jaxpg.rollout import episodes
 from jaxpg.runs.config.config import Config, Grid
 from jaxpg.runs.play import playback
 from jaxpg.runs.play.experts import SLIP, expert
-from jaxpg.runs.play.policy import Run
 from jaxpg.runs.store.trajectories import read_demonstrations, read_trajectories, write_trajectories
 from jaxpg.runs.train.build import build, instructed, settings_of
+from jaxpg.runs.train.saved import Run
 from jaxpg.training.data import log_prob_of
 
 T, B = 5, 3

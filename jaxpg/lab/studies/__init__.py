@@ -17,6 +17,7 @@ from jaxpg.lab.studies import (
     observability,
     offsets,
     precision,
+    reference,
     staleness,
     windows,
 )
@@ -27,6 +28,7 @@ _MODULES = (
     *(decomposition, coupling, windows, discounting, staleness, observability, learning),
     precision,
     groups,
+    reference,
 )
 _FOUND = {name: each for module in _MODULES for name, each in module.EXPERIMENTS.items()}
 
@@ -35,7 +37,7 @@ _ORDER = (
     "batch-size", "ladder", "gae", "offset", "never-hurts", "horizon-is", "importance", "clipping",
     "noise-scale", "stale", "cosine", "total-variance", "horizon", "coupled", "windows", "discount",
     "partial-observability", "large-batch", "optimizers", "seeds", "committal", "behaviour",
-    "precision", "groups",
+    "precision", "groups", "reference",
 )  # fmt: skip
 
 EXPERIMENTS: dict[str, Experiment] = {

@@ -161,6 +161,14 @@ class Config:
         "weights of old data: per_decision, trajectory, prefix, one_step, truncated, or "
         "normalised_ before trajectory, prefix or one_step",
     )
+    kl_estimate: str | None = _flag(
+        None,
+        "of the KL to a reference policy, times --kl-coef: k1, k2 or k3 as a penalty; or reward, which is k1 "
+        "in the reward",
+    )
+    reference: str | None = _flag(
+        None, "folder of the run whose policy is the reference; by default the policy at the start"
+    )
     demonstrations: str | None = _flag(None, "file from jaxpg record, for guided and imitation")
     imitate: int = _flag(
         0, "updates of behaviour cloning before training; guided uses its policy in the weights", 0

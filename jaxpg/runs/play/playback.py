@@ -21,12 +21,13 @@ from jaxpg.runs.console import parser, say, whole
 from jaxpg.runs.host import health
 from jaxpg.runs.play import policy as policies
 from jaxpg.runs.play.experts import expert
-from jaxpg.runs.play.policy import Policy, Run, choose, policy_of, read_run, recast
+from jaxpg.runs.play.policy import Policy, policy_of
 from jaxpg.runs.store.folder import write_atomically
 from jaxpg.runs.store.trajectories import write_trajectories
 from jaxpg.runs.train.build import named, settings_of
 from jaxpg.runs.train.replicas import make_replicas, replicated, use_cpu_cores
 from jaxpg.runs.train.report import table
+from jaxpg.runs.train.saved import Run, choose, read_run, recast
 from jaxpg.stats.intervals import attained
 
 MOST_FRAMES = 2000

@@ -31,6 +31,7 @@ from jaxpg.runs.train import replica_batches
 from jaxpg.runs.train.build import Parts, build, instructed
 from jaxpg.runs.train.loop import chunk_length, stopper, workers
 from jaxpg.runs.train.replicas import use_cpu_cores
+from jaxpg.runs.train.saved import referred
 from jaxpg.stats.intervals import attained
 
 NOTHING = "before the first update; nothing was saved"
@@ -72,7 +73,7 @@ def prepare(argv: Sequence[str]) -> Sweep:
     search = _search(config, grid, options)
     parts = build(config)
     health.check_sizes(config, parts.env, replica_batches.state_bytes(parts), 1)
-    parts = instructed(parts, config)
+    parts = referred(instructed(parts, config), config)
     if len(search.rungs) > 1:
         _check_room(len(search.points), config.seeds, replica_batches.state_bytes(parts))
     began = _began(config, search) if asked.resume is None else None

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxpg.envs import Env, history, make_env, mask_observation, repeat_action, squashed
+from jaxpg.estimators import describe
 from jaxpg.estimators.control_variates import CONTROL_VARIATES
 from jaxpg.estimators.importance import IMPORTANCES
+from jaxpg.estimators.reference import REGULARISERS
 from jaxpg.optimizers import BATCH_SCALINGS, OPTIMIZERS, SCHEDULES, batch_scaled
-from jaxpg.optimizers.adaptation import ADAPTATIONS, fixed
+from jaxpg.optimizers.adaptation import ADAPTATIONS, fixed, kl_penalty
 from jaxpg.optimizers.natural import NATURAL_OPTIMIZERS
 from jaxpg.policies import DISTRIBUTIONS, Agent, actor_critic, network_builder
 from jaxpg.policies.heads import SQUASHING, Settings
@@ -22,7 +24,7 @@ from jaxpg.runs.config.rows import counts_of
 from jaxpg.runs.console import shortened
 from jaxpg.runs.store.trajectories import read_demonstrations
 from jaxpg.training.algorithm import Algorithm, algorithm
-from jaxpg.training.data import mixture, replay
+from jaxpg.training.data import mixture, replay, with_reference
 from jaxpg.training.imitation import informed
 from jaxpg.training.scaling import scaled
 from jaxpg.training.trainer import Trainer, make_trainer
@@ -171,6 +173,19 @@ def build_algorithm(config: Config) -> Algorithm:
         adaptation = known(ADAPTATIONS, "adaptation", config.adaptation)
     variate = config.control_variate
     data = row.data if config.num_batches is None else replay(row.data, config.num_batches)
+    if config.kl_estimate is not None:
+        if adaptation is kl_penalty or "kl_penalised" in describe(estimator.surrogate):
+            raise ValueError(
+                f"kl_estimate={config.kl_estimate}: kl_coef weighs the KL of each update already; use an "
+                "algorithm other than ppo_kl, without --adaptation kl_penalty"
+            )
+        estimator = known(REGULARISERS, "KL estimate", config.kl_estimate)(estimator)
+        data = with_reference(data)
+    elif config.reference is not None:
+        raise ValueError(
+            f"reference={config.reference} is there for an estimate of the KL; give --kl-estimate reward, or "
+            "k1, k2 or k3"
+        )
     return row._replace(
         estimator=estimator,
         data=scaled(data) if config.normalise_rewards else data,

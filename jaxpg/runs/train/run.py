@@ -56,6 +56,7 @@ from jaxpg.runs.train.replicas import (
     use_cpu_cores,
 )
 from jaxpg.runs.train.report import headline, summary
+from jaxpg.runs.train.saved import referred
 from jaxpg.stats.intervals import attained
 
 
@@ -103,7 +104,7 @@ def _parts(config: Config, grid: Grid) -> Parts:
     parts = build(config)
     count = num_points(grid) * config.seeds
     health.check_sizes(config, parts.env, state_bytes(parts), count)
-    return instructed(parts, config)
+    return referred(instructed(parts, config), config)
 
 
 def prepare_either(config: Config, grid: Grid) -> PreparedRun | None:
