@@ -34,6 +34,8 @@ COMPOSITIONS = [
     Estimator(TO_GO, baselines.critic, surrogate=surrogates.ratio),
     Estimator(LAMBDA, baselines.critic, importance.one_step, surrogates.kl_penalised),
     Estimator(credit.unit, importance=importance.prefix),
+    Estimator(TO_GO, importance=importance.from_start(importance.capped(importance.one_step, 1.2))),
+    Estimator(TOTAL, importance=importance.dropped_above(importance.one_step, 1.2)),
 ]
 
 

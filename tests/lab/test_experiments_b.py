@@ -9,6 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from jaxpg.lab import exact
+from jaxpg.lab.exact.tables import softmax
 from jaxpg.lab.studies import (
     ascent,
     coupling,
@@ -19,10 +20,12 @@ from jaxpg.lab.studies import (
     observability,
     precision,
     reference,
+    samplers,
     streams,
     windows,
 )
 from jaxpg.lab.studies.estimators import batch_moments, form, gradient
+from jaxpg.lab.studies.lags import lag_of
 from jaxpg.lab.studies.sampling import measure
 from jaxpg.lab.studies.study import COLUMNS, Settings
 from jaxpg.lab.studies.training import best_objective, objective_of
@@ -40,6 +43,7 @@ ALL = {
         precision,
         groups,
         reference,
+        samplers,
     )
     for name, experiment in module.EXPERIMENTS.items()
 }
@@ -360,3 +364,42 @@ def test_near_the_reference_only_some_estimates_have_any_gradient():
     for name in ("k1_penalty", "k2_reward", "k3_reward"):
         assert abs(bias[name] - 1) < 0.05, "nothing is left of the gradient"
     assert summary["k2_penalty"]["trace_near"] < summary["k1_reward"]["trace_near"]
+
+
+# Samplers that are not the trainer.
+
+
+def test_a_sampler_s_moments_are_those_of_the_recursions_and_its_shares_those_of_the_tables():
+    there = lag_of(Settings(env="T")).at(0.7)
+    forms = [samplers._form(name, there) for name in samplers.CHOICES]
+    found = samplers.exactly(there, forms)
+    mdp, behaviour = there.mdp, there.table.behaviour_logits
+    for each in forms:
+        if each.name.startswith("sequence_"):
+            continue
+        known = exact.moments(mdp, there.logits, each.estimator, each.hyperparams, behaviour)
+        np.testing.assert_allclose(found[each.name][0].mean, known.mean, atol=1e-10)
+        np.testing.assert_allclose(found[each.name][0].covariance, known.covariance, atol=1e-9)
+    truth = gradient(there)
+    bias = {name: np.linalg.norm(each[0].mean - truth) for name, each in found.items()}
+    assert bias["sequence"] < 1e-10 < bias["token"] < bias["none"]
+    assert bias["sequence_capped"] < bias["sequence_dropped"]
+    own, ratio = exact.occupancy(mdp, behaviour), softmax(there.logits) / softmax(behaviour)
+    seen = own * ~np.asarray(mdp.terminal)
+    chosen = (softmax(behaviour) * np.minimum(ratio, 2.0) ** np.arange(3)[:, None, None]).sum(-1)
+    count, first, second = (seen @ x[mdp.observation] for x in chosen)
+    share = first.sum() ** 2 / count.sum() / second.sum()
+    assert found["token_capped"][1] == pytest.approx(share, abs=1e-12)
+    assert found["none"][1] == pytest.approx(1.0)
+
+
+@pytest.mark.slow
+def test_without_tables_samplers_are_measured(monkeypatch):
+    for name, value in (("LAGS", (1.5,)), ("CHIPS", ("bf16",))):
+        monkeypatch.setattr(samplers, name, value)
+    monkeypatch.setattr(samplers, "CHOICES", {"token": samplers.CHOICES["token"]})
+    settings = Settings(env="CartPole-v1", quick=True, trajectories=2**8)
+    table = samplers.stale_sampler(settings, silent).table
+    assert table["sampler"] == ["older"] * 3 + ["bf16"] * 3
+    shares = [x for x, q in zip(table["measured"], table["quantity"], strict=True) if "share" in q]
+    assert 0.8 < shares[0] < 0.97 < 0.99 < shares[1] < 1 + 1e-6

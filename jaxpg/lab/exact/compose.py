@@ -123,11 +123,19 @@ def _importance(slot, world, gamma) -> _Factors:
         "per_decision": lambda: _Factors(rho, carry=rho, trace=rho),
         "truncated": lambda top: _Factors(np.minimum(rho, top), trace=np.minimum(rho, top)),
         "from_start": lambda inner: _from_start(_importance(inner, world, gamma)),
+        "capped": lambda inner, top: _bounded(inner, lambda step: np.minimum(step, top)),
+        "dropped_above": lambda inner, top: _bounded(inner, lambda step: step * (step <= top)),
     }
 
     def _from_start(factors):
         start = discounts(gamma, world.horizon)[:, None, None]
         return factors._replace(step=factors.step * start)
+
+    def _bounded(inner, bound):
+        factors = _importance(inner, world, gamma)
+        if factors.weighted or np.ndim(factors.carry):  # a bound on a product of ratios
+            raise _refusal("importance", slot)
+        return factors._replace(step=bound(factors.step))
 
     return _entry(table, slot, "importance")(*slot.arguments)
 

@@ -18,6 +18,7 @@ from jaxpg.lab.studies import (
     offsets,
     precision,
     reference,
+    samplers,
     staleness,
     windows,
 )
@@ -29,14 +30,15 @@ _MODULES = (
     precision,
     groups,
     reference,
+    samplers,
 )
 _FOUND = {name: each for module in _MODULES for name, each in module.EXPERIMENTS.items()}
 
 # In the order of a first course: batches, baselines, other policies' data, noise, and the consequences.
 _ORDER = (
     "batch-size", "ladder", "gae", "offset", "never-hurts", "horizon-is", "importance", "clipping",
-    "noise-scale", "stale", "cosine", "total-variance", "horizon", "coupled", "windows", "discount",
-    "partial-observability", "large-batch", "optimizers", "seeds", "committal", "behaviour",
+    "noise-scale", "stale", "stale-sampler", "cosine", "total-variance", "horizon", "coupled", "windows",
+    "discount", "partial-observability", "large-batch", "optimizers", "seeds", "committal", "behaviour",
     "precision", "groups", "reference",
 )  # fmt: skip
 
