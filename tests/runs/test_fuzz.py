@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
-from small_runs import FLAGS, start
+from small_runs import FLAGS, start, write_part
 from test_trajectories import arrays
 
 from jaxpg import cli
@@ -78,7 +78,7 @@ def fuzzed(examples):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A run r of two updates, a sweep s that was killed between its batches, and demonstrations."""
+    """A run r, a sweep s that was killed between its batches, a part p of one, and demonstrations."""
     place = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -86,6 +86,7 @@ def made(tmp_path_factory):
         shape = arrays()["mask"].shape
         changes = {"obs": np.zeros((*shape, 4), np.float32), "environment": np.array("CartPole-v1")}
         np.savez(DEMONSTRATIONS, **(arrays() | changes))
+        write_part(Path("p"), f"{FLAGS} --updates 2 --gamma .9,.99", "--part 1/1")
         patch.setattr(replica_batches, "write", written_and_killed)
         with pytest.raises(Begun):
             cli.main(SWEEP.split())
@@ -311,7 +312,7 @@ def fresh(made, tmp_path, name):
     return place
 
 
-# Commands on a run, on a sweep that was killed, and on demonstrations.
+# Commands on a run, on a sweep that was killed, on a part of one, and on demonstrations.
 COMMANDS = {
     "r": (
         "train --resume r --updates 4", "train --config r",
@@ -321,6 +322,7 @@ COMMANDS = {
         "plot r", "plot r --metric kl --x seconds", "lab ladder --checkpoint r --replica 1",
     ),
     "s": (SWEEP,),
+    "p": ("sweep --join p --run n",),
     DEMONSTRATIONS: (
         f"train {FLAGS} --algorithm behaviour_cloning --num-minibatches 1 --demonstrations {DEMONSTRATIONS} "
         "--run n",
@@ -390,7 +392,9 @@ FLAGS_OF = {
     f"train {FLAGS} --updates 2 --run n": OF_TRAINING,
     "train --config r": OF_TRAINING,
     "train --resume r --updates 4": OF_TRAINING,
-    f"sweep {FLAGS} --updates 2 --gamma .9,.99 --run n": OF_TRAINING + 5 * ("--random", "--halving"),
+    f"sweep {FLAGS} --updates 2 --gamma .9,.99 --run n": (
+        *OF_TRAINING, *(5 * ("--random", "--halving", "--part"))
+    ),
     "evaluate r": ("--episodes", "--greedy", "--update", "--seed"),
     "record r --episodes 1 --out d.npz": (
         "--expert", "--episodes", "--out", "--replica", "--update", "--seed",

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from small_runs import prepared, write_part
 
 from jaxpg.cli import main
 from jaxpg.runs.store import folder as files
 from jaxpg.runs.sweep import figures, ranking, sweep
-from jaxpg.runs.sweep.record import description
-from jaxpg.runs.sweep.search import Part, choose, places, read_part
+from jaxpg.runs.sweep.search import Part, places, read_part
 from jaxpg.runs.train import replica_batches
 
 SMALL = (
@@ -21,10 +21,6 @@ SMALL = (
 )
 GRID = f"{SMALL} --learning-rate 1e-3:1:log3 --gamma .5,.9"
 DRAWN = f"{SMALL} --learning-rate 1e-3:1:log --gamma .5:.9:lin --random 7"
-
-
-def prepared(arguments, folder):
-    return sweep.prepare([*arguments.split(), "--run", str(folder)])
 
 
 @pytest.fixture(scope="module")
@@ -112,26 +108,6 @@ def test_parts_divide_the_points_evenly(total, count):
     assert range(total)[places(None, total)] == range(total)
 
 
-def outcome(k, seeds=2):
-    """Made-up results of the k-th point: (returns, areas)."""
-    return np.array([[100 * k % 7 + seed + 1 / 3 for seed in range(seeds)], [k + 0.1] * seeds])
-
-
-def write_part(folder, flags, arguments=GRID, complete=True, diverged=0):
-    """The folder that a sweep writes, without its training."""
-    found = prepared(f"{arguments} {flags}", folder)
-    config, search, part = found.config, found.search, found.search.options.part
-    every = choose(search.grid, search.options, config.seed)
-    own = range(len(every))[places(part, len(every))]
-    assert [every[k] for k in own] == search.points
-    outcomes = ranking.nothing_yet(len(own), 2)
-    outcomes.returns[:], outcomes.areas[:] = np.stack([outcome(k) for k in own], axis=1)
-    outcomes.updates[:], outcomes.evaluated[:], outcomes.diverged[:] = 8, True, diverged
-    costs = ranking.Costs(10 * len(own), 0.5, 2.0, 4, None if part else 7)
-    ranking.write(folder, description(config, search), search, outcomes, costs, complete)
-    return found
-
-
 def joined(folder, *names):
     return [
         "sweep",
@@ -147,8 +123,8 @@ def test_a_join_equals_the_whole_sweep_to_the_last_digit(arguments, tmp_path, mo
     drawn = []
     monkeypatch.setattr(figures, "draw", lambda figure, points, title: drawn.append(points))
     for i in (1, 2, 3):
-        write_part(tmp_path / f"p{i}", f"--part {i}/3", arguments)
-    whole = write_part(tmp_path / "whole", "", arguments)
+        write_part(tmp_path / f"p{i}", arguments, f"--part {i}/3")
+    whole = write_part(tmp_path / "whole", arguments)
     main(joined(tmp_path, "p3", "p1", "p2"))
     for name in ("table.csv", "table.parquet"):
         assert (tmp_path / "all" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -173,7 +149,7 @@ def test_a_part_is_named_drawn_and_resumed_as_a_part(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     folder = sweep.prepare([*GRID.split(), "--part", "2/3"]).folder
     assert folder.name.startswith("sweep-CartPole-v1-reinforce_to_go-part-2-of-3-")
-    found, drawn = write_part(folder / "p", "--part 2/3"), []
+    found, drawn = write_part(folder / "p", GRID, "--part 2/3"), []
     assert "part 2 of 3, of 6 points" in ranking.headline(found.config, found.search, "")
     monkeypatch.setattr(figures, "draw", lambda figure, points, title: drawn.append(points))
     ranking.draw(folder / "p", found.config, found.search, ranking.nothing_yet(2, 2))
@@ -186,9 +162,9 @@ def test_a_part_is_named_drawn_and_resumed_as_a_part(tmp_path, monkeypatch, caps
 
 def test_settings_of_many_digits_are_kept(tmp_path):
     many = GRID.replace(".9", "0.12345678901")
-    write_part(tmp_path / "whole", "", many)
+    write_part(tmp_path / "whole", many)
     assert prepared(f"{many} --resume-or-start", tmp_path / "whole").done
-    write_part(tmp_path / "p1", "--part 1/1", many)
+    write_part(tmp_path / "p1", many, "--part 1/1")
     main(joined(tmp_path, "p1"))
     points = record(tmp_path / "all")["points"]
     assert {p["hyperparameters"]["gamma"] for p in points} == {0.5, 0.12345679}
@@ -198,15 +174,15 @@ def test_settings_of_many_digits_are_kept(tmp_path):
 def places_of_parts(tmp_path_factory):
     place = tmp_path_factory.mktemp("parts")
     for i in (1, 2, 3):
-        write_part(place / f"p{i}", f"--part {i}/3")
-    write_part(place / "again", "--part 2/3")
-    write_part(place / "cut", "--part 2/3", complete=False)
-    write_part(place / "whole", "")
-    write_part(place / "quarter", "--part 2/4")
-    write_part(place / "other", "--part 2/3", GRID.replace(".9", ".99"))
-    write_part(place / "longer", "--part 2/3", GRID.replace("--updates 8", "--updates 16"))
+        write_part(place / f"p{i}", GRID, f"--part {i}/3")
+    write_part(place / "again", GRID, "--part 2/3")
+    write_part(place / "cut", GRID, "--part 2/3", complete=False)
+    write_part(place / "whole", GRID)
+    write_part(place / "quarter", GRID, "--part 2/4")
+    write_part(place / "other", GRID.replace(".9", ".99"), "--part 2/3")
+    write_part(place / "longer", GRID.replace("--updates 8", "--updates 16"), "--part 2/3")
     for i in (1, 12):
-        write_part(place / f"of12-{i}", f"--part {i}/12", f"{SMALL} --gamma 0:1:lin12")
+        write_part(place / f"of12-{i}", f"{SMALL} --gamma 0:1:lin12", f"--part {i}/12")
     (place / "nothing").mkdir()
     return place
 
@@ -263,14 +239,14 @@ DAMAGES = {
     "cannot read P/p/sweep.json: search is missing": edited(lambda x: x.pop("search")),
     "cannot read P/p/outcomes.npz": lambda folder: (folder / "outcomes.npz").unlink(),
     "outcomes.npz does not hold returns": resaved(returns=np.zeros((2, 2))),
-    "outcomes.npz does not hold points": resaved(points=np.zeros((6, 3))),
-    "cannot read P/p/outcomes.npz: not all its points have 8 updates": resaved(updates=np.full(6, 7)),
+    "does not hold points of P/p/sweep.json, float64(6, 2): it has": resaved(points=np.zeros((6, 3))),
+    "P/p/outcomes.npz does not hold the 8 updates of P/p/sweep.json": resaved(updates=np.full(6, 7)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("message", DAMAGES)
 def test_a_damaged_part_is_one_line(message, tmp_path, capsys):
-    write_part(tmp_path / "p", "--part 1/1")
+    write_part(tmp_path / "p", GRID, "--part 1/1")
     DAMAGES[message](tmp_path / "p")
     with pytest.raises(SystemExit) as exit_:
         main(joined(tmp_path, "p"))
@@ -281,7 +257,7 @@ def test_a_damaged_part_is_one_line(message, tmp_path, capsys):
 
 def test_parts_of_unlike_machines_are_said_and_recorded(tmp_path, capsys):
     for i in (1, 2):
-        write_part(tmp_path / f"p{i}", f"--part {i}/2")
+        write_part(tmp_path / f"p{i}", GRID, f"--part {i}/2")
     edited(lambda x: x["device"].update(kind="H100"))(tmp_path / "p2")
     main(joined(tmp_path, "p1", "p2"))
     said = "not all parts were computed with the same device kind (see sweep.json)"
@@ -290,7 +266,7 @@ def test_parts_of_unlike_machines_are_said_and_recorded(tmp_path, capsys):
 
 
 def test_a_join_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, capsys):
-    write_part(tmp_path / "p", "--part 1/1")
+    write_part(tmp_path / "p", GRID, "--part 1/1")
 
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
@@ -306,7 +282,7 @@ def test_a_join_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, cap
 
 
 def test_parts_that_all_diverged_are_joined_and_exit_with_1(tmp_path, monkeypatch, capsys):
-    write_part(tmp_path / "p", "--part 1/1", diverged=3)
+    write_part(tmp_path / "p", GRID, "--part 1/1", diverged=3)
 
     def left(status):
         raise SystemExit(status)
@@ -320,7 +296,7 @@ def test_parts_that_all_diverged_are_joined_and_exit_with_1(tmp_path, monkeypatc
 
 
 def test_a_joined_sweep_is_drawn_like_any_sweep(tmp_path, capsys):
-    write_part(tmp_path / "p", "--part 1/1")
+    write_part(tmp_path / "p", GRID, "--part 1/1")
     main(joined(tmp_path, "p"))
     assert (tmp_path / "all" / "figures" / "response.svg").is_file()
     with pytest.raises(SystemExit):

@@ -165,7 +165,7 @@ def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
 
 def write_json(path: Path, value: Any, exact: bool = False) -> None:
     """Writes strict JSON: NaN and the infinities become null. exact: keeps every digit of a float."""
-    text = json.dumps(value if exact else jsonable(value), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(jsonable(value, 17 if exact else 8), indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
@@ -259,15 +259,16 @@ def read_arrays(path: str | Path, names: Container[str]) -> dict[str, np.ndarray
 
 
 def read_arrays_like(
-    path: Path, wanted: dict[str, tuple[tuple[int, ...], np.dtype]]
+    path: Path, wanted: dict[str, tuple[tuple[int, ...], np.dtype]], owner: object
 ) -> dict[str, np.ndarray]:
-    """Reads the arrays of these shapes and types; another precision is converted. Raises ValueError."""
+    """Reads the arrays of these shapes and types, which `owner` asks for. Raises ValueError."""
     declared = declared_arrays(path)
     for name, (shape, dtype) in wanted.items():
+        # Another precision is converted to the expected one.
         found = declared.get(name)
         if found is None or (found.shape, found.dtype.kind) != (shape, dtype.kind):
             has = "lacks it" if found is None else f"has {found.dtype}{found.shape}"
-            raise ValueError(f"{path} does not hold {name} of this sweep, {dtype}{shape}: it {has}")
+            raise ValueError(f"{path} does not hold {name} of {owner}, {dtype}{shape}: it {has}")
     return read_arrays(path, wanted)
 
 
@@ -393,16 +394,16 @@ def revision() -> dict[str, Any] | None:
         return None
 
 
-def jsonable(value: Any) -> Any:
-    """Plain Python values; floats to the digits of float32, NaN and infinities as None."""
+def jsonable(value: Any, digits: int = 8) -> Any:
+    """Plain Python values; floats to the digits of float32 (17 keep all), NaN and infinities as None."""
     if isinstance(value, dict):
-        return {name: jsonable(each) for name, each in value.items()}
+        return {name: jsonable(each, digits) for name, each in value.items()}
     if isinstance(value, np.ndarray | np.generic):
-        return jsonable(value.tolist())
+        return jsonable(value.tolist(), digits)
     if isinstance(value, list | tuple):
-        return [jsonable(each) for each in value]
+        return [jsonable(each, digits) for each in value]
     if isinstance(value, float):
-        return float(f"{value:.8g}") if math.isfinite(value) else None
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     return value
 
 

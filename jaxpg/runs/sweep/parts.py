@@ -171,14 +171,12 @@ def _results(parts: list[Ran], config: Config, grid: Grid) -> tuple[list[Hyperpa
     like = {"points": np.empty((0, len(swept)))} | ranking.nothing_yet(0, config.seeds)._asdict()
     read = []
     for ran in parts:
-        path, size = ran.folder / OUTCOMES, len(range(ran.points)[places(ran.part, ran.points)])
-        arrays = read_arrays_like(
-            path, {name: ((size, *x.shape[1:]), x.dtype) for name, x in like.items()}
-        )
+        path, asked = ran.folder / OUTCOMES, ran.folder / SWEEP
+        size = len(range(ran.points)[places(ran.part, ran.points)])
+        wanted = {name: ((size, *x.shape[1:]), x.dtype) for name, x in like.items()}
+        arrays = read_arrays_like(path, wanted, asked)
         if not (arrays["updates"] == config.updates).all():
-            raise ValueError(
-                f"cannot read {path}: not all its points have {config.updates} updates"
-            )
+            raise ValueError(f"{path} does not hold the {config.updates} updates of {asked}")
         read.append(arrays)
     whole = {n: np.empty((parts[0].points, *x.shape[1:]), x.dtype) for n, x in like.items()}
     for ran, arrays in zip(parts, read, strict=True):

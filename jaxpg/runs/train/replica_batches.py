@@ -188,7 +188,7 @@ def read(
             wanted |= {
                 name: ((len(rows), *shape), dtype) for name, (shape, dtype) in leaves.items()
             }
-        arrays = read_arrays_like(path, wanted)
+        arrays = read_arrays_like(path, wanted, "this sweep")
     except ValueError as error:
         raise ValueError(f"{error}; remove it, to train its batch again") from error
     if not np.array_equal(arrays["rows"], rows):
