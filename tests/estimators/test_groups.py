@@ -23,6 +23,7 @@ from jaxpg.estimators import (
 )
 from jaxpg.lab import Source, gradient_statistics, gradient_trace
 from jaxpg.lab.exact import enumeration, grouped
+from jaxpg.lab.exact import episodes as episodes_of
 from jaxpg.policies import actor_critic, init_params, tabular
 from jaxpg.rollout import episodes_again
 from jaxpg.training.algorithm import GROUP_ROWS, algorithm
@@ -221,12 +222,88 @@ def test_exact_moments_are_those_of_all_groups(name, x64):
     np.testing.assert_allclose(found.covariance, listed.covariance, atol=1e-9)
 
 
+# Rows whose groups share a divisor, on two groups of two from starts of their own.
+PAIRED = {name: GROUP_ROWS[name](2).estimator for name in ("rloo", "grpo", "dapo", "cispo")} | {
+    "dropping": Estimator(
+        credit.total_return,
+        groups.grouped(baselines.batch_mean, 2),
+        surrogate=groups.dropping(surrogates.score, 2),
+    ),
+}
+
+
+def two_outcomes():
+    """Several starts, and returns that are often equal: some groups are dropped."""
+    mdp, logits = several_starts(3)
+    return mdp._replace(reward=(np.asarray(mdp.reward) > 0.2) * 1.0), logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAIRED)
+def test_exact_moments_of_several_groups_are_those_of_all_batches(name, x64):
+    mdp, logits = two_outcomes()
+    listed = enumeration.group_moments(mdp, logits, PAIRED[name], NUMBERS, 2, 2)
+    found = grouped.moments(mdp, logits, PAIRED[name], NUMBERS, 2, 2)
+    np.testing.assert_allclose(found.mean, listed.mean, atol=1e-9)
+    np.testing.assert_allclose(found.covariance, listed.covariance, atol=1e-9)
+    one = grouped.moments(mdp, logits, PAIRED[name], NUMBERS, 2)
+    alike = np.allclose(found.mean, one.mean) and np.allclose(2 * found.covariance, one.covariance)
+    assert alike == (name in ("rloo", "grpo")), "the others share a divisor"
+
+
+ROWS_OFF = ("grpo", "dr_grpo", "dapo", "cispo")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS_OFF)
+def test_on_a_stale_policy_s_data_too(name, x64):
+    mdp, logits = two_outcomes()
+    behaviour = logits + np.random.default_rng(5).normal(size=logits.shape)
+    row, numbers = GROUP_ROWS[name](2).estimator, NUMBERS._replace(gamma=0.9)
+    given = mdp, logits, row, numbers, 2, 2, behaviour
+    listed, found = enumeration.group_moments(*given), grouped.moments(*given)
+    np.testing.assert_allclose(found.mean, listed.mean, atol=1e-9)
+    np.testing.assert_allclose(found.covariance, listed.covariance, atol=1e-9)
+    assert not np.allclose(found.mean, grouped.moments(*given[:-1]).mean, rtol=1e-3)
+    with pytest.raises(ValueError, match="cover the surrogate sequence_clipped"):
+        grouped.moments(mdp, logits, GROUP_ROWS["gspo"](2).estimator, NUMBERS, 2, 1, behaviour)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stale", [False, True])
+@pytest.mark.parametrize("name", ["rloo", *ROWS_OFF])
+def test_the_causes_of_a_bias_add_up_to_it(name, stale, x64):
+    mdp, logits = two_outcomes()
+    behaviour = logits + np.random.default_rng(5).normal(size=logits.shape) if stale else None
+    row = GROUP_ROWS[name](2).estimator
+    found = grouped.causes(mdp, logits, row, NUMBERS, 2, 2, behaviour)
+    listed = enumeration.group_moments(mdp, logits, row, NUMBERS, 2, 2, behaviour)
+    truth = enumeration.moments(mdp, logits, Estimator(credit.total_return), NUMBERS).mean
+    np.testing.assert_allclose(sum(found.values()), listed.mean - truth, atol=1e-9)
+    acts = {
+        "stale_data": stale,
+        "own_sample": name not in ("rloo",),
+        "std": name in ("grpo", "dapo", "cispo"),
+        "length": name != "rloo",
+        "dropping": name == "dapo",
+        "clip": stale,
+    }
+    seen = {cause: bool(np.abs(change).max() > 1e-6) for cause, change in found.items()}
+    # rloo's surrogate is the score: on stale data it leaves out the ratios.
+    assert seen == acts
+    if not stale:
+        half = -truth / 2 if name != "rloo" else 0 * truth
+        np.testing.assert_allclose(found["own_sample"], half, atol=1e-9)
+
+
 @pytest.mark.slow
 def test_which_rows_follow_the_gradient_of_j(x64):
     mdp, logits = several_starts(horizon=3)
     truth = enumeration.moments(mdp, logits, Estimator(credit.total_return), NUMBERS).mean
     lengths = {
-        c.length for s in np.flatnonzero(mdp.initial) for c in grouped.classes(mdp, logits, s, 1.0)
+        c.length
+        for s in np.flatnonzero(mdp.initial)
+        for c in episodes_of.classes(mdp, logits, s, 1.0)
     }
     assert len(lengths) > 1, "or a mean over steps would have no bias"
 

@@ -317,7 +317,7 @@ def test_baselines_of_equal_variance_commit_differently():
 def test_groups_on_an_environment_without_tables_are_measured(monkeypatch):
     some = {"grpo": groups.group_estimators(2)["grpo"]}
     monkeypatch.setattr(groups, "group_estimators", lambda size: some)
-    settings = Settings(env="Pendulum-v1", quick=True, trajectories=2**8)
+    settings = Settings(env="Pendulum-v1", quick=True, trajectories=2**12)
     (row,) = groups._rows(groups._points(settings)[0], 2, settings)
     assert row["exact"] is None and row["quantity"] == groups.TRACE and row["low"] > 0
 
@@ -332,6 +332,37 @@ def test_what_biases_a_group_and_what_does_not():
     assert found["dr_grpo", "length_of_mean"] == pytest.approx(3 / 4 / 4), "over the longest length"
     assert found["length", "cosine"] < 0.96 < found["all_steps", "cosine"] < 1
     assert found["std", "cosine"] < 1 - 1e-5
+    # Longer answers differ more in length, so a mean over each turns the gradient further.
+    turned = []
+    for limit in (1, 3, 5):
+        point = groups._tokens(Settings(env="tokens"), groups.SIZES._replace(length=limit), 1.0)
+        moments = groups._moments(point, "grpo", groups.group_estimators(4)["grpo"], 4)
+        truth = exact.gradient(point.world.mdp, point.world.logits, 1.0)
+        turned.append(groups._quantities(moments, truth)["cosine"])
+    assert 1 > turned[0] > turned[1] + 0.02 > turned[2] + 0.04
+
+
+def test_the_causes_of_a_group_row_s_bias_are_its_bias():
+    point = groups._points(Settings(env="tokens", quick=True))[2]
+    assert groups.SKILLS[::2][2] == groups.SKILL == groups.SKILLS[4]
+    truth = exact.gradient(point.world.mdp, point.world.logits, 1.0)
+    rows = groups._cause_rows(point, 4)
+    for name in groups.ROWS:
+        mine = [r for r in rows if r["estimator"] == name and r["quantity"] == groups.ALONG]
+        mean = groups._moments(point, name, groups.group_estimators(4)[name], 4).mean
+        whole = (mean - truth) @ truth / (truth @ truth)
+        assert sum(r["exact"] for r in mine) == pytest.approx(whole, abs=1e-12)
+    found = {
+        (r["estimator"], r["cause"]): r["exact"] for r in rows if r["quantity"] == groups.ALONG
+    }
+    assert found["dr_grpo", "own_sample"] == pytest.approx(-1 / 4)
+    assert found["dapo", "dropping"] > 0.1 > found["grpo", "dropping"] == 0
+
+
+def test_groups_respect_the_number_of_trajectories():
+    settings = Settings(env="tokens", quick=True, trajectories=2**11)
+    with pytest.raises(ValueError, match="gives 32 independent samples; an interval needs 64"):
+        groups.group_study(settings, silent)
 
 
 def test_the_optimal_token_baseline_shrinks_and_turns_the_gradient_and_the_unbiased_one_does_not():
@@ -339,7 +370,7 @@ def test_the_optimal_token_baseline_shrinks_and_turns_the_gradient_and_the_unbia
     listed = {name: groups.group_estimators(2)[name] for name in groups.LISTED}
     found = {
         name: groups._quantities(
-            groups._moments(point, name, estimator, 2), 2,
+            groups._moments(point, name, estimator, 2),
             exact.gradient(point.world.mdp, point.world.logits, 1.0),
         )
         for name, estimator in listed.items()

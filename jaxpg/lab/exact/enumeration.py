@@ -82,43 +82,59 @@ def moments(
     """
     acting = logits if behaviour_logits is None else behaviour_logits
     tabulate(mdp, logits, acting)  # checks shapes and support
-    count = math.comb(count_trajectories(mdp) + batch_size - 1, batch_size)
-    if count > LIMIT:
-        raise ValueError(
-            f"there are {count} batches of {batch_size} trajectories, more than the {LIMIT} that can be "
-            f"listed; shorten the horizon={mdp.horizon} or the batch"
-        )
+    _check_count(count_trajectories(mdp), batch_size, mdp.horizon)
     listed = enumerate_trajectories(mdp, acting, critic, reference_logits)
     index, weight = _batches(listed.probability, batch_size)
-    gradients = _gradients(estimator, listed.trajectory, logits, hyperparams, index)
-    mean = weight @ gradients
-    centred = gradients - mean
-    return Moments(mean, (weight[:, None] * centred).T @ centred)
+    return _moments(_gradients(estimator, listed.trajectory, logits, hyperparams, index), weight)
 
 
 def group_moments(
-    mdp: Mdp, logits, estimator: Estimator, hyperparams: Hyperparams, group_size: int
+    mdp: Mdp,
+    logits,
+    estimator: Estimator,
+    hyperparams: Hyperparams,
+    group_size: int,
+    num_groups: int = 1,
+    behaviour_logits=None,
 ) -> Moments:
-    """Mean and covariance of the gradient of one group of G episodes from one start, over all groups.
+    """Mean and covariance of the gradient of M groups of G episodes from one start each, over all batches.
 
-    The start is drawn as the world's, and the episodes from it are independent. Raises ValueError as
-    `moments` does, for each start.
+    A group's start is drawn as the world's, and the episodes from it are independent. Raises ValueError as
+    `moments` does.
     """
+    acting = logits if behaviour_logits is None else behaviour_logits
     initial = np.asarray(mdp.initial, np.float64)
-    parts = []
+    parts, rows, weights, first = [], [], [], 0
     for state in np.flatnonzero(initial):
         start = mdp._replace(initial=np.eye(len(initial))[state])
-        found = moments(start, logits, estimator, hyperparams, batch_size=group_size)
-        parts.append((initial[state], found))
-    return over_starts(parts)
+        listed = enumerate_trajectories(start, acting)
+        _check_count(len(listed.probability), group_size, mdp.horizon)
+        index, weight = _batches(listed.probability, group_size)
+        parts.append(listed.trajectory)
+        rows.append(first + index)
+        weights.append(initial[state] * weight)
+        first += len(listed.probability)
+    trajectory = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
+    groups, probability = np.concatenate(rows), np.concatenate(weights)
+    _check_count(len(groups), num_groups, mdp.horizon)
+    index, weight = _batches(probability, num_groups)
+    index = groups[index].reshape(len(index), -1)
+    return _moments(_gradients(estimator, trajectory, logits, hyperparams, index), weight)
 
 
-def over_starts(parts: list[tuple[float, Moments]]) -> Moments:
-    """The moments over starts with these probabilities, from those of each (law of total covariance)."""
-    mean = np.sum([p * found.mean for p, found in parts], axis=0)
-    squares = [p * (found.covariance + np.outer(found.mean, found.mean)) for p, found in parts]
-    second = np.sum(squares, axis=0)
-    return Moments(mean, second - np.outer(mean, mean))
+def _check_count(number, size, horizon):
+    count = math.comb(number + size - 1, size)
+    if count > LIMIT:
+        raise ValueError(
+            f"there are {count} batches of {size} trajectories, more than the {LIMIT} that can be "
+            f"listed; shorten the horizon={horizon} or the batch"
+        )
+
+
+def _moments(gradients, weight) -> Moments:
+    mean = weight @ gradients
+    centred = gradients - mean
+    return Moments(mean, (weight[:, None] * centred).T @ centred)
 
 
 def _zeros(mdp):
