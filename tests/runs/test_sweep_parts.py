@@ -241,6 +241,7 @@ DAMAGES = {
     "outcomes.npz does not hold returns": resaved(returns=np.zeros((2, 2))),
     "does not hold points of P/p/sweep.json, float64(6, 2): it has": resaved(points=np.zeros((6, 3))),
     "P/p/outcomes.npz does not hold the 8 updates of P/p/sweep.json": resaved(updates=np.full(6, 7)),
+    "does not hold the 8 updates of P/p/sweep.json": resaved(diverged=np.full((6, 2), 9)),
 }  # fmt: skip
 
 

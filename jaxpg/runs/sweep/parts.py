@@ -175,7 +175,9 @@ def _results(parts: list[Ran], config: Config, grid: Grid) -> tuple[list[Hyperpa
         size = len(range(ran.points)[places(ran.part, ran.points)])
         wanted = {name: ((size, *x.shape[1:]), x.dtype) for name, x in like.items()}
         arrays = read_arrays_like(path, wanted, asked)
-        if not (arrays["updates"] == config.updates).all():
+        ends = arrays["updates"] == config.updates
+        within = (arrays["diverged"] >= 0) & (arrays["diverged"] <= config.updates)
+        if not (ends.all() and within.all()):
             raise ValueError(f"{path} does not hold the {config.updates} updates of {asked}")
         read.append(arrays)
     whole = {n: np.empty((parts[0].points, *x.shape[1:]), x.dtype) for n, x in like.items()}
