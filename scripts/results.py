@@ -82,7 +82,9 @@ CASES = {
 
 # A few seeds, because a CPU should take minutes for each; `untrained` is what they are compared with.
 MINATAR = {
-    f"minatar-{game.lower()}": Case(f"{game}-MinAtar --network cnn", None, 1, None, 4, True)
+    f"minatar-{game.lower()}": Case(
+        f"{game}-MinAtar --network cnn --hidden 64 --updates 40", None, 1, None, 4, True
+    )
     for game in ("Asterix", "Breakout", "Freeway", "SpaceInvaders")
 }
 LONG = 10_000_000  # steps of an agent
