@@ -10,6 +10,7 @@
 True
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -206,7 +207,8 @@ def _check(env, agent, algorithm, num_envs, num_steps) -> str:
     for name in ("num_minibatches", "critic_minibatches"):
         parts = getattr(algorithm, name)
         if num_lanes % parts and data.gathers:
-            near = sorted({max(num_lanes // parts, 1) * parts, (num_lanes // parts + 1) * parts})
+            both = math.lcm(parts, size)
+            near = sorted({max(num_lanes // both, 1) * both, (num_lanes // both + 1) * both})
             raise ValueError(
                 f"{unit}={num_lanes} is not a multiple of {name}={parts}; "
                 f"use {' or '.join(map(str, near))}"

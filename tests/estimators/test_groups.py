@@ -375,6 +375,10 @@ def test_group_rows_learn_a_bandit(name):
     ("change", "message"),
     [
         (lambda: make(num_envs=10), r"num_envs=10 is not a multiple of group_size=4; use 8"),
+        (
+            lambda: make(GROUP_ROWS["grpo"](4)._replace(num_minibatches=3)),
+            r"num_envs=8 is not a multiple of num_minibatches=3; use 12$",
+        ),
         (lambda: GROUP_ROWS["rloo"](1), r"group_size=1 must be at least 2"),
         (lambda: GROUP_ROWS["grpo"](1), r"group_size=1 must be at least 2"),
         (lambda: make(algorithm("ppo", 4)), r"group_size=4 needs whole episodes .* not stream"),

@@ -434,3 +434,15 @@ def test_without_tables_samplers_are_measured(monkeypatch):
     assert table["sampler"] == ["older"] * 3 + ["bf16"] * 3
     shares = [x for x, q in zip(table["measured"], table["quantity"], strict=True) if "share" in q]
     assert 0.8 < shares[0] < 0.97 < 0.99 < shares[1] < 1 + 1e-6
+
+
+@pytest.mark.slow
+def test_where_groups_are_too_many_to_sum_they_are_measured(monkeypatch):
+    some = {name: groups.group_estimators(2)[name] for name in ("rloo", "optimal_token")}
+    monkeypatch.setattr(groups, "group_estimators", lambda size: some)
+    monkeypatch.setattr(groups, "MOST", 10)
+    (point,) = groups._points(Settings(env="T"))
+    rows = groups._rows(point, 2, Settings(env="T", trajectories=2**12))
+    assert {row["estimator"] for row in rows} == {"rloo"}, "the other only where it is asked for"
+    assert all(row["exact"] is None and row["low"] <= row["high"] for row in rows)
+    assert groups._cause_rows(point, 2) == []

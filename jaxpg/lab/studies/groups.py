@@ -35,7 +35,7 @@ SKILL = 1.0  # where the longest answer varies
 EPISODES = 64  # of the batch that all are compared at
 CHECKED = ("grpo", "dapo", "optimal_token")  # measured too where all are exact
 LISTED = ("optimal_token", "optimal_per_time")  # exact where all groups can be listed
-MOST = 100_000  # groups that are listed
+MOST = 100_000  # groups that are listed, or classes of them
 # dr_grpo and own_sample differ from rloo by a factor, and all_steps is nearly dapo.
 DRAWN = ("rloo", "grpo", "dapo", "no_baseline", "std", "length")
 TRACE, COSINE, SCALE = "noise_to_signal", "cosine", "length_of_mean"
@@ -104,14 +104,10 @@ def group_study(settings: Settings, progress: Progress) -> Result:
         }
         for name in group_estimators(2)
     }
-    summary |= {
-        f"{name} causes": {
-            row["cause"]: row["exact"]
-            for row in where(rows, estimator=name, quantity=ALONG, group_size=sizes[-1])
-        }
-        for name in ROWS
-        if middle.laws
-    }
+    for name in ROWS:
+        found = where(rows, estimator=name, quantity=ALONG, group_size=sizes[-1])
+        if found:
+            summary[f"{name} causes"] = {row["cause"]: row["exact"] for row in found}
     return Result(tidy(rows), summary, lambda figure: _draw(figure, rows, sizes[-1]))
 
 
@@ -142,7 +138,7 @@ def _rows(
         common = _common(point, name, size)
         known = _moments(point, name, estimator, size)
         exactly = {} if known is None else _quantities(known, truth)
-        measures = name in measured or not point.laws
+        measures = name in measured or (known is None and not _listed(point, name))
         seen = _measured(world, estimator, size, settings, truth) if measures else {}
         for quantity in (TRACE, COSINE, SCALE):
             if quantity in exactly or quantity in seen:
@@ -161,7 +157,7 @@ def _common(point: Point, name: str, size: int) -> dict[str, Any]:
 
 def _cause_rows(point: Point, size: int) -> list[dict[str, Any]]:
     """What each part of a row changes in the mean of a batch, on the policy's own data."""
-    if not point.laws:
+    if not _summable(point, size):
         return []
     world, rows = point.world, []
     truth = exact.gradient(world.mdp, world.logits, world.gamma)
@@ -176,12 +172,22 @@ def _cause_rows(point: Point, size: int) -> list[dict[str, Any]]:
     return rows
 
 
+def _listed(point: Point, name: str) -> bool:
+    return name in LISTED and bool(point.laws)
+
+
+def _summable(point: Point, size: int) -> bool:
+    """Whether the groups are few enough to sum over, by their returns and lengths."""
+    classes = max((len(found) for _, found in point.laws), default=0)
+    return bool(point.laws) and math.comb(classes + size - 1, size) <= MOST
+
+
 def _moments(point: Point, name: str, estimator: Estimator, size: int) -> Moments | None:
     """The moments of a batch of EPISODES."""
     world, count = point.world, EPISODES // size
-    if not point.laws:
-        return None
-    if name not in LISTED:
+    if not _listed(point, name):
+        if not _summable(point, size):
+            return None
         return grouped.moments_of([point.laws], estimator, size, world.env.horizon, count)
     if math.comb(enumeration.count_trajectories(world.mdp) + size - 1, size) > MOST:
         return None
