@@ -11,9 +11,10 @@ from jaxpg.lab import exact
 from jaxpg.lab.exact import enumeration, grouped
 from jaxpg.lab.exact.episodes import Laws, laws
 from jaxpg.lab.exact.tables import Moments
-from jaxpg.lab.measure.samples import Source
+from jaxpg.lab.measure.samples import Source, trajectory_bytes
 from jaxpg.lab.measure.statistics import gradient_statistics
 from jaxpg.lab.studies.rows import draw_exact, draw_measured, where
+from jaxpg.lab.studies.sampling import check_episodes
 from jaxpg.lab.studies.study import (
     Experiment,
     Progress,
@@ -26,6 +27,7 @@ from jaxpg.lab.studies.study import (
 )
 from jaxpg.lab.worlds.world import World, tabular_world
 from jaxpg.stats.figures import COLOURS, caption, label, panels
+from jaxpg.stats.moments import GROUPS
 from jaxpg.training.algorithm import GROUP_ROWS
 
 TOKENS, SIZES = "tokens", Tokens(3, 3, 3)
@@ -211,6 +213,8 @@ def _measured(world, estimator, size, settings, truth) -> dict[str, dict[str, An
         world.env, world.policy, estimator, world.params, key_of(settings), world.hyperparams,
         group_size=size,
     )  # fmt: skip
+    # Like the other experiments, so that a number too large is told at once.
+    check_episodes(trajectory_bytes(source, 2) / GROUPS, settings.trajectories)
     count = settings.trajectories // EPISODES * EPISODES
     found = gradient_statistics(source, count, reference=truth, batch_size=EPISODES)
     cost = {"trajectories": count, "env_steps": found.num_steps}
