@@ -16,6 +16,10 @@ from jaxpg.devices import backend
 # as long.
 SIDE_BY_SIDE = 4
 
+# Lanes side by side that share their keys, are shuffled among themselves and stay on one device: as many on
+# every machine, so that draws and minibatches are the same on all of them.
+LANES = 64
+
 
 def divisor(total: int, most: int) -> int:
     """The largest divisor of total that is at most `most`."""
@@ -26,6 +30,15 @@ def fair_divisor(total: int, wanted: int) -> int:
     """The largest divisor of total up to `wanted`; total itself if that is below a quarter of `wanted`."""
     size = divisor(total, wanted)
     return size if 4 * size >= min(wanted, total) else total
+
+
+def lane_block(num_lanes: int, group_size: int = 1) -> int:
+    """How many lanes make a block: whole groups, and a divisor of num_lanes.
+
+    >>> lane_block(4096), lane_block(100), lane_block(16), lane_block(240, group_size=6)
+    (64, 50, 16, 60)
+    """
+    return group_size * fair_divisor(num_lanes // group_size, max(LANES // group_size, 1))
 
 
 @jax.custom_batching.custom_vmap

@@ -4,14 +4,17 @@ import os
 import pkgutil
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+# Mesh axis over the devices that the lanes of one agent are split over.
+SHARDS = "environments"
 # Mesh axis over the two devices on which `concurrently` runs its two functions.
 PAIR = "pair"
 # What a GPU launches as one graph: all that jaxlib puts there by itself and loops, which the host would drive
@@ -30,6 +33,7 @@ MEMORY = (
     *("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_ALLOCATOR"),
 )
 
+_whole: list[None] = []  # one for each `undivided` around what is traced
 _told: list[str] = []  # what `built_for` says, innermost last
 
 
@@ -134,6 +138,138 @@ def launch_options() -> dict[str, Any]:
     return _graphs() | given
 
 
+def shards() -> int:
+    """How many devices the lanes of one agent are split over, in a function that is traced for each of them.
+
+    >>> shards(), jax.vmap(lambda x: x * shards(), axis_name=SHARDS)(jnp.ones(3)).tolist()
+    (1, [3.0, 3.0, 3.0])
+    """
+    if _whole:
+        return 1
+    try:
+        return jax.lax.axis_size(SHARDS)
+    except NameError:
+        return 1
+
+
+@contextmanager
+def undivided() -> Iterator[None]:
+    """Trace what each device does by itself, though lanes around it are split: sums stay its own."""
+    _whole.append(None)
+    try:
+        yield
+    finally:
+        _whole.pop()
+
+
+def first_of(count: int) -> jax.Array | int:
+    """The number, among those of all devices, of the first of this device's `count` lanes or blocks."""
+    return jax.lax.axis_index(SHARDS) * count if shards() > 1 else 0
+
+
+def across(tree: Any) -> Any:
+    """Sums over the devices that lanes are split over, in one message per dtype; the tree itself on one.
+
+    >>> jax.vmap(across, axis_name=SHARDS)(jnp.arange(3)).tolist()
+    [3, 3, 3]
+    """
+    return _summed(tree, SHARDS) if shards() > 1 else tree
+
+
+def split_over(trainer: Any, count: int | None = None) -> Any:
+    """The trainer with the environments of each agent split over devices, by default all.
+
+    trainer: as `make_trainer` builds it. Draws, minibatches and groups are those of one device, exactly, and
+    all else is to rounding; an optimizer step costs one message for each network. Raises ValueError where an
+    agent cannot be split so.
+
+    >>> row = jaxpg.algorithms.algorithm("ppo")
+    >>> env = jaxpg.envs.make_env("CartPole-v1")
+    >>> trainer = jaxpg.make_trainer(env, jaxpg.policies.actor_critic(env), row, num_envs=4096)
+    >>> split = split_over(trainer, 1)  # or 8, or leave it out
+    >>> jax.eval_shape(split.init, jax.random.key(0)).data.obs.shape
+    (4096, 4)
+    """
+    count = len(jax.devices()) if count is None else count
+    check_split(trainer, count)
+    mesh = jax.make_mesh((count,), (SHARDS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
+    specs, same = lane_specs(trainer.init, mesh), PartitionSpec()
+    on = partial(jax.shard_map, mesh=mesh, check_vma=False)
+    update = on(trainer.update, in_specs=(specs, same), out_specs=(specs, same))
+    return trainer._replace(
+        init=on(trainer.init, in_specs=same, out_specs=specs),
+        update=lambda state, hyperparams, demonstrations=None: update(state, hyperparams),
+    )
+
+
+def lane_specs(init: Callable, mesh: Any) -> Any:
+    """Where the lanes of a trainer's state are: for each array its axis that is split over the mesh's SHARDS."""
+    key, same = jax.eval_shape(lambda: jax.random.key(0)), PartitionSpec()
+
+    def one(key):
+        return jax.tree.map(lambda x: x[None], init(key))
+
+    mesh = AbstractMesh((mesh.shape[SHARDS],), (SHARDS,))
+    of_all = {"mesh": mesh, "in_specs": same, "out_specs": PartitionSpec(SHARDS), "check_vma": False}
+    parts = jax.eval_shape(jax.shard_map(one, **of_all), key)
+
+    def spec(whole, part):
+        split = [n != own for n, own in zip(whole.shape, part.shape[1:], strict=True)]
+        return PartitionSpec(*(SHARDS if each else None for each in split))
+
+    return jax.tree.map(spec, jax.eval_shape(init, key), parts)
+
+
+def check_split(trainer: Any, count: int) -> None:
+    """Raises ValueError unless the environments of each agent can be split over `count` devices."""
+    if not 1 <= count <= len(jax.devices()):
+        raise ValueError(
+            f"devices={count}, but there are {len(jax.devices())}; use 1 to {len(jax.devices())}"
+        )
+    if count > 1 and trainer.undivided:
+        raise ValueError(
+            f"the environments of one agent cannot be split over {count} devices: {trainer.undivided}; "
+            "split its seeds, with --shard replicas"
+        )
+    if trainer.blocks % count:
+        raise ValueError(
+            f"{trainer.blocks} blocks of environments cannot be split evenly over {count} devices; use "
+            f"{' or '.join(str(n) for n in range(2, count) if trainer.blocks % n == 0) or 1} devices, or a "
+            f"multiple of {64 * count} environments"
+        )
+
+
+def largest(x: jax.Array) -> jax.Array:
+    """The largest over the devices that lanes are split over."""
+    return jax.lax.pmax(x, SHARDS) if shards() > 1 else x
+
+
+def mean_across(tree: Any, weight: Any, sums: Any = ()) -> tuple[Any, Any]:
+    """Return the weighted mean over devices of a tree of floats, and sums over them, in one message.
+
+    >>> jax.vmap(lambda x: mean_across(x, x)[0], axis_name=SHARDS)(jnp.array([1.0, 3.0])).tolist()
+    [2.5, 2.5]
+    """
+    if shards() == 1:
+        return tree, sums
+    dtype = jnp.result_type(*jax.tree.leaves(tree))
+    weight = jnp.asarray(weight, dtype)
+    total, sums, weight = across((jax.tree.map(lambda x: weight * x, tree), sums, weight))
+    return jax.tree.map(lambda x: x / jnp.where(weight > 0, weight, 1), total), sums
+
+
+def _summed(tree: Any, axis: str) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    for dtype in dict.fromkeys(x.dtype for x in leaves):  # the same order in every process
+        places = [i for i, x in enumerate(leaves) if x.dtype == dtype]
+        flat = jnp.concatenate([leaves[i].ravel() for i in places])
+        flat = jax.lax.psum(flat, axis).astype(dtype)
+        ends = np.cumsum([leaves[i].size for i in places])
+        for i, part in zip(places, jnp.split(flat, ends[:-1]), strict=True):
+            leaves[i] = part.reshape(leaves[i].shape)
+    return jax.tree.unflatten(structure, leaves)
+
+
 def concurrently(one: Callable, other: Callable, *arguments: Any) -> tuple[Any, Any]:
     """Return one(*arguments), other(*arguments); over a mesh with the axis PAIR, each on its own device.
 
@@ -152,16 +288,7 @@ def concurrently(one: Callable, other: Callable, *arguments: Any) -> tuple[Any, 
         lambda: (one(*arguments), nothing[1]),
         lambda: (nothing[0], other(*arguments)),
     )
-    leaves, tree = jax.tree.flatten(found)
-    # Each device holds zeros for the other's results, so a sum shares them; one per dtype saves messages.
-    for dtype in dict.fromkeys(x.dtype for x in leaves):  # the same order in every process
-        places = [i for i, x in enumerate(leaves) if x.dtype == dtype]
-        flat = jnp.concatenate([leaves[i].ravel() for i in places])
-        flat = jax.lax.psum(flat, PAIR).astype(dtype)
-        ends = np.cumsum([leaves[i].size for i in places])
-        for i, part in zip(places, jnp.split(flat, ends[:-1]), strict=True):
-            leaves[i] = part.reshape(leaves[i].shape)
-    return jax.tree.unflatten(tree, leaves)
+    return _summed(found, PAIR)  # each device holds zeros for the other's results
 
 
 def on_two_devices(function: Callable) -> Callable:

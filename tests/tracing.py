@@ -7,7 +7,7 @@ from jaxpg import Trainer, train
 
 def traced_once(trainer: Trainer) -> Trainer:
     """The same trainer, whose init is one program and whose update is traced once for all programs."""
-    return Trainer(jax.jit(trainer.init), jax.jit(trainer.update))
+    return trainer._replace(init=jax.jit(trainer.init), update=jax.jit(trainer.update))
 
 
 def trained(trainer: Trainer, hyperparams, num_updates: int, seeds: int | None = None):

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpg.devices import across, shards
 from jaxpg.estimators.slot import Slot, facts_of, slot
 from jaxpg.types import Array, Hyperparams, Trajectory
 
@@ -82,7 +83,7 @@ def _tabulated(table, psi, scores, trajectory, hyperparams):
     return jnp.asarray(table, psi.dtype)[step, trajectory.obs]
 
 
-@slot(couples=True, min_lanes=2)
+@slot(couples=True, splits=True, min_lanes=2)
 def batch_mean(
     psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
@@ -92,10 +93,10 @@ def batch_mean(
     times that of leave_one_out, sample by sample.
     """
     del scores, trajectory, hyperparams
-    return jnp.broadcast_to(psi.mean(axis=1, keepdims=True), psi.shape)
+    return jnp.broadcast_to(_total(psi) / _lanes(psi), psi.shape)
 
 
-@slot(couples=True, min_lanes=2)
+@slot(couples=True, splits=True, min_lanes=2)
 def leave_one_out(
     psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
@@ -106,10 +107,10 @@ def leave_one_out(
     """
     del scores, trajectory, hyperparams
     _check_others(psi, "leave_one_out")
-    return (psi.sum(axis=1, keepdims=True) - psi) / (psi.shape[1] - 1)
+    return (_total(psi) - psi) / (_lanes(psi) - 1)
 
 
-@slot(couples=True, min_lanes=2)
+@slot(couples=True, splits=True, min_lanes=2)
 def time_mean(
     psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
@@ -122,11 +123,11 @@ def time_mean(
     _check_others(psi, "time_mean")
     running = trajectory.mask.astype(psi.dtype)
     alive = jnp.where(trajectory.mask, psi, 0.0)
-    others = running.sum(axis=1, keepdims=True) - running
-    return (alive.sum(axis=1, keepdims=True) - alive) / jnp.maximum(others, 1.0)
+    total, count = _total((alive, running))
+    return (total - alive) / jnp.maximum(count - running, 1.0)
 
 
-@slot(couples=True, min_lanes=2)
+@slot(couples=True, splits=True, min_lanes=2)
 def weighted_mean(
     psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
@@ -137,8 +138,8 @@ def weighted_mean(
     Its bias is O(1/N), like that objective's.
     """
     del trajectory, hyperparams
-    total = (scores.step * psi).sum(axis=1, keepdims=True)
-    return jnp.broadcast_to(total / scores.step.sum(axis=1, keepdims=True), psi.shape)
+    total, weight = _total((scores.step * psi, scores.step))
+    return jnp.broadcast_to(total / weight, psi.shape)
 
 
 def regularised(baseline: Baseline) -> Baseline:
@@ -153,7 +154,7 @@ def _regularised(baseline, psi, scores, trajectory, hyperparams):
     return baseline(psi, scores, trajectory, hyperparams) - hyperparams.normaliser_coef
 
 
-@slot(couples=True, min_lanes=2)
+@slot(couples=True, splits=True, min_lanes=2)
 def optimal_constant(
     psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
@@ -172,7 +173,7 @@ def optimal_constant(
     return jnp.broadcast_to(_ratio_of_others(numerator, denominator), psi.shape)
 
 
-@slot(couples=True, min_lanes=2)
+@slot(couples=True, splits=True, min_lanes=2)
 def optimal_per_time(
     psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
@@ -215,14 +216,24 @@ def critic(psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hype
     return trajectory.value
 
 
+def _lanes(psi):
+    return psi.shape[1] * shards()
+
+
+def _total(tree):
+    """Sums over the lanes, on whichever device they are: [T, 1] each."""
+    return across(jax.tree.map(lambda x: x.sum(axis=1, keepdims=True), tree))
+
+
 def _check_others(psi, name):
-    if psi.shape[1] < 2:
+    if _lanes(psi) < 2:
         raise ValueError(
-            f"{name} compares each episode with the others: num_envs={psi.shape[1]} must be at least 2"
+            f"{name} compares each episode with the others: num_envs={_lanes(psi)} must be at least 2"
         )
 
 
 def _ratio_of_others(numerator, denominator):
-    numerator, denominator = (x.sum(axis=1, keepdims=True) - x for x in (numerator, denominator))
+    both = numerator, denominator
+    numerator, denominator = jax.tree.map(jnp.subtract, _total(both), both)
     positive = denominator > 0.0
     return jnp.where(positive, numerator / jnp.where(positive, denominator, 1.0), 0.0)

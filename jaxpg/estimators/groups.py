@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpg.devices import across, largest, mean_across, shards, undivided
 from jaxpg.estimators.baselines import Baseline
 from jaxpg.estimators.slot import Rescale, Slot, describe, facts_of
 from jaxpg.types import Array
@@ -48,7 +49,8 @@ def _grouped(baseline, group_size, psi, scores, trajectory, hyperparams):
         return baseline(psi, scores._replace(step=step), trajectory, hyperparams)
 
     parts = jax.tree.map(partial(_split, group_size), (psi, scores.step, trajectory))
-    return _joined(jax.vmap(within, 1, 1)(*parts))
+    with undivided():  # a group is on one device
+        return _joined(jax.vmap(within, 1, 1)(*parts))
 
 
 def _split(group_size, x):
@@ -101,6 +103,7 @@ def _scaled(name: str, scale: Rescale, group_size: int, surrogate, *arguments) -
 
     facts = facts._replace(
         couples=True,
+        splits=True,
         min_lanes=max(facts.min_lanes, group_size, 2),
         group_size=max(facts.group_size, group_size),
         whole_episodes=True,
@@ -122,13 +125,16 @@ def _inside(count, surrogate, *inputs):
 
 def _group_scale(group_size, advantage, resolution, mask):
     parts = (_split(group_size, x) for x in (advantage, resolution, mask))
-    return _joined(jax.vmap(_batch_scale, 1, 1)(*parts))
+    with undivided():
+        return _joined(jax.vmap(_batch_scale, 1, 1)(*parts))
 
 
 def _batch_scale(advantage, resolution, mask):
     del mask
-    returns, rounding = advantage[0], jnp.abs(resolution[0]).max()
-    spread = jnp.std(returns)
+    returns, rounding = advantage[0], largest(jnp.abs(resolution[0]).max())
+    count = returns.size * shards()
+    mean = across(returns.sum()) / count
+    spread = jnp.sqrt(across(((returns - mean) ** 2).sum()) / count)
     resolved = spread > rounding
     return jnp.where(resolved, advantage / jnp.where(resolved, spread, 1.0), 0.0)
 
@@ -137,7 +143,8 @@ def _drop(per_step, group_size, advantage, resolution, mask):
     silent = _silent(group_size, advantage, resolution)
     kept = jnp.repeat(~silent, group_size)[None] & jnp.ones_like(mask)
     counts = mask if per_step else jnp.ones_like(mask)
-    share = (counts & kept).sum() / counts.sum()
+    left, count = across(((counts & kept).sum(), counts.sum()))
+    share = left / count
     return jnp.where(kept, advantage / jnp.where(share > 0, share, 1.0), 0.0)
 
 
@@ -149,4 +156,5 @@ def _silent(group_size, advantage, resolution):
 
 def silent_share(group_size: int, advantage: Array, resolution: Array) -> Array:
     """The share of groups without any gradient, such as those whose returns are all equal."""
-    return _silent(group_size, advantage, resolution).mean(dtype=advantage.dtype)
+    silent = _silent(group_size, advantage, resolution)
+    return mean_across(silent.mean(dtype=advantage.dtype), 1.0)[0]

@@ -30,6 +30,8 @@ class Facts(NamedTuple):
     corrects: bool = True  # correct for data that another policy gathered
     linear: bool = False  # of a reduction: linear in the gain, so it may be taken in parts
     ignores_lanes: bool = False  # of a reduction: does not depend on which lane a step is in
+    averages: str = ""  # of a linear reduction: what it is the mean over, "steps" or "lanes"
+    splits: bool = False  # though it couples lanes: it sums over those of all devices
     by_lane: bool = False  # of a surrogate: a step's gain depends on the other steps of its lane
     rescale: Rescale | None = None  # of a wrapped surrogate: applied to a (mini)batch's advantages
     scale: Rescale | None = None  # likewise, but once, to those of the whole batch

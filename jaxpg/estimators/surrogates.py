@@ -27,6 +27,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxpg.devices import across
 from jaxpg.estimators.slot import Slot, facts_of, slot
 from jaxpg.types import Array, Hyperparams, Trajectory
 
@@ -121,7 +122,7 @@ def standardised(surrogate: Surrogate) -> Slot:
     Biased, and relative to the batch's scale, so step sizes are alike across tasks. Advantages that are
     equal up to rounding become 0. A minibatch needs at least two steps, or its gradient is always 0.
     """
-    facts = facts_of(surrogate)._replace(couples=True, rescale=_unit_scale)
+    facts = facts_of(surrogate)._replace(couples=True, splits=True, rescale=_unit_scale)
     return Slot(_standardised, "standardised", (surrogate,), facts)
 
 
@@ -131,23 +132,28 @@ def _standardised(surrogate, log_prob, advantage, trajectory, hyperparams):
 
 
 def _unit_scale(advantage, resolution, mask):
-    mean = per_step(advantage, mask)
+    def totals(*values):
+        return across(tuple(jnp.where(mask, x, 0.0).sum() for x in values))
+
+    total, rounding, count = totals(advantage, resolution**2, jnp.ones_like(advantage))
+    count = jnp.maximum(count, 1)
+    mean = total / count
     centred = advantage - mean
-    spread = jnp.sqrt(per_step(centred**2, mask))
+    spread = jnp.sqrt(totals(centred**2)[0] / count)
     # The rounding in the advantages themselves, and that of subtracting their mean.
-    rounding = jnp.sqrt(per_step(resolution**2, mask))
+    rounding = jnp.sqrt(rounding / count)
     rounding = rounding + 4 * jnp.finfo(advantage.dtype).eps * jnp.abs(mean)
     resolved = spread > rounding
     return jnp.where(resolved, centred / jnp.where(resolved, spread, 1.0), 0.0)
 
 
-@slot(linear=True, whole_episodes=True)
+@slot(linear=True, averages="lanes", whole_episodes=True)
 def per_episode(gain: Array, mask: Array) -> Array:
     """Sum over steps, mean over the B episodes: the gradient is that of J."""
     return jnp.where(mask, gain, 0.0).sum() / mask.shape[1]
 
 
-@slot(linear=True, whole_episodes=True)
+@slot(linear=True, averages="lanes", whole_episodes=True)
 def per_length(gain: Array, mask: Array) -> Array:
     """Mean over the steps of each episode, then over the B episodes (Shao et al., 2024).
 
@@ -157,7 +163,7 @@ def per_length(gain: Array, mask: Array) -> Array:
     return total.sum() / mask.shape[1]
 
 
-@slot(linear=True, whole_episodes=True)
+@slot(linear=True, averages="lanes", whole_episodes=True)
 def per_row(gain: Array, mask: Array) -> Array:
     """Sum over steps, divided by the B episodes and the T rows of the batch, a constant (Liu et al., 2025).
 
@@ -166,7 +172,7 @@ def per_row(gain: Array, mask: Array) -> Array:
     return jnp.where(mask, gain, 0.0).sum() / mask.size
 
 
-@slot(linear=True, ignores_lanes=True, couples=True)
+@slot(linear=True, averages="steps", ignores_lanes=True, couples=True)
 def per_step(gain: Array, mask: Array) -> Array:
     """Mean over the steps that count, as PPO usually takes it: long episodes weigh more."""
     return jnp.where(mask, gain, 0.0).sum() / jnp.maximum(mask.sum(), 1)

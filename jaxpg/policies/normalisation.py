@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpg.devices import across
 from jaxpg.envs import Box, Space
 from jaxpg.envs.spaces import encoded_size
 from jaxpg.policies.networks import Network
@@ -75,12 +76,11 @@ def merged(statistics: Statistics, rows: Array, mask: Array) -> Statistics:
     """
     seen, mean, squares = statistics
     keep = mask[:, None]
-    new = mask.sum().astype(seen.dtype)
-    total = jnp.maximum(seen + new, 1.0)
     deviation = jnp.where(keep, rows - mean[None], 0.0)
-    shift = deviation.sum(axis=0) / jnp.maximum(new, 1.0)
+    new, shift = across((mask.sum().astype(seen.dtype), deviation.sum(axis=0)))
+    total, shift = jnp.maximum(seen + new, 1.0), shift / jnp.maximum(new, 1.0)
     within = jnp.where(keep, deviation - shift[None], 0.0) ** 2
     between = shift**2 * seen * (new / total)
     return Statistics(
-        seen + new, mean + shift * (new / total), squares + within.sum(axis=0) + between
+        seen + new, mean + shift * (new / total), squares + across(within.sum(axis=0)) + between
     )

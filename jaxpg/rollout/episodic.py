@@ -1,4 +1,4 @@
-"""Whole episodes from reset, in groups with a key each."""
+"""Whole episodes from reset, in blocks of lanes with a key each."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,21 +7,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpg.batching import any_replica, fair_divisor
-from jaxpg.devices import backend
+from jaxpg.batching import any_replica, fair_divisor, lane_block
+from jaxpg.devices import backend, shards
 from jaxpg.envs import Env
 from jaxpg.policies import Agent, AgentParams, check_params, critic_of, initial_carry
 from jaxpg.rollout.packing import pack, unpack
 from jaxpg.rollout.stepping import (
     EpisodeSums,
     act,
+    block_keys,
     check_sizes,
+    inputs_of,
     kept,
     lane_keys,
-    lanes_together,
-    noise_function,
     reset_lanes,
-    step_keys,
     step_lanes,
 )
 from jaxpg.types import Array, Key, Trajectory
@@ -34,12 +33,9 @@ BLOCK = 32
 # or 16.
 UNROLL = {"gpu": 8}
 
-# Episodes that share a key, as many on every device, so that a batch is the same on all of them.
-GROUP = 1024
-
-# Groups that run as one program. On a CPU, more would not keep it busier, and would leave its cache.
-GROUPS_AT_ONCE = {"cpu": 1}
-OTHER_GROUPS_AT_ONCE = 64
+# Blocks of lanes that run as one program. On a CPU, more would not keep it busier, and would leave its cache.
+BLOCKS_AT_ONCE = {"cpu": 16}
+OTHER_BLOCKS_AT_ONCE = 1024
 
 
 def episodes(
@@ -56,7 +52,7 @@ def episodes(
     num_steps: T, by default the environment's horizon; an episode still running then is truncated.
     group_size: G lanes side by side begin with one reset and differ from then on.
     Nothing is reset inside the loop. Rows after an end hold zeros. The loop also stops early under vmap.
-    More than GROUP episodes come in groups with a key each, the same on every device.
+    Blocks of lanes have a key each, the same on every device; split over devices, these are its own blocks.
     Raises ValueError for fewer than one episode or step, and for episodes that make no whole groups.
     """
     num_steps = env.horizon if num_steps is None else num_steps
@@ -128,23 +124,18 @@ def check_groups(num_episodes: int, group_size: int, name: str = "num_episodes")
 
 
 def lanes_at_once(num_episodes: int, group_size: int = 1) -> int:
-    """How many episodes run as one program: whole groups, and a divisor of num_episodes."""
-    size = _lanes_per_key(num_episodes, group_size)
-    groups = GROUPS_AT_ONCE.get(backend(), OTHER_GROUPS_AT_ONCE)
-    return size * fair_divisor(num_episodes // size, groups)
-
-
-def _lanes_per_key(num_episodes, group_size):
-    return group_size * fair_divisor(num_episodes // group_size, max(GROUP // group_size, 1))
+    """How many episodes run as one program: whole blocks, and a divisor of num_episodes."""
+    size = lane_block(num_episodes, group_size)
+    blocks = BLOCKS_AT_ONCE.get(backend(), OTHER_BLOCKS_AT_ONCE)
+    return size * fair_divisor(num_episodes // size, blocks)
 
 
 def _part(env, agent, params, key, index, num_episodes, num_steps, group_size):
-    size = _lanes_per_key(num_episodes, group_size)
-    lanes = lanes_at_once(num_episodes, group_size)
+    size = lane_block(num_episodes, group_size)
+    count = lanes_at_once(num_episodes, group_size) // size
     keys = key[None]
-    if size < num_episodes:
-        numbers = index * (lanes // size) + jnp.arange(lanes // size)
-        keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
+    if size < num_episodes * shards():
+        keys = block_keys(key, num_episodes, group_size, index * count, count)
     return _episodes(env, agent, params, keys, size, num_steps, group_size)
 
 
@@ -157,7 +148,7 @@ def _episodes(
     num_steps: int,
     group_size: int = 1,
 ) -> tuple[Trajectory, EpisodeSums]:
-    """The episodes of G groups of the same size, side by side, [T, G size, ...]; keys: [G]."""
+    """The episodes of G blocks of the same size, side by side, [T, G size, ...]; keys: [G]."""
     k_reset, k_steps = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     starts = lane_keys(k_reset, size // group_size)
     if group_size > 1:
@@ -184,7 +175,7 @@ def _episodes(
         )
         return (alive & ~last, env_state, result.obs, policy_carry), pack(row, num_lanes)
 
-    inputs = inputs_of(agent, params, k_steps, opening)
+    inputs = inputs_of(agent, params.policy, k_steps, opening)
     start = jnp.ones(num_lanes, bool), env_state, opening, carry.policy
     _, rows = until_ended(step, start, inputs, num_steps)
     successor, action, log_prob, reward, phase = unpack(rows)
@@ -213,19 +204,6 @@ def _episodes(
     )
     sums = EpisodeSums(reward.sum(), mask.sum().astype(reward.dtype), last.sum())
     return trajectory, sums
-
-
-def inputs_of(agent: Agent, params: AgentParams, keys: Key, obs: Array) -> Callable:
-    """Return (start, T) -> what those T steps of G groups take: times [T], keys [T, G], noise [T, B, ...]."""
-    noise_of = noise_function(agent, params.policy, obs[: len(obs) // len(keys)])
-
-    def inputs(start, num_steps):
-        own = jax.vmap(lambda key: step_keys(key, num_steps, start), out_axes=1)(keys)
-        noise = jax.vmap(noise_of, 1, 1)(own.action)
-        noise = jax.tree.map(lambda x: lanes_together(x, 1), noise)
-        return start + jnp.arange(num_steps), own.step, noise
-
-    return inputs
 
 
 def until_ended(

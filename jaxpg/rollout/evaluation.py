@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jaxpg.devices import backend
 from jaxpg.envs import Env
 from jaxpg.policies import Agent, AgentParams, initial_carry
-from jaxpg.rollout.episodic import inputs_of, until_ended
+from jaxpg.rollout.episodic import until_ended
 from jaxpg.rollout.stepping import (
     act,
     check_sizes,
+    inputs_of,
     kept,
     reset_lanes,
     step_lanes,
@@ -64,7 +65,7 @@ def evaluate(
     carry = initial_carry(agent, num_episodes).policy
     alive, returns = jnp.ones(num_episodes, bool), jnp.zeros(num_episodes, jnp.result_type(float))
     start = alive, returns, env_state, obs, carry
-    inputs = inputs_of(agent, params, k_steps[None], obs)
+    inputs = inputs_of(agent, params.policy, k_steps[None], obs)
     (_, returns, *_), _ = until_ended(step, start, inputs, env.horizon, BLOCK.get(backend()))
     error = jnp.full((), jnp.inf, returns.dtype)
     if num_episodes > 1:

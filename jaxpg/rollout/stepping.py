@@ -1,11 +1,14 @@
 """Stepping: keys, noise, one action and one step of many environments at once."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxpg.batching import lane_block
+from jaxpg.devices import first_of
 from jaxpg.envs import Env, check_action, check_env
 from jaxpg.policies import Agent, initial_carry
 from jaxpg.types import Array, Key, Params
@@ -29,6 +32,15 @@ def step_keys(key: Key, num_steps: int, start: Array | int = 0) -> StepKeys:
     """The keys of T steps from the start-th, [T] each."""
     keys = jax.vmap(partial(jax.random.fold_in, key))(3 * start + jnp.arange(3 * num_steps))
     return StepKeys(*(keys[use::3] for use in range(3)))  # typed keys or rows of raw ones
+
+
+def block_keys(
+    key: Key, num_lanes: int, group_size: int = 1, index: Array | int = 0, count: int | None = None
+) -> Key:
+    """The keys of `count` blocks of lanes, by default all of this device's, from the index-th."""
+    blocks = num_lanes // lane_block(num_lanes, group_size)
+    numbers = first_of(blocks) + index + jnp.arange(count or blocks)
+    return jax.vmap(partial(jax.random.fold_in, key))(numbers)
 
 
 def noise_function(agent: Agent, params: Params, obs):
@@ -57,6 +69,19 @@ def act(agent: Agent, params: Params, carry, obs, first, noise, greedy=False):
         groups = jax.tree.map(lambda x: x.reshape(len(noise), -1, *x.shape[1:]), distribution)
         action = lanes_together(jax.vmap(lambda own, key: own.sample(key))(groups, noise), 0)
     return action, distribution, carry
+
+
+def inputs_of(agent: Agent, params: Params, keys: Key, obs: Array) -> Callable:
+    """Return (start, T) -> what those T steps of G blocks take: times [T], keys [T, G], noise [T, B, ...]."""
+    noise_of = noise_function(agent, params, obs[: len(obs) // len(keys)])
+
+    def inputs(start, num_steps):
+        own = jax.vmap(lambda key: step_keys(key, num_steps, start), out_axes=1)(keys)
+        noise = jax.vmap(noise_of, 1, 1)(own.action)
+        noise = jax.tree.map(lambda x: lanes_together(x, 1), noise)
+        return start + jnp.arange(num_steps), own.step, noise
+
+    return inputs
 
 
 def lane_keys(keys: Key, size: int) -> Key:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpg.batching import any_replica, divisor, if_any
-from jaxpg.devices import backend
+from jaxpg.devices import backend, first_of
 from jaxpg.envs import Env, check_env
 from jaxpg.policies import (
     Agent,
@@ -24,8 +24,10 @@ from jaxpg.rollout.packing import pack, small, unpack
 from jaxpg.rollout.stepping import (
     EpisodeSums,
     act,
+    block_keys,
+    inputs_of,
     kept,
-    noise_function,
+    lane_keys,
     reset_lanes,
     select,
     step_keys,
@@ -66,7 +68,8 @@ class RolloutState(NamedTuple):
 
 def init_stream(env: Env, agent: Agent, key: Key, num_envs: int) -> RolloutState:
     """B freshly reset environments."""
-    env_state, obs = reset_lanes(env, jax.random.split(key, num_envs))
+    numbers = first_of(num_envs) + jnp.arange(num_envs)
+    env_state, obs = reset_lanes(env, jax.vmap(partial(jax.random.fold_in, key))(numbers))
     zeros = jnp.zeros(num_envs, jnp.result_type(float))
     first = jnp.ones(num_envs, bool)
     return RolloutState(env_state, obs, first, initial_carry(agent, num_envs), zeros, zeros)
@@ -86,9 +89,9 @@ def unroll(
     # A critic without memory can wait: one pass over all steps is cheaper than a small one per step.
     waits = critic is not None and not jax.tree.leaves(state.carry.critic)
     keeps = waits and math.prod(state.obs.shape[1:]) <= SMALL.get(backend(), 0)
-    keys = step_keys(key, num_steps)
-    noise = noise_function(agent, params.policy, state.obs)(keys.action)
-    lanes = jax.vmap(partial(jax.random.fold_in, keys.reset[0]))(jnp.arange(num_envs))
+    keys = block_keys(key, num_envs)
+    _, stepping, noise = inputs_of(agent, params.policy, keys, state.obs)(0, num_steps)
+    lanes = lane_keys(jax.vmap(lambda key: step_keys(key, 1).reset[0])(keys), num_envs // len(keys))
     reset = _resets(env, lanes, num_steps)
 
     def value_of(carry, obs, first) -> tuple[Any, Any]:
@@ -98,13 +101,13 @@ def unroll(
         return carry, value[0].astype(state.episode_return.dtype)
 
     def step(state, inputs):
-        key, noise = inputs
+        keys, noise = inputs
         env_state, obs, first, carry, resets = state
         action, chosen, policy_carry = act(agent, params.policy, carry.policy, obs, first, noise)
         critic_carry, value = carry.critic, ()
         if not waits:
             critic_carry, value = value_of(carry.critic, obs, first)
-        env_state, result = step_lanes(env, key.step[None], env_state, action)
+        env_state, result = step_lanes(env, keys, env_state, action)
         last = result.terminated | result.truncated
         beyond: Any = ()
         if keeps:
@@ -124,7 +127,7 @@ def unroll(
 
     none = jnp.zeros(num_envs, jnp.int32)
     start = state.env_state, state.obs, state.first, state.carry, none
-    after, rows = jax.lax.scan(step, start, (keys, noise), unroll=UNROLL.get(backend(), 1))
+    after, rows = jax.lax.scan(step, start, (stepping, noise), unroll=UNROLL.get(backend(), 1))
     env_state, obs, ending, carry, _ = after
     value: Any
     seen, action, chosen, reward, terminated, last, value, beyond = unpack(rows)

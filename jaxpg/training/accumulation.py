@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpg.batching import any_replica, fair_divisor
-from jaxpg.devices import backend
+from jaxpg.devices import backend, mean_across
 from jaxpg.estimators import Estimator, check_lanes, facts_of, objective, rescaled
 from jaxpg.estimators.estimator import Batch
 from jaxpg.policies import Network
@@ -49,8 +49,8 @@ def gradient_of(
     mask = batch.trajectory.mask
     splits = facts_of(estimator.reduce).linear and not facts_of(estimator.surrogate).by_lane
     if not (splits and _cuts(mask, carry, block, recall)):
-        gradient, sums = _sums(estimator, policy, params, carry, batch, hyperparams)
-        return gradient, _metrics(sums)
+        found = _sums(estimator, policy, params, carry, batch, hyperparams)
+        return _of_all_devices(estimator, mask, *found)
     # A reduction that is linear in the gain is a weighted sum over steps; its gradient is the weights.
     weight = jax.grad(estimator.reduce)(jnp.zeros_like(batch.advantage), mask)
 
@@ -63,10 +63,21 @@ def gradient_of(
 
     zero = jnp.zeros((), batch.advantage.dtype)
     like = params, (zero,) * 6
-    gradient, sums = _over_lanes(
+    found = _over_lanes(
         one, (batch, weight), carry, mask, block, like, recall and partial(_recalled, recall)
     )
-    return gradient, _metrics(sums)
+    return _of_all_devices(estimator, mask, *found)
+
+
+def _of_all_devices(estimator, mask, gradient, sums) -> tuple[Params, Metrics]:
+    gain, *sums = sums
+    (gradient, gain), sums = mean_across((gradient, gain), weight_of(estimator, mask), sums)
+    return gradient, _metrics((gain, *sums))
+
+
+def weight_of(estimator: Estimator, mask: Array) -> Array | float:
+    """The weight of this device's lanes in the mean that the estimator reduces to."""
+    return mask.sum() if facts_of(estimator.reduce).averages == "steps" else 1.0
 
 
 def critic_gradient(
@@ -97,7 +108,9 @@ def critic_gradient(
         value, gradient = jax.value_and_grad(loss)(params)
         return gradient, value
 
-    return _over_lanes(one, batch, carry, mask, block, (params, jnp.zeros((), batch.target.dtype)))
+    like = params, jnp.zeros((), batch.target.dtype)
+    found = _over_lanes(one, batch, carry, mask, block, like)
+    return mean_across(found, mask.sum())[0]
 
 
 def _recalled(recall, index, cut):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpg import rollout
+from jaxpg.devices import across
 from jaxpg.envs import Env
 from jaxpg.estimators import Estimator, check_lanes, importance, masked
 from jaxpg.estimators.estimator import Batch
@@ -71,6 +72,7 @@ class Data(NamedTuple):
     )
     records_reference: bool = False  # trajectory.reference is filled
     repeats: bool = False  # the same key gives the same lanes again, so they need not be kept
+    splits: bool = False  # its lanes may be split over devices, which share nothing but sums
     num_batches: int = 1  # how many of the last batches it holds
     inner: "Data | None" = None  # what a wrapper wraps
 
@@ -110,7 +112,8 @@ def _gather_stream(
 
 def _own(trajectory, carry, ended) -> Gathered:
     """The policy's own data: no forward pass is needed to know that every ratio is 1."""
-    metrics = episode_metrics(ended) | {"env_steps": trajectory.mask.sum()}
+    ended, steps = across((ended, trajectory.mask.sum()))
+    metrics = episode_metrics(ended) | {"env_steps": steps}
     return Gathered(trajectory, trajectory.log_prob, carry, trajectory, metrics)
 
 
@@ -125,8 +128,8 @@ def episode_metrics(ended: rollout.EpisodeSums) -> Metrics:
     }
 
 
-episodes = Data("episodes", _start_episodes, _gather_episodes, repeats=True)
-stream = Data("stream", _start_stream, _gather_stream, whole_episodes=False)
+episodes = Data("episodes", _start_episodes, _gather_episodes, repeats=True, splits=True)
+stream = Data("stream", _start_stream, _gather_stream, whole_episodes=False, splits=True)
 
 
 class Memory(NamedTuple):
@@ -177,6 +180,7 @@ def replay(data: Data, num_batches: int) -> Data:
         gather=gather,
         reweighs=True,
         repeats=False,
+        splits=False,
         num_batches=num_batches,
         inner=data,
     )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 
+from jaxpg.devices import undivided
 from jaxpg.envs import Env
 from jaxpg.estimators import check_lanes
 from jaxpg.policies import Agent, Network
@@ -44,7 +45,9 @@ def informed(
 
     def init(key):
         state = trainer.init(key)
-        fitted = imitate(env, policy, demonstrations, jax.random.fold_in(key, 1), num_updates)
+        with undivided():  # every device fits the same policy
+            own = jax.random.fold_in(key, 1)
+            fitted = imitate(env, policy, demonstrations, own, num_updates)
         if row.data is mixture:
             state = state._replace(data=fitted)
         if warm_start:

@@ -10,16 +10,14 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from jaxpg.devices import backend, concurrently
+from jaxpg.batching import LANES, lane_block
+from jaxpg.devices import backend, concurrently, first_of, mean_across, shards
 from jaxpg.estimators import coefficients, lane_gradients, objective, rescaled, surrogates
 from jaxpg.estimators.estimator import Batch
 from jaxpg.policies import Agent, AgentCarry, AgentParams
-from jaxpg.training.accumulation import critic_gradient, gradient_of
+from jaxpg.training.accumulation import critic_gradient, gradient_of, weight_of
 from jaxpg.training.algorithm import Algorithm
 from jaxpg.types import Array, Hyperparams, Key, Metrics, Params, Trajectory
-
-# At most this many lanes of a step stay together in a minibatch.
-GROUP = 64
 
 # Minibatch steps in one pass of their loop. On a GPU its counter and metrics cost as much as a product.
 UNROLL = {"gpu": 4}
@@ -72,9 +70,14 @@ def improve(
     layout: what a minibatch is made of, "steps" or "lanes". recall: (params, k_rollout, index) -> lanes of
     the batch's trajectory, where it is rolled out again instead of kept.
     """
+    blocks, width = arrangement(algorithm, layout, *batch.advantage.shape)
+    # Rows of block s are the [:, s] of this shape.
+    shape = 1, blocks, batch.advantage.shape[1] // blocks
     if layout == "steps":
         # Without memory and with a mean over steps, steps may be arranged in any way.
-        batch, carry = _in_groups(batch, algorithm), AgentCarry((), ())
+        shape = len(batch.advantage), blocks, shape[2] // width
+        batch = jax.tree.map(lambda x: x.reshape(-1, width, *x.shape[2:]), batch)
+        carry = AgentCarry((), ())
     recalled = recall and partial(recall, params, k_rollout)
     estimator = algorithm.estimator
     algorithm = algorithm._replace(estimator=rescaled(estimator, batch)[0])
@@ -105,9 +108,7 @@ def improve(
         """Step on every minibatch of every epoch; metrics are means over all of them."""
         inputs, names, count = (), [], num_epochs * parts
         if parts > 1:
-            keys, size = jax.random.split(key, num_epochs), batch.advantage.shape[axis]
-            orders = jax.vmap(lambda key: jax.random.permutation(key, size))(keys)
-            places = orders.reshape(count, -1)
+            places = _minibatches(jax.random.split(key, num_epochs), shape, parts)
             # All minibatches are rescaled at once, not each in its step.
             inputs = places, jax.vmap(lambda x: rescale(taken(data, x)[0]))(places)
         else:
@@ -163,24 +164,49 @@ def improve(
     opt_state = tuple(state[1] for state in states)
     if algorithm.measure_kl:
         # Measured after the last step, to be the divergence of the whole update.
-        metrics["kl"] = _kl_from(agent.policy, params.policy, batch, carry)(params_after.policy)
+        moved = _kl_from(agent.policy, params.policy, batch, carry)(params_after.policy)
+        metrics["kl"] = mean_across(moved, batch.trajectory.mask.sum())[0]
     return params_after, opt_state, metrics
 
 
-def _in_groups(batch: Batch, algorithm: Algorithm) -> Batch:
-    """Arrange the steps in rows of a few lanes each, [T B / n, n]; an epoch shuffles rows.
+def arrangement(
+    algorithm: Algorithm, layout: str, num_steps: int, num_lanes: int
+) -> tuple[int, int]:
+    """Into how many blocks of lanes a batch is divided for shuffling, and how many lanes make a row.
 
-    Lanes are independent, so it matters little that those of a row stay together; on a CPU, shuffling single
-    steps took as long as their gradients.
+    Every minibatch has equally many rows of each block, so a batch may be split between blocks. A row is a
+    step of a few lanes: lanes are independent, so it matters little that those stay together, and on a CPU,
+    shuffling single steps took as long as their gradients.
     """
-    num_steps, num_lanes = batch.advantage.shape
     parts = math.lcm(algorithm.num_minibatches, algorithm.critic_minibatches)
-    size = next(
+    block, rows = lane_block(num_lanes, algorithm.group_size), num_steps if layout == "steps" else 1
+    if block * rows % parts:
+        block = num_lanes
+    if layout != "steps":
+        return num_lanes // block, 1
+    width = next(
         n
-        for n in range(min(GROUP, num_lanes), 0, -1)
-        if num_lanes % n == 0 and (num_steps * num_lanes // n) % parts == 0
+        for n in range(min(LANES, block), 0, -1)
+        if block % n == 0 and (num_steps * block // n) % parts == 0
     )
-    return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[2:]), batch)
+    return num_lanes // block, width
+
+
+def _minibatches(keys: Key, shape: tuple[int, int, int], parts: int) -> Array:
+    """The rows of every minibatch of every epoch, [epochs parts, rows].
+
+    Rows are numbered through `shape`, whose second axis is the block; each block is shuffled by itself.
+    """
+    outer, blocks, inner = shape
+    numbers = jnp.arange(blocks)
+
+    def shuffled(key, number):
+        order = jax.random.permutation(jax.random.fold_in(key, first_of(blocks) + number), outer * inner)
+        return (order // inner * blocks + number) * inner + order % inner
+
+    places = jax.vmap(lambda key: jax.vmap(partial(shuffled, key))(numbers))(keys)
+    places = places.reshape(len(keys), blocks, parts, -1)
+    return places.swapaxes(1, 2).reshape(len(keys) * parts, -1)
 
 
 def _policy_step(
@@ -202,7 +228,9 @@ def _policy_step(
         )
         gradient += hyperparams.value_coef * ravel_pytree(descent)[0]
     metrics["grad_norm"] = optax.tree.norm(gradient)
-    extra = _extra_args(policy, algorithm, layout, params, batch, carry, hyperparams)
+    extra = {}
+    if shards() == 1:  # they are of all lanes together
+        extra = _extra_args(policy, algorithm, layout, params, batch, carry, hyperparams)
     updates, new_state = optimizer.update(tree(gradient), opt_state, params, **extra)
     new = flat + ravel_pytree(updates)[0]
     if algorithm.num_epochs * algorithm.num_minibatches == 1:
@@ -306,7 +334,8 @@ def noise(
                 algorithm.estimator, agent.policy, params, memory.policy, part, hyperparams
             )[0]
 
-        return ravel_pytree(jax.grad(value)(params))[0]
+        own = ravel_pytree(jax.grad(value)(params))[0]
+        return mean_across(own, weight_of(algorithm.estimator, part.trajectory.mask))[0]
 
     one, other = gradient(0), gradient(1)
     spread = ((one - other) ** 2).sum() / 4

@@ -19,15 +19,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxpg.batching import in_groups
+from jaxpg.devices import shards
 from jaxpg.envs import Env, check_env
 from jaxpg.estimators import assess, describe, facts_of, groups
 from jaxpg.optimizers import adaptation, scheduled
+from jaxpg.optimizers.natural import NATURAL_OPTIMIZERS
 from jaxpg.policies import Agent, AgentParams, check_agent, init_params, initial_carry, observed
 from jaxpg.rollout import episodes_again, lanes_at_once
 from jaxpg.rollout.episodic import check_groups
 from jaxpg.training.algorithm import Algorithm, check_algorithm, check_shared
 from jaxpg.training.data import Moment, Task, corrected
-from jaxpg.training.improvement import improve, noise, optimizers, trained
+from jaxpg.training.improvement import arrangement, improve, noise, optimizers, trained
 from jaxpg.types import Array, Hyperparams, Key, Metrics, Trajectory
 
 # A batch of whole episodes larger than this is rolled out again instead of kept.
@@ -50,6 +52,8 @@ class Trainer(NamedTuple):
     update: Callable[
         [TrainState, Hyperparams, Trajectory | None], tuple[TrainState, Metrics]
     ]  # the third argument: demonstrations
+    blocks: int = 1  # equal parts of an agent's environments, which can be split between them
+    undivided: str = "it does not say how"  # why they cannot be split over devices; empty if they can
 
 
 def train(
@@ -101,6 +105,9 @@ def make_trainer(
     recall = _recall(task, algorithm, recompute)
     improved = in_groups(partial(improve, agent, algorithm, layout, recall=recall))
 
+    def own_task():
+        return task._replace(num_envs=num_envs // shards())
+
     def init(key):
         k_params, k_data, k_train = jax.random.split(key, 3)
         params = init_params(agent, k_params)
@@ -109,7 +116,7 @@ def make_trainer(
         made = zip(made, trained(agent, params), strict=True)
         opt_state = tuple(optimizer.init(moved) for optimizer, moved in made)
         scales = adaptation.initial_scales() if adapts else ()
-        state = data.init(task, params, k_data)
+        state = data.init(own_task(), params, k_data)
         return TrainState(params, opt_state, state, k_train, jnp.int32(0), scales)
 
     def update(state, hyperparams, demonstrations=None):
@@ -119,7 +126,7 @@ def make_trainer(
         if adapts:
             hyperparams = adaptation.scaled(hyperparams, state.scales)
         moment = Moment(state.params, hyperparams, k_rollout, state.num_updates, demonstrations)
-        carried, found = data.gather(task, moment, state.data)
+        carried, found = data.gather(own_task(), moment, state.data)
         policy = state.params.policy
         batch = assess(
             estimator, found.trajectory, found.log_prob, hyperparams, agent.policy, policy
@@ -143,7 +150,23 @@ def make_trainer(
         count = state.num_updates + 1
         return TrainState(params, opt_state, carried, state.key, count, scales), metrics
 
-    return Trainer(init, update)
+    blocks, _ = arrangement(algorithm, layout, num_steps, num_envs)
+    return Trainer(init, update, blocks, _undivided(algorithm))
+
+
+def _undivided(algorithm: Algorithm) -> str:
+    """Why the lanes of one agent cannot be split over devices; empty if they can."""
+    estimator = algorithm.estimator
+    for value in estimator[:-1]:
+        if facts_of(value).couples and not facts_of(value).splits:
+            return f"{describe(value)} compares all environments of a batch"
+    if not facts_of(estimator.reduce).averages:
+        return f"{describe(estimator.reduce)} does not say what it averages"
+    if not algorithm.data.splits:
+        return f"data={algorithm.data.name} is kept in one piece"
+    if algorithm.policy_optimizer in NATURAL_OPTIMIZERS:
+        return "natural gradients solve for a step over the whole batch"
+    return "a control variate compares all episodes of a batch" if algorithm.control_variate else ""
 
 
 def _recall(task: Task, algorithm: Algorithm, asked: bool | None):
@@ -161,13 +184,12 @@ def _recall(task: Task, algorithm: Algorithm, asked: bool | None):
     large = task.num_envs * task.num_steps * bytes_of_step > KEPT_BYTES
     if not (fits and (large if asked is None else asked)):
         return None
-    sizes = {
-        "num_episodes": task.num_envs,
-        "num_steps": task.num_steps,
-        "group_size": task.group_size,
-    }
-
     def recall(params, key, index):
+        sizes = {
+            "num_episodes": task.num_envs // shards(),
+            "num_steps": task.num_steps,
+            "group_size": task.group_size,
+        }
         return episodes_again(env, task.agent, params, key, index=index, **sizes)
 
     return recall
