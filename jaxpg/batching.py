@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpg.devices import backend
+from jaxpg.devices import LANES, backend
 
 # Replicas improved side by side where every core is a device. The arrays of 32 agents together exceed the
 # caches: in groups of 4 the default ppo ran 1.6 times as fast, in groups of 2 about the same, in groups of 8
@@ -15,10 +15,6 @@ from jaxpg.devices import backend
 # less per lane. One device with several cores spreads wide products over them; there, groups took 1.3 times
 # as long.
 SIDE_BY_SIDE = 4
-
-# Lanes side by side that share their keys, are shuffled among themselves and stay on one device: as many on
-# every machine, so that draws and minibatches are the same on all of them.
-LANES = 64
 
 
 def divisor(total: int, most: int) -> int:

@@ -13,6 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+# Lanes side by side that share their keys, are shuffled among themselves and stay on one device: as many on
+# every machine, so that draws and minibatches are the same on all of them.
+LANES = 64
+
 # Mesh axis over the devices that the lanes of one agent are split over.
 SHARDS = "environments"
 # Mesh axis over the two devices on which `concurrently` runs its two functions.
@@ -192,7 +196,9 @@ def split_over(trainer: Any, count: int | None = None) -> Any:
     """
     count = len(jax.devices()) if count is None else count
     check_split(trainer, count)
-    mesh = jax.make_mesh((count,), (SHARDS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
+    mesh = jax.make_mesh(
+        (count,), (SHARDS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:count]
+    )
     specs, same = lane_specs(trainer.init, mesh), PartitionSpec()
     on = partial(jax.shard_map, mesh=mesh, check_vma=False)
     update = on(trainer.update, in_specs=(specs, same), out_specs=(specs, same))
@@ -203,14 +209,19 @@ def split_over(trainer: Any, count: int | None = None) -> Any:
 
 
 def lane_specs(init: Callable, mesh: Any) -> Any:
-    """Where the lanes of a trainer's state are: for each array its axis that is split over the mesh's SHARDS."""
+    """Where the lanes of a trainer's state are: the axis of each array that is split over the mesh."""
     key, same = jax.eval_shape(lambda: jax.random.key(0)), PartitionSpec()
 
     def one(key):
         return jax.tree.map(lambda x: x[None], init(key))
 
     mesh = AbstractMesh((mesh.shape[SHARDS],), (SHARDS,))
-    of_all = {"mesh": mesh, "in_specs": same, "out_specs": PartitionSpec(SHARDS), "check_vma": False}
+    of_all = {
+        "mesh": mesh,
+        "in_specs": same,
+        "out_specs": PartitionSpec(SHARDS),
+        "check_vma": False,
+    }
     parts = jax.eval_shape(jax.shard_map(one, **of_all), key)
 
     def spec(whole, part):
@@ -235,7 +246,7 @@ def check_split(trainer: Any, count: int) -> None:
         raise ValueError(
             f"{trainer.blocks} blocks of environments cannot be split evenly over {count} devices; use "
             f"{' or '.join(str(n) for n in range(2, count) if trainer.blocks % n == 0) or 1} devices, or a "
-            f"multiple of {64 * count} environments"
+            f"multiple of {LANES * count} environments"
         )
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from jaxpg.batching import LANES, lane_block
-from jaxpg.devices import backend, concurrently, first_of, mean_across, shards
+from jaxpg.batching import lane_block
+from jaxpg.devices import LANES, backend, concurrently, first_of, mean_across, shards
 from jaxpg.estimators import coefficients, lane_gradients, objective, rescaled, surrogates
 from jaxpg.estimators.estimator import Batch
 from jaxpg.policies import Agent, AgentCarry, AgentParams
@@ -201,7 +201,9 @@ def _minibatches(keys: Key, shape: tuple[int, int, int], parts: int) -> Array:
     numbers = jnp.arange(blocks)
 
     def shuffled(key, number):
-        order = jax.random.permutation(jax.random.fold_in(key, first_of(blocks) + number), outer * inner)
+        order = jax.random.permutation(
+            jax.random.fold_in(key, first_of(blocks) + number), outer * inner
+        )
         return (order // inner * blocks + number) * inner + order % inner
 
     places = jax.vmap(lambda key: jax.vmap(partial(shuffled, key))(numbers))(keys)

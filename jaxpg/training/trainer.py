@@ -53,7 +53,9 @@ class Trainer(NamedTuple):
         [TrainState, Hyperparams, Trajectory | None], tuple[TrainState, Metrics]
     ]  # the third argument: demonstrations
     blocks: int = 1  # equal parts of an agent's environments, which can be split between them
-    undivided: str = "it does not say how"  # why they cannot be split over devices; empty if they can
+    undivided: str = (
+        "it does not say how"  # why they cannot be split over devices; empty if they can
+    )
 
 
 def train(
@@ -184,6 +186,7 @@ def _recall(task: Task, algorithm: Algorithm, asked: bool | None):
     large = task.num_envs * task.num_steps * bytes_of_step > KEPT_BYTES
     if not (fits and (large if asked is None else asked)):
         return None
+
     def recall(params, key, index):
         sizes = {
             "num_episodes": task.num_envs // shards(),

@@ -12,6 +12,8 @@ from jaxpg.runs.config.schema import expect, read_json
 from jaxpg.types import HYPERPARAMS, Hyperparams
 
 CONFIG = "config.json"
+ALL = "all"  # of the devices
+SHARD = ("replicas", "environments", "both")
 
 Grid = Hyperparams  # each field is a tuple of values
 # Counts that default to those of the row of the algorithm table.
@@ -30,6 +32,8 @@ FREE = (
     "debug_nans",
     "compilation_cache",
     "force",
+    "devices",
+    "shard",
 )
 
 
@@ -192,6 +196,11 @@ class Config:
     profile: str | None = _flag(
         None, "new folder for a trace of two chunks of updates by jax's profiler"
     )
+    devices: str = _flag("all", "how many of the devices to use: all or a number")
+    shard: str | None = _flag(
+        None,
+        "what they share: replicas, environments of each agent, or both; None: replicas where these divide",
+    )
     debug_nans: bool = _flag(False, "name the operation that first gave a NaN; slower")
     compilation_cache: bool = _flag(True, "keep compiled programs for later runs")
     force: bool = _flag(False, "try even if the estimated memory is more than is free")
@@ -224,6 +233,10 @@ def check(config: Config, grid: Grid) -> None:
         value = getattr(config, each.name)
         expect(value, each.type, each.name)
         _check_sizes(each.name, value, each.metadata)
+    if config.devices != ALL and not (config.devices.isdecimal() and int(config.devices) > 0):
+        raise ValueError(f"devices={config.devices} must be {ALL}, or a number of at least 1")
+    if config.shard not in (None, *SHARD):
+        raise ValueError(f"shard={config.shard} must be {', '.join(SHARD[:-1])} or {SHARD[-1]}")
     for name in ("initial_std", "checkpoint_seconds"):
         _held(name, getattr(config, name))
     if config.initial_std <= 0:

@@ -17,7 +17,7 @@ from jaxpg.runs.store.checkpoint import on_host, stored_as
 from jaxpg.runs.store.folder import declared_arrays, read_arrays_like, write_atomically
 from jaxpg.runs.train.build import Parts
 from jaxpg.runs.train.loop import chunk_length, wait_for
-from jaxpg.runs.train.replicas import Programs, Replicas, compile_programs, replicas_of
+from jaxpg.runs.train.replicas import Programs, Replicas, compile_programs, devices_of, replicas_of
 from jaxpg.types import Hyperparams
 
 SHARE = 0.9  # of free memory that a batch may take
@@ -69,7 +69,7 @@ def plan(
         # Skip sizes whose input plus output state exceeds free memory.
         most = min(most, max(1, int(SHARE * free / (2 * state_bytes(job.parts)))))
     while True:
-        size = _equal(total, most)
+        size = _equal(total, most, devices_of(job.config))
         programs = _start(job, size)
         needed = _needed(job, programs, size, poll)
         if needed is None or free is None or needed <= SHARE * free:
@@ -121,7 +121,7 @@ def begin(job: SweepJob, programs: Programs, rows: np.ndarray, size: int, states
             return jax.random.wrap_key_data(jnp.asarray(x), impl="threefry2x32")
         return x
 
-    return replicas, jax.device_put(jax.tree.map(padded, shapes, states), replicas.sharding)
+    return replicas, jax.device_put(jax.tree.map(padded, shapes, states), replicas.state)
 
 
 def advance(
@@ -203,9 +203,8 @@ def state_bytes(parts: Parts) -> int:
     return sum(x.size * x.dtype.itemsize for x in leaves)
 
 
-def _equal(total: int, most: int) -> int:
+def _equal(total: int, most: int, devices: int) -> int:
     """The size of equal batches, at most `most`; a multiple of the devices, so that all are used."""
-    devices = jax.device_count()
     if devices <= most:
         most -= most % devices
         size = math.ceil(total / math.ceil(total / most))
@@ -225,4 +224,5 @@ def _replicas(job: SweepJob, rows: np.ndarray, size: int) -> Replicas:
     """The replicas of these rows; the last is repeated to fill the batch."""
     seeds = job.config.seeds
     padded = np.pad(rows, (0, size - len(rows)), mode="edge").tolist()
-    return replicas_of(job.config, [(job.points[row // seeds], row % seeds) for row in padded])
+    pairs = [(job.points[row // seeds], row % seeds) for row in padded]
+    return replicas_of(job.config, pairs, job.parts.trainer)

@@ -12,13 +12,24 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxpg.batching import divisor, group_size
-from jaxpg.devices import PAIR, backend, check_devices, compiler_options, prefer
+from jaxpg.batching import group_size
+from jaxpg.devices import (
+    LANES,
+    PAIR,
+    SHARDS,
+    backend,
+    check_devices,
+    check_split,
+    compiler_options,
+    lane_specs,
+    prefer,
+    undivided,
+)
 from jaxpg.rollout import evaluate
-from jaxpg.runs.config.config import Config
+from jaxpg.runs.config.config import ALL, Config
 from jaxpg.runs.train.build import Parts
 from jaxpg.training.algorithm import algorithm
-from jaxpg.training.trainer import train
+from jaxpg.training.trainer import Trainer, train
 from jaxpg.types import Hyperparams, Trajectory
 
 AXIS = "replica"
@@ -32,6 +43,7 @@ class Replicas(NamedTuple):
     hyperparams: Hyperparams  # [N] each
     labels: list[dict[str, float]]  # N of them: seed and hyperparameters
     sharding: NamedSharding | None  # None: one device
+    state: Any = None  # the sharding of a state, or of each of its arrays
 
 
 class Programs(NamedTuple):
@@ -55,36 +67,115 @@ def use_cpu_cores() -> None:
     check_devices()
 
 
-def make_replicas(config: Config, points: list[Hyperparams]) -> Replicas:
-    """A replica for every seed at every point."""
-    return replicas_of(config, [(point, seed) for point in points for seed in range(config.seeds)])
+class Layout(NamedTuple):
+    """How many devices share the replicas, and how many of them share each replica's environments."""
+
+    replicas: int
+    environments: int
+
+    def words(self) -> str:
+        """How they are split: `replicas over 4, environments over 2`."""
+        names = zip(self._fields, self, strict=True)
+        return ", ".join(f"{name} over {count}" for name, count in names if count > 1)
 
 
-def replicas_of(config: Config, pairs: Sequence[tuple[Hyperparams, int]]) -> Replicas:
-    """A replica for each point and seed, on as many devices as divide their number, or twice as many."""
+def devices_of(config: Config) -> int:
+    """The number of devices asked for."""
+    return len(jax.devices()) if config.devices == ALL else int(config.devices)
+
+
+def layout_of(config: Config, total: int, trainer: Trainer | None = None) -> Layout:
+    """The most of the devices asked for that replicas, or else environments, can be split over.
+
+    On a CPU with a core to spare, policy and critic take one each, so their environments stay together.
+    """
+    most = devices_of(config)
+    few = 1 if trainer is None or trainer.undivided else trainer.blocks
+    asked = config.shard
+    if asked is None:
+        pairs = backend() == "cpu" and config.devices == ALL and _has_critic(config)
+        asked = "replicas" if total % most == 0 or pairs else "both"
+    found = [
+        Layout(one, other)
+        for one in range(1, most + 1)
+        for other in range(1, most // one + 1)
+        if total % one == 0 and few % other == 0
+    ]
+    if asked != "both":
+        found = [each for each in found if each[asked == "replicas"] == 1]
+    return max(found, key=lambda each: (math.prod(each), each.replicas))
+
+
+def check_layout(config: Config, total: int, trainer: Trainer) -> None:
+    """Raises ValueError for more devices than there are, and for a split as asked for that is uneven."""
+    present, asked = len(jax.devices()), devices_of(config)
+    if not 1 <= asked <= present:
+        raise ValueError(f"devices={asked}, but there are {present}; use 1 to {present}, or all")
+    if config.shard is None and config.devices == ALL:
+        return
+    if config.shard == "environments":
+        return check_split(trainer, asked)
+    found = layout_of(config, total, trainer)
+    if math.prod(found) == asked:
+        return None
+    near = sorted({max(total // asked, 1) * asked, -(-total // asked) * asked})
+    ways = [
+        f"{' or '.join(map(str, near))} agents (seeds x points)",
+        f"--devices {math.prod(found)}",
+    ]
+    if config.shard == "replicas":
+        ways.append("--shard environments")
+    elif not trainer.undivided:
+        ways.append(f"a multiple of {LANES * asked} environments")
+    raise ValueError(
+        f"{total} agents cannot be split evenly over devices={asked}; use "
+        f"{', '.join(ways[:-1])} or {ways[-1]}"
+    )
+
+
+def make_replicas(
+    config: Config, points: list[Hyperparams], trainer: Trainer | None = None
+) -> Replicas:
+    """A replica for every seed at every point; trainer: if given, environments may be split, too."""
+    pairs = [(point, seed) for point in points for seed in range(config.seeds)]
+    return replicas_of(config, pairs, trainer)
+
+
+def replicas_of(
+    config: Config, pairs: Sequence[tuple[Hyperparams, int]], trainer: Trainer | None = None
+) -> Replicas:
+    """A replica for each point and seed, on as many devices as `layout_of` finds, or twice as many."""
     # impl is fixed, because the rbg implementation draws all lanes of a vmap from the first key.
     root = jax.random.key(config.seed, impl="threefry2x32")
     keys, evaluation_keys = _keys(root, np.array([seed for _, seed in pairs]))
     columns = zip(*(point for point, _ in pairs), strict=True)
     dtype = jax.numpy.result_type(float)
     hyperparams = Hyperparams(*(np.asarray(column, dtype) for column in columns))
-    total = len(pairs)
-    devices = jax.devices()
-    used = divisor(total, len(devices))
-    mesh = {AXIS: used}
+    layout = layout_of(config, len(pairs), trainer)
+    devices = jax.devices()[: devices_of(config)]
+    mesh = {AXIS: layout.replicas}
+    if layout.environments > 1:
+        mesh[SHARDS] = layout.environments
     # With cores to spare, policy and critic are improved on two.
-    if algorithm(config.algorithm).critic_optimizer and _spare(len(devices), used):
+    elif _has_critic(config) and _spare(len(devices), layout.replicas):
         mesh[PAIR] = 2
-    sharding, size = None, math.prod(mesh.values())
+    sharding = state = None
+    size = math.prod(mesh.values())
     if size > 1:
         types = (AxisType.Auto,) * len(mesh)
         laid = jax.make_mesh((*mesh.values(),), (*mesh,), axis_types=types, devices=devices[:size])
-        sharding = NamedSharding(laid, PartitionSpec(AXIS))
+        state = sharding = NamedSharding(laid, PartitionSpec(AXIS))
+        if trainer and SHARDS in mesh:
+            state = jax.tree.map(
+                lambda spec: NamedSharding(laid, PartitionSpec(AXIS, *spec)),
+                lane_specs(trainer.init, laid),
+                is_leaf=lambda x: isinstance(x, PartitionSpec),
+            )
     keys, evaluation_keys, hyperparams = jax.device_put(
         (keys, evaluation_keys, hyperparams), sharding
     )
     labels = [{"seed": seed, **point._asdict()} for point, seed in pairs]
-    return Replicas(keys, evaluation_keys, hyperparams, labels, sharding)
+    return Replicas(keys, evaluation_keys, hyperparams, labels, sharding, state)
 
 
 def lanes(replicas: Replicas) -> dict[str, int]:
@@ -93,7 +184,12 @@ def lanes(replicas: Replicas) -> dict[str, int]:
     mesh = {} if sharding is None else dict(sharding.mesh.shape)
     used = mesh.get(AXIS, 1)
     together = group_size(total // used)
-    return {"replicas": total, "devices": used, "halves": mesh.get(PAIR, 1), "together": together}
+    found = {"replicas": total, "devices": used, "halves": mesh.get(PAIR, 1), "together": together}
+    return found | ({"environments": mesh[SHARDS]} if SHARDS in mesh else {})
+
+
+def _has_critic(config: Config) -> bool:
+    return algorithm(config.algorithm).critic_optimizer is not None
 
 
 def _spare(devices: int, used: int) -> bool:
@@ -122,20 +218,23 @@ def compile_programs(
     demonstrations: common to all replicas. fresh: there is no state yet, so compile init, too.
     """
     common = () if demonstrations is None else (demonstrations,)
+    laid, of_state = replicas.sharding, replicas.state
 
-    def lower(function, *arguments, common=(), donate=()):
+    def lower(function, arguments, common=(), donate=(), shardings=None, out=None):
         axes = (0,) * len(arguments) + (None,) * len(common)
-        return replicated(function, axes, replicas.sharding, donate).lower(*arguments, *common)
+        program = replicated(function, axes, laid, donate, shardings, out or laid)
+        return program.lower(*arguments, *common)
 
     def start(lowered, effort):
         return executor.submit(lambda: lowered().compile(compiler_options(effort)))
 
     def evaluated(params, key):
-        return evaluate(parts.env, parts.agent, params, key, config.evaluation_episodes)
+        with undivided():
+            return evaluate(parts.env, parts.agent, params, key, config.evaluation_episodes)
 
     init = None
     if fresh:
-        making = lower(parts.trainer.init, replicas.keys)
+        making = lower(parts.trainer.init, (replicas.keys,), out=of_state)
         # init runs once, so optimising it costs a CPU more than it saves, unless it fits a policy.
         init = start(lambda: making, None if config.imitate else 0)
         state = making.out_info
@@ -144,13 +243,14 @@ def compile_programs(
     training = partial(
         lower,
         partial(train, parts.trainer, num_updates=chunk),
-        state,
-        replicas.hyperparams,
+        (state, replicas.hyperparams),
         common=common,
+        shardings=(of_state, laid),
+        out=(of_state, laid),
         # Finding what gave a NaN needs the state before it.
         donate=() if config.debug_nans else (0,),
     )
-    evaluating = partial(lower, evaluated, state.params, replicas.evaluation_keys)
+    evaluating = partial(lower, evaluated, (state.params, replicas.evaluation_keys))
     # Traced in a thread of its own, so that a signal takes effect meanwhile.
     traced = executor.submit(training)
     # Effort 2 gives a program as fast as the highest, in three quarters of the compile time.
@@ -164,15 +264,25 @@ def compile_programs(
     return Programs(trained, init, start(once_trained, 1))
 
 
-def replicated(function: Callable, axes, sharding: NamedSharding | None, donate) -> Any:
+def replicated(
+    function: Callable,
+    axes,
+    sharding: NamedSharding | None,
+    donate,
+    ins: Any = None,
+    out: Any = None,
+) -> Any:
+    """The function of all replicas at once; ins, out: shardings, where they are not all the replicas'."""
     mapped = jax.vmap(function, in_axes=axes)
     if sharding is None:
         return jax.jit(mapped, donate_argnums=donate)
     # shard_map, so that each device looks only at its own replicas: under jit alone, "has any replica's
     # episode ended?" would be a message between devices in every step.
-    specs = tuple(sharding.spec if axis == 0 else PartitionSpec() for axis in axes)
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    ins = ins or (sharding,) * axes.count(0)
+    ins, out = (*ins, *(everywhere,) * axes.count(None)), sharding if out is None else out
+    specs = jax.tree.map(lambda placed: placed.spec, (ins, out))
     mapped = jax.shard_map(
-        mapped, mesh=sharding.mesh, in_specs=specs, out_specs=sharding.spec, check_vma=False
+        mapped, mesh=sharding.mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False
     )
-    placed = tuple(NamedSharding(sharding.mesh, spec) for spec in specs)
-    return jax.jit(mapped, in_shardings=placed, out_shardings=sharding, donate_argnums=donate)
+    return jax.jit(mapped, in_shardings=ins, out_shardings=out, donate_argnums=donate)

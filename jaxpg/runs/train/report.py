@@ -5,20 +5,21 @@ import numpy as np
 
 from jaxpg.runs.config.config import Config, Grid, points, varying
 from jaxpg.runs.host.progress import Status, steps_per_second
+from jaxpg.runs.train.replicas import Layout, devices_of
 from jaxpg.stats.intervals import ANY
 from jaxpg.stats.seeds import interval, number, summarise
 
 MOST_ROWS = 12
 
 
-def headline(config: Config, grid: Grid) -> str:
+def headline(config: Config, grid: Grid, layout: Layout) -> str:
     """One line on what is trained, and where."""
-    devices = jax.devices()
-    settings = len(points(grid))
+    devices = jax.devices()[: devices_of(config)]
+    settings, split = len(points(grid)), layout.words()
     agents = _count(config.seeds, "seed") + (f" x {settings} settings" if settings > 1 else "")
     return (
         f"{config.environment}, {config.algorithm}: {agents}, {_count(config.updates, 'update')}, "
-        f"{_count(len(devices), f'{devices[0].platform} device')}"
+        f"{_count(len(devices), f'{devices[0].platform} device')}" + (split and f": {split}")
     )
 
 

@@ -50,8 +50,10 @@ from jaxpg.runs.train.loop import (
 from jaxpg.runs.train.replica_batches import state_bytes
 from jaxpg.runs.train.replicas import (
     Replicas,
+    check_layout,
     compile_programs,
     lanes,
+    layout_of,
     make_replicas,
     use_cpu_cores,
 )
@@ -104,6 +106,7 @@ def _parts(config: Config, grid: Grid) -> Parts:
     parts = build(config)
     count = num_points(grid) * config.seeds
     health.check_sizes(config, parts.env, state_bytes(parts), count)
+    check_layout(config, count, parts.trainer)
     return referred(instructed(parts, config), config)
 
 
@@ -192,9 +195,9 @@ def execute(experiment: PreparedRun, sinks: Sequence[Sink] = ()) -> None:
         executor = stack.enter_context(workers())
         length = chunk_length(config.updates, experiment.start or 0)
         before_chunk = stack.enter_context(tracing(config.profile, length, say))
-        replicas = make_replicas(config, points(grid))
+        replicas = make_replicas(config, points(grid), parts.trainer)
         try:
-            say(headline(config, grid))
+            say(headline(config, grid, layout_of(config, len(replicas.labels), parts.trainer)))
             state, progress, now = _begin(experiment, replicas, say)
             shown = stack.enter_context(display(config.quiet))
             show, stopped = stack.enter_context(heeding(shown, stopped))
@@ -259,7 +262,7 @@ def _go_on(experiment, replicas, now: dict, say) -> tuple[Any, Progress]:
         folder / files.CHECKPOINTS, start, shapes, len(replicas.labels), settings
     )
     record: Any = host["record"]
-    state = jax.device_put(state, replicas.sharding)
+    state = jax.device_put(state, replicas.state)
     saved: dict[str, Any] = dict(read_config(folder)[1])
     entry = {"update": start, "time": now["started"], **_recorded(experiment, saved, record, say)}
     say(f"resuming {folder} after {start} of {config.updates} updates")
