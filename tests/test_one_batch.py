@@ -24,8 +24,9 @@ NUMBERS = Hyperparams(learning_rate=1.0, max_grad_norm=1e9, gamma=0.9)
 
 
 @pytest.fixture
-def groups_of_four(monkeypatch):
-    monkeypatch.setattr(episodic, "GROUP", 4)
+def blocks_of_four(monkeypatch):
+    monkeypatch.setattr(batching, "LANES", 4)
+    monkeypatch.setitem(episodic.BLOCKS_AT_ONCE, "cpu", 1)
 
 
 def one_step(row, num_envs=12, network="tabular", **settings):
@@ -41,7 +42,7 @@ def one_step(row, num_envs=12, network="tabular", **settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["reinforce", "reinforce_baseline"])
-def test_every_episode_is_compared_with_all_others(name, x64, groups_of_four):
+def test_every_episode_is_compared_with_all_others(name, x64, blocks_of_four):
     row = algorithm(name)._replace(policy_optimizer=sgd)
     moved, metrics, state = one_step(row)
     env = from_mdp(random_mdp(0, horizon=4))
@@ -78,12 +79,13 @@ def test_every_episode_is_compared_with_all_others(name, x64, groups_of_four):
 @pytest.mark.parametrize("network", ["tabular", "gru"])
 @pytest.mark.parametrize("baseline", [baselines.time_mean, baselines.optimal_constant])
 def test_how_it_is_computed_changes_no_estimate(baseline, network, monkeypatch):
-    """Groups run one after another, side by side, and are rolled out again, with and without memory."""
+    """Blocks run one after another, side by side, and are rolled out again, with and without memory."""
     row = Algorithm(Estimator(baseline=baseline), policy_optimizer=sgd)
-    monkeypatch.setattr(episodic, "GROUP", 4)
+    monkeypatch.setattr(batching, "LANES", 4)
+    monkeypatch.setitem(episodic.BLOCKS_AT_ONCE, "cpu", 1)
     expected, metrics, _ = one_step(row, network=network)
     again = one_step(row, network=network, recompute=True)
-    monkeypatch.setattr(episodic, "GROUPS_AT_ONCE", {"cpu": 3})
+    monkeypatch.setitem(episodic.BLOCKS_AT_ONCE, "cpu", 3)
     beside = one_step(row, network=network)
     for moved, others, _ in (again, beside):
         for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(expected), strict=True):
@@ -95,7 +97,7 @@ def test_how_it_is_computed_changes_no_estimate(baseline, network, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_envs", [8, 12])
-def test_an_optimizer_of_the_users_own_takes_any_number_of_episodes(num_envs, groups_of_four):
+def test_an_optimizer_of_the_users_own_takes_any_number_of_episodes(num_envs, blocks_of_four):
     """It reads the divergence, which must be given for a batch taken in groups too."""
 
     def natural(hyperparams):
@@ -110,7 +112,7 @@ def test_an_optimizer_of_the_users_own_takes_any_number_of_episodes(num_envs, gr
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
-def test_an_optimizer_of_the_users_own_is_told_of_the_whole_batch(recompute, groups_of_four):
+def test_an_optimizer_of_the_users_own_is_told_of_the_whole_batch(recompute, blocks_of_four):
     """Its own gradient of the loss equals the one it is given, and every episode has a log-probability."""
 
     def own(hyperparams):
@@ -132,11 +134,14 @@ def test_an_optimizer_of_the_users_own_is_told_of_the_whole_batch(recompute, gro
     np.testing.assert_allclose(moved["logits"], plain["logits"], atol=1e-6)
 
 
-def test_more_than_a_group_is_where_groups_begin():
-    """The device decides how many groups run at once, never how large a group is."""
+def test_a_device_decides_how_many_blocks_run_at_once():
+    """It never decides how large a block is, and with it which lanes share a key."""
+    for platform in ("cpu", "gpu", "tpu"):
+        with devices.built_for(platform):
+            assert batching.lane_block(10_000) == 50 and batching.lane_block(96, 8) == 48
     assert episodic.lanes_at_once(1024) == 1024 and episodic.lanes_at_once(65536) == 1024
-    assert episodic.lanes_at_once(10_000) == 1000
-    assert episodic.lanes_at_once(7919) == 7919, "a prime has no groups of a fair size"
+    assert episodic.lanes_at_once(10_000) == 500
+    assert episodic.lanes_at_once(7919) == 7919, "a prime has no blocks of a fair size"
 
 
 def test_only_own_episodes_of_one_minibatch_are_rolled_out_again():
@@ -147,7 +152,7 @@ def test_only_own_episodes_of_one_minibatch_are_rolled_out_again():
 
 
 @pytest.mark.slow
-def test_chunks_of_updates_are_invisible_in_groups_too(groups_of_four):
+def test_chunks_of_updates_are_invisible_in_groups_too(blocks_of_four):
     env = from_mdp(random_mdp(1))
     trainer = make_trainer(env, actor_critic(env, "tabular"), algorithm("reinforce"), num_envs=8)
     numbers = jax.tree.map(jnp.float32, Hyperparams(learning_rate=0.1))
@@ -167,7 +172,7 @@ def as_on(monkeypatch, device):
     monkeypatch.setattr(devices, "_told", ["cpu" if small else "gpu"])
     for module, name, size in (
         (accumulation, "BLOCK", 4),
-        (episodic, "GROUPS_AT_ONCE", 1),
+        (episodic, "BLOCKS_AT_ONCE", 1),
         (stream, "AT_ONCE", 4),
         (stream, "STEPS_PER_START", 2),
     ):
@@ -182,7 +187,7 @@ KINDS = ("reinforce_baseline", "enac", "off_policy", "guided", "impala", "ppo", 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
-def test_no_row_depends_on_the_device_that_it_runs_on(name, x64, groups_of_four, monkeypatch):
+def test_no_row_depends_on_the_device_that_it_runs_on(name, x64, blocks_of_four, monkeypatch):
     """Blocks, groups of episodes and replicas, and lanes rolled out again change no number of an update."""
     env, row = from_mdp(random_mdp(0, horizon=4)), algorithm(name)
     agent = actor_critic(env, "tabular")

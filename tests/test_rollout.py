@@ -8,7 +8,7 @@ import pytest
 from jax import Array
 from worlds import clock, random_mdp
 
-from jaxpg import Hyperparams, devices, make_trainer, train
+from jaxpg import Hyperparams, batching, devices, make_trainer, train
 from jaxpg.devices import built_for, compiler_options
 from jaxpg.envs import Box, Discrete, Env, from_gymnax, from_mdp, repeat_action
 from jaxpg.estimators import Estimator
@@ -104,7 +104,7 @@ def test_when_it_is_asked_who_is_alive_changes_no_bit(platform, monkeypatch):
     env = from_gymnax("CartPole-v1", max_steps_in_episode=40)
     agent = actor_critic(env, hidden=(4,))
     params = init_params(agent, jax.random.key(0))
-    monkeypatch.setattr(episodic, "GROUP", 2)
+    monkeypatch.setattr(batching, "LANES", 2)
 
     def run(steps):
         monkeypatch.setattr(episodic, "BLOCK", steps)
@@ -146,8 +146,8 @@ def test_a_distribution_that_only_samples_draws_from_the_key_of_its_group(make_k
 
     agent = Agent(Network(lambda key: (), lambda lanes: (), apply))
     params, key = init_params(agent, jax.random.key(0)), make_key(1)
-    monkeypatch.setattr(episodic, "GROUP", 4)
-    monkeypatch.setattr(episodic, "GROUPS_AT_ONCE", {"cpu": 3})
+    monkeypatch.setattr(batching, "LANES", 4)
+    monkeypatch.setattr(episodic, "BLOCKS_AT_ONCE", {"cpu": 3})
     action = episodes(env, agent, params, key, 12)[0].action
     for group in range(3):
         steps = jax.random.split(jax.random.fold_in(key, group))[1]
@@ -382,7 +382,7 @@ def test_every_episode_of_a_stream_starts_afresh(num_envs, chance, monkeypatch):
 
 @pytest.mark.slow
 def test_both_kinds_of_key_give_the_same_numbers(monkeypatch):
-    monkeypatch.setattr(episodic, "GROUP", 3)
+    monkeypatch.setattr(batching, "LANES", 3)
     env = repeat_action(from_mdp(random_mdp(2, horizon=4)), 2)
     agent = actor_critic(env, "tabular")
     trainer = make_trainer(env, agent, algorithm("a2c"), num_envs=2, num_steps=3)

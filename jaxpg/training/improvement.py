@@ -230,9 +230,9 @@ def _policy_step(
         )
         gradient += hyperparams.value_coef * ravel_pytree(descent)[0]
     metrics["grad_norm"] = optax.tree.norm(gradient)
-    extra = {}
-    if shards() == 1:  # they are of all lanes together
-        extra = _extra_args(policy, algorithm, layout, params, batch, carry, hyperparams)
+    extra = _extra_args(policy, algorithm, layout, params, batch, carry, hyperparams)
+    if shards() > 1:
+        extra = dict.fromkeys(extra, _refuse)
     updates, new_state = optimizer.update(tree(gradient), opt_state, params, **extra)
     new = flat + ravel_pytree(updates)[0]
     if algorithm.num_epochs * algorithm.num_minibatches == 1:
@@ -250,6 +250,14 @@ def _critic_step(critic, tree, optimizer, hyperparams, state, minibatch):
     gradient, value = critic_gradient(critic, params, carry.critic, batch, hyperparams)
     updates, opt_state = optimizer.update(gradient, opt_state, params)
     return (flat + ravel_pytree(updates)[0], opt_state), {"critic_loss": value}
+
+
+def _refuse(*arguments):
+    del arguments
+    raise ValueError(
+        "an optimizer that reads the loss or the KL needs the whole batch on one device; split seeds, with "
+        "--shard replicas"
+    )
 
 
 def _extra_args(policy, algorithm, layout, params, batch, carry, hyperparams):
