@@ -46,7 +46,7 @@ def rows():
         "dapo": trainer_of(algorithm("dapo", 4)),
     }.items():
         found = []
-        for count in (1, 2, 8):
+        for count in (1, 2, 8) if name == "ppo" else (1, 8):
             split = split_over(trainer, count) if count > 1 else trainer
             run = partial(train, split, num_updates=2)
             state = jax.jit(split.init)(jax.random.key(0))
@@ -54,6 +54,7 @@ def rows():
         for _, state, metrics in found[1:]:
             start, one, expected = found[0]
             assert metrics.keys() == expected.keys()
+            moved = 0.0
             for x in metrics:
                 np.testing.assert_allclose(
                     metrics[x], expected[x], 2e-4, 1e-5, equal_nan=True, err_msg=f"{name} {x}"
@@ -62,7 +63,8 @@ def rows():
                 *map(jax.tree.leaves, (state.params, one.params, start)), strict=True
             ):
                 np.testing.assert_allclose(a, b, 1e-4, 2e-5, err_msg=name)
-                assert np.abs(b - c).max() > 1e-3, f"{name} has not moved"
+                moved = max(moved, np.abs(b - c).max())
+            assert moved > 1e-2, f"{name} has not moved"
             for a, b in zip(*map(jax.tree.leaves, (state.data, one.data)), strict=True):
                 np.testing.assert_allclose(a, b, 1e-3, 1e-5, err_msg=name)
             np.testing.assert_array_equal(metrics["env_steps"], expected["env_steps"])
@@ -164,7 +166,7 @@ def command(folder):
         devices="3",
         shard="environments",
     )
-    refused("5 agents", "devices=7", "--devices 5", "28 environments", seeds=5, devices="7")
+    refused("5 agents", "devices=7", "--devices 5", "448 environments", seeds=5, devices="7")
     for row, why in (("trpo", "natural gradients"), ("impala", "replay(stream, 4)")):
         with pytest.raises(ValueError, match=f"{re.escape(why)}.*--shard replicas"):
             check_split(trainer_of(algorithm(row)), 2)

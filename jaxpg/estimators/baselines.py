@@ -189,7 +189,7 @@ def optimal_per_time(
     return _ratio_of_others(inner(psi), inner(jnp.ones_like(psi)))
 
 
-@slot(couples=True, min_lanes=2, whole_episodes=True)
+@slot(couples=True, splits=True, min_lanes=2, whole_episodes=True)
 def optimal_token(
     psi: Array, scores: Scores, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
@@ -204,8 +204,7 @@ def optimal_token(
     _check_others(psi, "optimal_token")
     square = jnp.where(trajectory.mask, scores.square(trajectory, scores.step), 0.0)
     energy = jnp.where(trajectory.mask, jnp.cumsum(square, axis=0), 0.0)
-    total = energy.sum(axis=1, keepdims=True)
-    weighted = (energy * psi).sum(axis=1, keepdims=True)
+    total, weighted = _total((energy, energy * psi))
     return jnp.broadcast_to(weighted / jnp.where(total > 0.0, total, 1.0), psi.shape)
 
 
