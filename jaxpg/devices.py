@@ -2,7 +2,7 @@
 
 import os
 import pkgutil
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -180,12 +180,12 @@ def across(tree: Any) -> Any:
     return _summed(tree, SHARDS) if shards() > 1 else tree
 
 
-def split_over(trainer: Any, count: int | None = None) -> Any:
+def split_over(trainer: Any, devices: int | Sequence[Any] | None = None) -> Any:
     """The trainer with the environments of each agent split over devices, by default all.
 
-    trainer: as `make_trainer` builds it. Draws, minibatches and groups are those of one device, exactly, and
-    all else is to rounding; an optimizer step costs one message for each network. Raises ValueError where an
-    agent cannot be split so.
+    trainer: as `make_trainer` builds it. devices: the first so many, or these themselves. Draws, minibatches
+    and groups are those of one device, exactly, and all else is to rounding; an optimizer step costs one
+    message for each network. Raises ValueError where an agent cannot be split so.
 
     >>> row = jaxpg.algorithms.algorithm("ppo")
     >>> env = jaxpg.envs.make_env("CartPole-v1")
@@ -194,11 +194,11 @@ def split_over(trainer: Any, count: int | None = None) -> Any:
     >>> jax.eval_shape(split.init, jax.random.key(0)).data.obs.shape
     (4096, 4)
     """
-    count = len(jax.devices()) if count is None else count
-    check_split(trainer, count)
-    mesh = jax.make_mesh(
-        (count,), (SHARDS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:count]
-    )
+    if devices is None or isinstance(devices, int):
+        devices = jax.devices()[: check_present(devices)]
+    check_split(trainer, len(devices))
+    types = (AxisType.Auto,)
+    mesh = jax.make_mesh((len(devices),), (SHARDS,), axis_types=types, devices=devices)
     specs, same = lane_specs(trainer.init, mesh), PartitionSpec()
     on = partial(jax.shard_map, mesh=mesh, check_vma=False)
     update = on(trainer.update, in_specs=(specs, same), out_specs=(specs, same))
@@ -206,6 +206,31 @@ def split_over(trainer: Any, count: int | None = None) -> Any:
         init=on(trainer.init, in_specs=same, out_specs=specs),
         update=lambda state, hyperparams, demonstrations=None: update(state, hyperparams),
     )
+
+
+def map_over_devices(function: Callable, count: int, beside: int | None = None) -> Any:
+    """Return function(0), ..., function(count - 1), stacked, with the numbers split over devices.
+
+    As many devices as divide the count compute `beside` of theirs at a time; what a number gives does not
+    depend on them.
+
+    >>> map_over_devices(lambda i: i**2, 4).tolist()
+    [0, 1, 4, 9]
+    """
+
+    def own(numbers):
+        return jax.lax.map(function, numbers, batch_size=beside)
+
+    present = len(jax.devices()) if backend() == jax.default_backend() else 1
+    used = next(n for n in range(min(present, count), 0, -1) if count % n == 0)
+    if used == 1 or jax.sharding.get_abstract_mesh().axis_names:
+        return own(jnp.arange(count))
+    mesh = jax.make_mesh(
+        (used,), ("part",), axis_types=(AxisType.Auto,), devices=jax.devices()[:used]
+    )
+    parts = PartitionSpec("part")
+    mapped = jax.shard_map(own, mesh=mesh, in_specs=parts, out_specs=parts, check_vma=False)
+    return mapped(jnp.arange(count))
 
 
 def lane_specs(init: Callable, mesh: Any) -> Any:
@@ -231,12 +256,16 @@ def lane_specs(init: Callable, mesh: Any) -> Any:
     return jax.tree.map(spec, jax.eval_shape(init, key), parts)
 
 
+def check_present(count: int | None) -> int:
+    """The number of devices asked for, by default all. Raises ValueError if there are fewer."""
+    present = len(jax.devices())
+    if count is not None and not 1 <= count <= present:
+        raise ValueError(f"devices={count}, but there are {present}; use 1 to {present}, or all")
+    return present if count is None else count
+
+
 def check_split(trainer: Any, count: int) -> None:
     """Raises ValueError unless the environments of each agent can be split over `count` devices."""
-    if not 1 <= count <= len(jax.devices()):
-        raise ValueError(
-            f"devices={count}, but there are {len(jax.devices())}; use 1 to {len(jax.devices())}"
-        )
     if count > 1 and trainer.undivided:
         raise ValueError(
             f"the environments of one agent cannot be split over {count} devices: {trainer.undivided}; "

@@ -2,10 +2,12 @@
 
 scripts/benchmark programs --chip v5e|h100 [--case NAME ...] [--explain NAME] [--peers] [--json FILE]
 scripts/benchmark programs --budgets
+scripts/benchmark programs --chips v5e:16x16 ... [--page FILE]
 
 Nothing is run on a device: counts are exact and repeat, rates are predictions. The compiler is installed on
 first use: a TPU's (140 MB) apart in .venv, a GPU's (6 GB) in .venv-cuda. --budgets rewrites the table of what
-every algorithm may cost on a v5e, to which a test holds them.
+every algorithm may cost on a v5e, to which a test holds them. --chips counts the messages of agents and
+environments that are split over many: slices of v5e (v5e:AxB) or hosts of H100s (h100:HOSTSxCHIPS).
 """
 
 import argparse
@@ -388,12 +390,18 @@ def main(arguments: list[str] | None = None) -> None:
     if chosen.budgets:
         libtpu(install=True)
         return write_budgets()
+    if chosen.chips:
+        from pods import benchmark
+
+        chosen.chip = "h100" if any("h100" in name for name in chosen.chips) else "v5e"
     libraries = installed(chosen.chip)
     if chosen.install:
         return
     if CHIPS[chosen.chip].platform == "gpu" and not libraries.is_relative_to(sys.prefix):
         python = str(ROOT / ".venv-cuda" / "bin" / "python")
         os.execv(python, [python, __file__, *(arguments or sys.argv[1:])])
+    if chosen.chips:
+        return benchmark(chosen.chips, chosen.page)
     print(f"{caption(chosen.chip)}\n\n{HEADER}", flush=True)
     own = {} if chosen.precision == "own" else {"precision": chosen.precision}
     rows = list(_rows(chosen, names, lambda name: CASES[name](own)))
@@ -434,6 +442,8 @@ def _chosen(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--budgets", action="store_true", help=f"rewrite {BUDGETS.relative_to(ROOT)}, for a v5e"
     )
+    parser.add_argument("--chips", nargs="+", metavar="NAME", help="v5e:AxB or h100:HOSTSxCHIPS")
+    parser.add_argument("--page", metavar="FILE", help="write what --chips finds to FILE")
     parser.add_argument("--install", action="store_true", help="only install the chip's compiler")
     return parser.parse_args(arguments)
 

@@ -5,16 +5,20 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from worlds import random_mdp
 
 from jaxpg import Hyperparams, batching, devices, make_trainer, train
 from jaxpg.devices import check_split, split_over
-from jaxpg.envs import from_gymnax
-from jaxpg.policies import actor_critic
+from jaxpg.envs import from_gymnax, from_mdp
+from jaxpg.estimators import Estimator
+from jaxpg.lab import Source, gradient_statistics, gradient_trace
+from jaxpg.policies import actor_critic, tabular
 from jaxpg.runs.config.config import check, completed
 from jaxpg.runs.config.presets import preset
 from jaxpg.runs.play.policy import load_policy
@@ -75,6 +79,23 @@ def rows():
     assert (
         len(np.unique(jax.jit(split.init)(jax.random.key(0)).data.obs, axis=0)) == len(same) == 32
     )
+
+
+def laboratory():
+    """Statistics over devices are one device's, and so is a trace."""
+    env = from_mdp(random_mdp(0, horizon=4))
+    policy = tabular(env.observation, env.action)
+    source = Source(env, policy, Estimator(), policy.init(None), jax.random.key(0), NUMBERS)
+    with_all = gradient_statistics(source, 3200), gradient_trace(source, "jvp", 3200)
+    alone = jax.devices()[:1]
+    with mock.patch.object(jax, "devices", lambda *_: alone):
+        jax.clear_caches()
+        one = gradient_statistics(source, 3200), gradient_trace(source, "jvp", 3200)
+    for a, b in zip(jax.tree.leaves(with_all), jax.tree.leaves(one), strict=True):
+        if not isinstance(a, str):
+            np.testing.assert_allclose(a, b, 1e-5, 1e-6)
+    text = jax.jit(lambda: devices.map_over_devices(lambda i: i * 2.0, 32)).lower().as_text()
+    assert "mhlo.num_partitions = 8" in text
 
 
 def messages():
@@ -189,6 +210,9 @@ def command(folder):
 if __name__ == "__main__":
     # Small blocks, so that few environments make many.
     batching.LANES = improvement.LANES = devices.LANES = 4
-    {"rows": rows, "messages": messages, "command": lambda: command(Path(sys.argv[2]))}[
-        sys.argv[1]
-    ]()
+    {
+        "rows": rows,
+        "laboratory": laboratory,
+        "messages": messages,
+        "command": lambda: command(Path(sys.argv[2])),
+    }[sys.argv[1]]()

@@ -11,7 +11,16 @@ import pytest
 from worlds import random_mdp
 
 from jaxpg import make_trainer
-from jaxpg.devices import SHARDS, across, check_split, first_of, largest, mean_across, undivided
+from jaxpg.devices import (
+    SHARDS,
+    across,
+    check_split,
+    first_of,
+    largest,
+    mean_across,
+    split_over,
+    undivided,
+)
 from jaxpg.envs import from_gymnax, from_mdp
 from jaxpg.estimators import Estimator
 from jaxpg.policies import actor_critic
@@ -22,7 +31,7 @@ APART = Path(__file__).parent / "split_runs.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["rows", "messages", "command"])
+@pytest.mark.parametrize("part", ["rows", "laboratory", "messages", "command"])
 def test_split_over_eight_devices(part, tmp_path):
     flags = [x for x in os.environ["XLA_FLAGS"].split() if "device_count" not in x]
     flags.append("--xla_force_host_platform_device_count=8")
@@ -64,7 +73,11 @@ def test_what_cannot_be_split_is_refused():
     few, many = len(jax.devices()), len(jax.devices()) + 1
     trainer = make_trainer(env, actor_critic(env), algorithm("ppo"), num_envs=64)
     with pytest.raises(ValueError, match=f"devices={many}, but there are {few}; use 1 to {few}"):
-        check_split(trainer, many)
+        split_over(trainer, many)
+    with pytest.raises(
+        ValueError, match=r"1 blocks .* over 2 devices; use 1 devices, or .* 128 env"
+    ):
+        check_split(trainer, 2)
 
 
 def test_sums_over_devices():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpg.batching import divisor
+from jaxpg.devices import map_over_devices
 from jaxpg.lab.measure.samples import (
     Source,
     check_source,
@@ -162,7 +163,7 @@ def _measure(source: Source, size: int, num_samples: int) -> tuple[SampleMoments
         return jax.lax.scan(piece, start, jnp.arange(pieces))[0]
 
     beside = divisor(GROUPS, max(1, chunk_size(source) // (per_group * size)))
-    moments, weights = jax.lax.map(group, jnp.arange(GROUPS), batch_size=beside)
+    moments, weights = map_over_devices(group, GROUPS, beside)
     return moments, _Weights(
         jax.nn.logsumexp(weights.log_sums, axis=0),
         weights.steps.sum(),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from jaxpg.devices import map_over_devices
 from jaxpg.lab.measure.samples import Source, chunk_size, dependent, gather, log_probs, rows_of
 from jaxpg.lab.measure.statistics import plan, trace_of
 from jaxpg.stats.intervals import Estimate, mean_interval
@@ -54,7 +55,7 @@ def gradient_trace(
         )
         return jax.lax.map(lambda part: ROUTES[route](source, *part), (split, keys)).mean()
 
-    values = jax.jit(lambda: jax.lax.map(piece, jnp.arange(GROUPS * pieces)))()
+    values = jax.jit(lambda: map_over_devices(piece, GROUPS * pieces))()
     groups = np.asarray(values, np.float64).reshape(GROUPS, pieces).mean(axis=1)
     return Estimate(*map(float, mean_interval(groups, confidence=confidence)))
 

@@ -19,6 +19,7 @@ from jaxpg.devices import (
     SHARDS,
     backend,
     check_devices,
+    check_present,
     check_split,
     compiler_options,
     lane_specs,
@@ -108,9 +109,7 @@ def layout_of(config: Config, total: int, trainer: Trainer | None = None) -> Lay
 
 def check_layout(config: Config, total: int, trainer: Trainer) -> None:
     """Raises ValueError for more devices than there are, and for a split as asked for that is uneven."""
-    present, asked = len(jax.devices()), devices_of(config)
-    if not 1 <= asked <= present:
-        raise ValueError(f"devices={asked}, but there are {present}; use 1 to {present}, or all")
+    asked = check_present(devices_of(config))
     if config.shard is None and config.devices == ALL:
         return
     if config.shard == "environments":
