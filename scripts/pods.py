@@ -151,9 +151,9 @@ def _page(found: list[dict[str, Any]]) -> str:
     links = " ".join((pod.__doc__ or "").split())
     return f"""# Scaling: predicted, not measured
 
-One update of PPO on CartPole (2x64 tanh, 4 epochs x 4 minibatches, {STEPS} steps), compiled for these chips by
-their own compilers on a machine without any. Messages and their bytes are counted in the compiled program, per
-update and chip. Efficiency is compute / (compute + waiting): compute is the time that `scripts/benchmark
+One update of PPO on CartPole (2x64 tanh, 4 epochs x 4 minibatches, {STEPS} steps), compiled for these chips
+by their own compilers on a machine without any. Messages and their bytes are counted in the compiled program,
+per update and chip. Efficiency is compute / (compute + waiting): compute is the time that `scripts/benchmark
 programs` predicts for a chip, waiting that of the messages one after another. {links}
 
 {text}

@@ -86,11 +86,11 @@ def laboratory():
     env = from_mdp(random_mdp(0, horizon=4))
     policy = tabular(env.observation, env.action)
     source = Source(env, policy, Estimator(), policy.init(None), jax.random.key(0), NUMBERS)
-    with_all = gradient_statistics(source, 3200), gradient_trace(source, "jvp", 3200)
+    with_all = gradient_statistics(source, 3200), gradient_trace(source, 3200, route="jvp")
     alone = jax.devices()[:1]
-    with mock.patch.object(jax, "devices", lambda *_: alone):
+    with mock.patch.object(jax, "devices", return_value=alone):
         jax.clear_caches()
-        one = gradient_statistics(source, 3200), gradient_trace(source, "jvp", 3200)
+        one = gradient_statistics(source, 3200), gradient_trace(source, 3200, route="jvp")
     for a, b in zip(jax.tree.leaves(with_all), jax.tree.leaves(one), strict=True):
         if not isinstance(a, str):
             np.testing.assert_allclose(a, b, 1e-5, 1e-6)
@@ -210,9 +210,6 @@ def command(folder):
 if __name__ == "__main__":
     # Small blocks, so that few environments make many.
     batching.LANES = improvement.LANES = devices.LANES = 4
-    {
-        "rows": rows,
-        "laboratory": laboratory,
-        "messages": messages,
-        "command": lambda: command(Path(sys.argv[2])),
-    }[sys.argv[1]]()
+    part, folder = sys.argv[1], Path(sys.argv[2])
+    parts = {"rows": rows, "laboratory": laboratory, "messages": messages}
+    command(folder) if part == "command" else parts[part]()
