@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpg.batching import any_replica, fair_divisor, lane_block
-from jaxpg.devices import backend, shards
+from jaxpg.devices import backend
 from jaxpg.envs import Env
 from jaxpg.policies import Agent, AgentParams, check_params, critic_of, initial_carry
 from jaxpg.rollout.packing import pack, unpack
@@ -133,9 +133,7 @@ def lanes_at_once(num_episodes: int, group_size: int = 1) -> int:
 def _part(env, agent, params, key, index, num_episodes, num_steps, group_size):
     size = lane_block(num_episodes, group_size)
     count = lanes_at_once(num_episodes, group_size) // size
-    keys = key[None]
-    if size < num_episodes * shards():
-        keys = block_keys(key, num_episodes, group_size, index * count, count)
+    keys = block_keys(key, num_episodes, group_size, index * count, count)
     return _episodes(env, agent, params, keys, size, num_steps, group_size)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpg.batching import lane_block
-from jaxpg.devices import first_of
+from jaxpg.devices import first_of, shards
 from jaxpg.envs import Env, check_action, check_env
 from jaxpg.policies import Agent, initial_carry
 from jaxpg.types import Array, Key, Params
@@ -37,8 +37,13 @@ def step_keys(key: Key, num_steps: int, start: Array | int = 0) -> StepKeys:
 def block_keys(
     key: Key, num_lanes: int, group_size: int = 1, index: Array | int = 0, count: int | None = None
 ) -> Key:
-    """The keys of `count` blocks of lanes, by default all of this device's, from the index-th."""
+    """The keys of `count` blocks of lanes, by default all of this device's, from the index-th.
+
+    If there is but one block on all devices, its key is the given one.
+    """
     blocks = num_lanes // lane_block(num_lanes, group_size)
+    if blocks * shards() == 1:
+        return key[None]
     numbers = first_of(blocks) + index + jnp.arange(count or blocks)
     return jax.vmap(partial(jax.random.fold_in, key))(numbers)
 
@@ -73,15 +78,24 @@ def act(agent: Agent, params: Params, carry, obs, first, noise, greedy=False):
 
 def inputs_of(agent: Agent, params: Params, keys: Key, obs: Array) -> Callable:
     """Return (start, T) -> what those T steps of G blocks take: times [T], keys [T, G], noise [T, B, ...]."""
-    noise_of = noise_function(agent, params, obs[: len(obs) // len(keys)])
 
     def inputs(start, num_steps):
-        own = jax.vmap(lambda key: step_keys(key, num_steps, start), out_axes=1)(keys)
-        noise = jax.vmap(noise_of, 1, 1)(own.action)
-        noise = jax.tree.map(lambda x: lanes_together(x, 1), noise)
+        own = block_step_keys(keys, num_steps, start)
+        noise = lane_noise(agent, params, own.action, obs)
         return start + jnp.arange(num_steps), own.step, noise
 
     return inputs
+
+
+def block_step_keys(keys: Key, num_steps: int, start: Array | int = 0) -> StepKeys:
+    """The keys of T steps of G blocks, [T, G] each; keys: [G]."""
+    return jax.vmap(lambda key: step_keys(key, num_steps, start), out_axes=1)(keys)
+
+
+def lane_noise(agent: Agent, params: Params, keys: Key, obs: Array):
+    """The noise [T, B, ...] of the actions of T steps of G blocks; keys: [T, G]."""
+    noise_of = noise_function(agent, params, obs[: len(obs) // keys.shape[1]])
+    return jax.tree.map(lambda x: lanes_together(x, 1), jax.vmap(noise_of, 1, 1)(keys))
 
 
 def lane_keys(keys: Key, size: int) -> Key:

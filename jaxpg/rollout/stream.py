@@ -25,12 +25,12 @@ from jaxpg.rollout.stepping import (
     EpisodeSums,
     act,
     block_keys,
-    inputs_of,
+    block_step_keys,
     kept,
     lane_keys,
+    lane_noise,
     reset_lanes,
     select,
-    step_keys,
     step_lanes,
 )
 from jaxpg.types import Array, Key, Params, Trajectory
@@ -89,9 +89,9 @@ def unroll(
     # A critic without memory can wait: one pass over all steps is cheaper than a small one per step.
     waits = critic is not None and not jax.tree.leaves(state.carry.critic)
     keeps = waits and math.prod(state.obs.shape[1:]) <= SMALL.get(backend(), 0)
-    keys = block_keys(key, num_envs)
-    _, stepping, noise = inputs_of(agent, params.policy, keys, state.obs)(0, num_steps)
-    lanes = lane_keys(jax.vmap(lambda key: step_keys(key, 1).reset[0])(keys), num_envs // len(keys))
+    keys = block_step_keys(block_keys(key, num_envs), num_steps)
+    noise = lane_noise(agent, params.policy, keys.action, state.obs)
+    lanes = lane_keys(keys.reset[0], num_envs // keys.reset.shape[1])
     reset = _resets(env, lanes, num_steps)
 
     def value_of(carry, obs, first) -> tuple[Any, Any]:
@@ -101,13 +101,13 @@ def unroll(
         return carry, value[0].astype(state.episode_return.dtype)
 
     def step(state, inputs):
-        keys, noise = inputs
+        key, noise = inputs
         env_state, obs, first, carry, resets = state
         action, chosen, policy_carry = act(agent, params.policy, carry.policy, obs, first, noise)
         critic_carry, value = carry.critic, ()
         if not waits:
             critic_carry, value = value_of(carry.critic, obs, first)
-        env_state, result = step_lanes(env, keys, env_state, action)
+        env_state, result = step_lanes(env, key, env_state, action)
         last = result.terminated | result.truncated
         beyond: Any = ()
         if keeps:
@@ -127,7 +127,7 @@ def unroll(
 
     none = jnp.zeros(num_envs, jnp.int32)
     start = state.env_state, state.obs, state.first, state.carry, none
-    after, rows = jax.lax.scan(step, start, (stepping, noise), unroll=UNROLL.get(backend(), 1))
+    after, rows = jax.lax.scan(step, start, (keys.step, noise), unroll=UNROLL.get(backend(), 1))
     env_state, obs, ending, carry, _ = after
     value: Any
     seen, action, chosen, reward, terminated, last, value, beyond = unpack(rows)

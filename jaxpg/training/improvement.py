@@ -108,7 +108,7 @@ def improve(
         """Step on every minibatch of every epoch; metrics are means over all of them."""
         inputs, names, count = (), [], num_epochs * parts
         if parts > 1:
-            places = _minibatches(jax.random.split(key, num_epochs), shape, parts)
+            places = _minibatches(key, shape, num_epochs, parts)
             # All minibatches are rescaled at once, not each in its step.
             inputs = places, jax.vmap(lambda x: rescale(taken(data, x)[0]))(places)
         else:
@@ -192,23 +192,22 @@ def arrangement(
     return num_lanes // block, width
 
 
-def _minibatches(keys: Key, shape: tuple[int, int, int], parts: int) -> Array:
+def _minibatches(key: Key, shape: tuple[int, int, int], num_epochs: int, parts: int) -> Array:
     """The rows of every minibatch of every epoch, [epochs parts, rows].
 
     Rows are numbered through `shape`, whose second axis is the block; each block is shuffled by itself.
     """
-    outer, blocks, inner = shape
-    numbers = jnp.arange(blocks)
+    blocks = shape[1]
+    rows = jnp.arange(math.prod(shape)).reshape(shape).swapaxes(0, 1).reshape(blocks, -1)
 
-    def shuffled(key, number):
-        order = jax.random.permutation(
-            jax.random.fold_in(key, first_of(blocks) + number), outer * inner
-        )
-        return (order // inner * blocks + number) * inner + order % inner
+    def shuffled(epoch, block, rows):
+        return jax.random.permutation(jax.random.fold_in(key, epoch + num_epochs * block), rows)
 
-    places = jax.vmap(lambda key: jax.vmap(partial(shuffled, key))(numbers))(keys)
-    places = places.reshape(len(keys), blocks, parts, -1)
-    return places.swapaxes(1, 2).reshape(len(keys) * parts, -1)
+    numbers = first_of(blocks) + jnp.arange(blocks)
+    of_epoch = jax.vmap(shuffled, (None, 0, 0))
+    places = jax.vmap(of_epoch, (0, None, None))(jnp.arange(num_epochs), numbers, rows)
+    places = places.reshape(num_epochs, blocks, parts, -1)
+    return places.swapaxes(1, 2).reshape(num_epochs * parts, -1)
 
 
 def _policy_step(

@@ -5,18 +5,19 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxpg.devices import check_devices, compiler_options
+from jaxpg.devices import check_devices, check_present, compiler_options
 from jaxpg.envs import Env, make_env
 from jaxpg.policies import Agent, AgentParams, init_params
 from jaxpg.rollout import Evaluation, episodes
 from jaxpg.rollout import evaluate as evaluate_policy
-from jaxpg.runs.config.config import Config, points
+from jaxpg.runs.config.config import ALL, Config, points
 from jaxpg.runs.console import parser, say, whole
 from jaxpg.runs.host import health
 from jaxpg.runs.play import policy as policies
@@ -39,11 +40,15 @@ def evaluate(argv: Sequence[str]) -> None:
     options.add_argument(
         "--episodes", type=whole(1), metavar="N", help="for each policy; default: as in the run"
     )
+    options.add_argument(
+        "--devices", type=whole(1), metavar="N", help="that share the policies; default: all"
+    )
     given = options.parse_args(list(argv))
     use_cpu_cores()
+    devices = check_present(given.devices)
     run = _read(given)
     count = run.config.evaluation_episodes if given.episodes is None else given.episodes
-    found = evaluation(run, count, given.greedy, given.seed)
+    found = evaluation(run, count, given.greedy, given.seed, devices)
     how = "greedy" if given.greedy else "sampled"
     shape = -1, run.config.seeds
     attainable = attained(found.smallest, found.largest)
@@ -62,9 +67,15 @@ def _read(given) -> Run:
     return run
 
 
-def evaluation(run: Run, count: int, greedy: bool, seed: int = 0) -> Evaluation:
-    """Evaluates every replica, over the same episodes as at the end of training if seed is 0."""
-    replicas = make_replicas(run.config, points(run.grid))
+def evaluation(
+    run: Run, count: int, greedy: bool, seed: int = 0, devices: int | None = None
+) -> Evaluation:
+    """Evaluates every replica, over the same episodes as at the end of training if seed is 0.
+
+    devices: how many of this machine's, by default all, however many the run was trained on.
+    """
+    shared = replace(run.config, devices=str(devices or ALL), shard="replicas")
+    replicas = make_replicas(shared, points(run.grid))
     keys = replicas.evaluation_keys
     if seed:
         keys = jax.vmap(lambda key: jax.random.fold_in(key, seed))(keys)

@@ -64,6 +64,7 @@ def recorded(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
 def settings(record: dict[str, Any]) -> dict[str, Any]:
     """The settings that determine a sweep's numbers."""
     free = ("run", "quiet", "demonstrations", "checkpoint_seconds", "compilation_cache")
+    free += ("devices", "shard")
     found = record["config"] | record["hyperparameters"] | record["search"]
     found["demonstrations_sha256"] = record["demonstrations_sha256"]
     return {name: value for name, value in found.items() if name not in free}

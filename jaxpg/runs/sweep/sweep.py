@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxpg.devices import check_present, check_split
 from jaxpg.memory import machine_bytes
 from jaxpg.runs.config.config import Config, Grid, check, completed, varying
 from jaxpg.runs.config.flags import request
@@ -30,7 +31,7 @@ from jaxpg.runs.sweep.search import Options, choose, count, places, rungs, take_
 from jaxpg.runs.train import replica_batches
 from jaxpg.runs.train.build import Parts, build, instructed
 from jaxpg.runs.train.loop import chunk_length, stopper, workers
-from jaxpg.runs.train.replicas import use_cpu_cores
+from jaxpg.runs.train.replicas import devices_of, use_cpu_cores
 from jaxpg.runs.train.saved import referred
 from jaxpg.stats.intervals import attained
 
@@ -72,6 +73,8 @@ def prepare(argv: Sequence[str]) -> Sweep:
     config = settled(config)
     search = _search(config, grid, options)
     parts = build(config)
+    if check_present(devices_of(config)) and config.shard == "environments":
+        check_split(parts.trainer, devices_of(config))
     health.check_sizes(config, parts.env, replica_batches.state_bytes(parts), 1)
     parts = referred(instructed(parts, config), config)
     if len(search.rungs) > 1:

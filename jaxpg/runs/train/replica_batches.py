@@ -69,7 +69,8 @@ def plan(
         # Skip sizes whose input plus output state exceeds free memory.
         most = min(most, max(1, int(SHARE * free / (2 * state_bytes(job.parts)))))
     while True:
-        size = _equal(total, most, devices_of(job.config))
+        shared = job.config.shard != "environments"
+        size = _equal(total, most, devices_of(job.config) if shared else 1)
         programs = _start(job, size)
         needed = _needed(job, programs, size, poll)
         if needed is None or free is None or needed <= SHARE * free:

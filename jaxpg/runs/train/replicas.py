@@ -74,10 +74,15 @@ class Layout(NamedTuple):
     replicas: int
     environments: int
 
-    def words(self) -> str:
-        """How they are split: `replicas over 4, environments over 2`."""
-        names = zip(self._fields, self, strict=True)
-        return ", ".join(f"{name} over {count}" for name, count in names if count > 1)
+    def words(self, present: int) -> str:
+        """What is split, and over how many devices if not all: ` (replicas)`, ` (environments over 4)`."""
+        parts = zip(self._fields, self, strict=True)
+        split = [
+            name if count == present else f"{name} over {count}"
+            for name, count in parts
+            if count > 1
+        ]
+        return f" ({', '.join(split)})" if split else ""
 
 
 def devices_of(config: Config) -> int:

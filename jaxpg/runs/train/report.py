@@ -15,11 +15,11 @@ MOST_ROWS = 12
 def headline(config: Config, grid: Grid, layout: Layout) -> str:
     """One line on what is trained, and where."""
     devices = jax.devices()[: devices_of(config)]
-    settings, split = len(points(grid)), layout.words()
+    settings, split = len(points(grid)), layout.words(len(devices))
     agents = _count(config.seeds, "seed") + (f" x {settings} settings" if settings > 1 else "")
     return (
         f"{config.environment}, {config.algorithm}: {agents}, {_count(config.updates, 'update')}, "
-        f"{_count(len(devices), f'{devices[0].platform} device')}" + (split and f": {split}")
+        f"{_count(len(devices), f'{devices[0].platform} device')}" + split
     )
 
 
