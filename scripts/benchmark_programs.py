@@ -391,8 +391,10 @@ def main(arguments: list[str] | None = None) -> None:
         libtpu(install=True)
         return write_budgets()
     if chosen.chips:
-        from pods import benchmark
+        from pods import benchmark, pod
 
+        for name in chosen.chips:
+            pod(name)
         chosen.chip = "h100" if any("h100" in name for name in chosen.chips) else "v5e"
     libraries = installed(chosen.chip)
     if chosen.install:

@@ -7,11 +7,12 @@ bytes are counted, efficiency is a prediction.
 """
 
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmark_programs import CHIPS, building, fail
+from benchmark_programs import CHIPS, building, fail, libtpu
 from compiled_text import measured, parsed
 
 STEPS = 128
@@ -54,6 +55,8 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
 
     found = pod(name)
     chip = CHIPS[found.chip]
+    if chip.platform == "tpu":
+        libtpu(install=True)
     settings = dict(found.topology)
     devices = topologies.get_topology_desc(
         settings.pop("topology_name"), platform=chip.lowering, **settings
@@ -128,8 +131,6 @@ def line(row: dict[str, Any]) -> list[str]:
 
 
 def benchmark(names: list[str], page: str | None) -> None:
-    for name in names:
-        pod(name)
     found = []
     for name in names:
         for row in rows(name):
@@ -148,22 +149,21 @@ def _page(found: list[dict[str, Any]]) -> str:
     if worst:
         said = f"More than half of the time is waiting on {', '.join(worst)} environments per chip."
     chips = " ".join(dict.fromkeys(row["chips"] for row in found))
-    links = " ".join((pod.__doc__ or "").split())
-    return f"""# Scaling: predicted, not measured
+    about = f"""One update of PPO on CartPole (2x64 tanh, 4 epochs x 4 minibatches, {STEPS} steps),
+        compiled for these chips by their own compilers on a machine without any. Messages and their bytes are
+        counted in the compiled program, per update and chip. Efficiency is compute / (compute +
+        waiting): compute is the time that `scripts/benchmark programs` predicts for a chip, waiting
+        that of the messages one after another. {pod.__doc__}"""
+    meaning = f"""Replicas share nothing, so they scale until they run out. Environments of one agent
+        cost at most one message for each network and optimizer step, of the size of its parameters,
+        and a few per update for what is averaged over the batch; none grows with the data. Their number is fixed, so
+        the more environments a chip has, the less waiting matters. {said} It breaks down where a
+        minibatch step takes a chip less time than a sum over all chips: give each more environments,
+        take fewer minibatches, or split agents."""
+    made = f"`scripts/benchmark programs --chips {chips} --page FILE` makes this page."
+    parts = "# Scaling: predicted, not measured", _filled(about), text, _filled(meaning), made
+    return "\n\n".join(parts) + "\n"
 
-One update of PPO on CartPole (2x64 tanh, 4 epochs x 4 minibatches, {STEPS} steps), compiled for these chips
-by their own compilers on a machine without any. Messages and their bytes are counted in the compiled program,
-per update and chip. Efficiency is compute / (compute + waiting): compute is the time that `scripts/benchmark
-programs` predicts for a chip, waiting that of the messages one after another. {links}
 
-{text}
-
-Replicas share nothing, so they scale until they run out. Environments of one agent cost one message for each
-network and optimizer step, of the size of its parameters, and a few per update for what is averaged over the
-batch; none grows with the data. Their number is fixed, so the more environments a chip has, the less waiting
-matters. {said}
-It breaks down where a minibatch step takes a chip less time than a sum over all chips: give each more
-environments, take fewer minibatches, or split agents.
-
-`scripts/benchmark programs --chips {chips} --page FILE` makes this page.
-"""
+def _filled(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 115)

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark_programs as programs  # noqa: E402
 import compiled_text  # noqa: E402
+import pods  # noqa: E402
 
 # Five trips, known to the compiler, each with a kernel and a choice between two kernels and one; at most
 # seven of a loop whose bound enters in its tuple and whose condition asks more; a sum over chips.
@@ -265,6 +266,7 @@ def test_estimated_cycles_are_multiplied_by_trips_read_from_the_condition():
         (["--chip", "v7"], "unknown chip 'v7'; use v5e, v6e, h100"),
         (["--case", "ppo-8x16"], "unknown case 'ppo-8x16'; use ppo-8x16x64"),
         (["--explain", "evaluate"], "unknown case 'evaluate'; use evaluate-1024"),
+        (["--chips", "v5e"], "unknown chips 'v5e'; use v5e:AxB or h100:HOSTSxCHIPS"),
         (["--precision", "hihgest"], "unknown precision 'hihgest'; use default, high or highest"),
     ],
 )
@@ -272,6 +274,23 @@ def test_an_unknown_name_is_one_line(arguments, said):
     with pytest.raises(SystemExit) as caught:
         programs.main(arguments)
     assert said in str(caught.value.code) and "\n" not in str(caught.value.code)
+
+
+def test_chips_that_wait_are_named():
+    """A slice of 256 chips, and 8 hosts of 8; a row is below a half where messages take longer than work."""
+    assert (pods.pod("v5e:16x16").count, pods.pod("h100:8x8").count) == (256, 64)
+    assert pods.pod("h100:1x8").link.latency < pods.pod("h100:8x8").link.latency
+    row = {
+        "chips": "v5e:4x4",
+        "split": "environments",
+        "lanes": 64,
+        "messages": 35.0,
+        "bytes": 586800.0,
+    }
+    page = pods._page([row | {"seconds": 4e-3, "efficiency": x} for x in (0.9, 0.4)])
+    assert "| v5e:4x4 | environments | 64 | 35 | 586.8 kB | 4.0 ms | 0.40 |" in page
+    assert "waiting on v5e:4x4 with 64 environments" in " ".join(page.split())
+    assert max(len(x) for x in page.splitlines()) <= 120
 
 
 @pytest.mark.parametrize(
