@@ -154,12 +154,12 @@ def _page(found: list[dict[str, Any]]) -> str:
         counted in the compiled program, per update and chip. Efficiency is compute / (compute +
         waiting): compute is the time that `scripts/benchmark programs` predicts for a chip, waiting
         that of the messages one after another. {pod.__doc__}"""
-    meaning = f"""Replicas share nothing, so they scale until they run out. Environments of one agent
-        cost at most one message for each network and optimizer step, of the size of its parameters,
-        and a few per update for what is averaged over the batch; none grows with the data. Their number is fixed, so
-        the more environments a chip has, the less waiting matters. {said} It breaks down where a
-        minibatch step takes a chip less time than a sum over all chips: give each more environments,
-        take fewer minibatches, or split agents."""
+    meaning = f"""Replicas share nothing, so they scale until they run out. Environments of one agent cost at
+        most one message for each network and optimizer step, of the size of its parameters, and a
+        few per update for what is averaged over the batch; none grows with the data. Their number
+        is fixed, so the more environments a chip has, the less waiting matters. {said} It breaks
+        down where a minibatch step takes a chip less time than a sum over all chips: give each more
+        environments, take fewer minibatches, or split agents."""
     made = f"`scripts/benchmark programs --chips {chips} --page FILE` makes this page."
     parts = "# Scaling: predicted, not measured", _filled(about), text, _filled(meaning), made
     return "\n\n".join(parts) + "\n"
