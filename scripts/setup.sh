@@ -21,6 +21,22 @@ sys.exit(sys.version_info < (3, 11))' 2>/dev/null) || {
   return 1
 }
 
+accelerator() { # prints the extra of jax for this machine: cuda13, cuda12, or nothing for a CPU
+  local known="cpu, cuda12, cuda13 or tpu" version=
+  case ${JAXPG_JAX-} in
+    cpu) return ;;
+    cuda12 | cuda13 | tpu) echo "$JAXPG_JAX" && return ;;
+    "") ;;
+    *) echo "jaxpg: JAXPG_JAX=$JAXPG_JAX must be $known" >&2 && return 2 ;;
+  esac
+  # The driver says up to which CUDA it runs.
+  version=$(nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p') || return 0
+  [[ $version && $(uname -s) == Linux ]] || return 0
+  if ((version >= 13)); then echo cuda13; elif ((version >= 12)); then echo cuda12; else
+    echo "jaxpg: the NVIDIA driver runs CUDA $version and jax needs 12: a newer one would let jaxpg use the GPU" >&2
+  fi
+}
+
 fingerprint() { # PIP-ARGUMENT...: changes when an installation would; a moved repository is one
   printf '%s\n' "$root" "$@" | cat - "$root/pyproject.toml" "$root/scripts/constraints.txt" | cksum
 }
@@ -52,6 +68,10 @@ ensure() {
     else
       echo "jaxpg: installing into $name (first use only) ..." >&2
     fi
+    case $extra in cuda*)
+      echo "jaxpg: with jax for the NVIDIA GPU found, ${extra/cuda/CUDA } (5 GB); JAXPG_JAX=cpu leaves it out" >&2
+      ;;
+    esac
     rm -f "$venv"/installed* # no stamp while the installation is half done
     cd "$root" && python=$venv/bin/python &&
       { "$python" -m pip --version &>/dev/null || "$python" -m ensurepip --default-pip >/dev/null; } &&
