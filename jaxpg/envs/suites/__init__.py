@@ -10,6 +10,7 @@ ValueError: unknown suite 'nethack' in 'nethack/Dungeon'; the suites are brax, c
 """
 
 import difflib
+import re
 import shlex
 import sys
 from importlib import import_module
@@ -63,7 +64,12 @@ def make_env(name: str, **settings) -> Env:
         return from_factory(declared[name], **settings)
     if name not in (known := gymnax_names()):
         near = difflib.get_close_matches(name, [*known, *declared], n=3, cutoff=0.4)
+        near = [
+            f"{suite}/{name}" for suite in SUITES if installed(suite) and name in env_names(suite)
+        ] + near
         hint = f"did you mean {', '.join(near)}?" if near else "jaxpg envs lists what there is"
+        if not near and re.search(r"-v\d+$", name):
+            hint = f"gymnasium's is gymnasium/{name}; {hint}"
         raise ValueError(f"unknown environment {name!r}; {hint}")
     return from_gymnax(name, **settings)
 

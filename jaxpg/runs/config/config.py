@@ -88,12 +88,10 @@ class Config:
     num_steps: int | None = _flag(
         None, "steps per environment and update; for reinforce*, the longest episode"
     )
-    settings: str | None = _flag(None, "environment settings, such as size=16,unscaled_move_cost=0")
+    settings: str | None = _flag(None, "environment parameters, as in size=16,unscaled_move_cost=0")
     keep: tuple[int, ...] = _flag((), "observation entries to show, as in 0,2; by default all", 0)
     repeat: int = _flag(1, "times to repeat each action; rewards are summed", 1, MOST_STEPS)
-    history: int | None = _flag(
-        None, "show the agent its last N observations and actions", 1, MOST_STEPS
-    )
+    history: int | None = _flag(None, "stack the last N observations and actions", 1, MOST_STEPS)
     normalise: bool = _flag(False, "scale observations by their running mean and deviation")
     normalise_rewards: bool = _flag(False, "divide rewards by the running deviation of returns")
     network: str = _flag(
@@ -116,7 +114,7 @@ class Config:
         "are full",
     )
     initial_std: float = _flag(
-        0.5, "initial standard deviation of real-valued actions, in half action ranges"
+        0.5, "initial std of continuous actions, as a fraction of half the range"
     )
     distribution: str | None = _flag(
         None,
@@ -159,7 +157,7 @@ class Config:
     group_size: int | None = _flag(
         None, "episodes that share a start, for rloo, grpo and the like; None: the algorithm's"
     )
-    num_batches: int | None = _flag(None, "learn from the last N batches, weighted", 1, 1000)
+    num_batches: int | None = _flag(None, "reuse the last N batches, importance-weighted", 1, 1000)
     importance: str | None = _flag(
         None,
         "weights of old data: per_decision, trajectory, prefix, one_step, truncated, or "

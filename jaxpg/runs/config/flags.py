@@ -108,13 +108,17 @@ def _completes(argv: Sequence[str]) -> bool:
 
 
 def _read(argv, prog) -> Iterator[tuple[str, Any]]:
-    words, positional = list(argv), 0
+    words, positional, before = list(argv), 0, ""
     while words:
         word = words.pop(0)
         if not word.startswith("-"):
             positional += 1
             if positional > 1:
-                raise ValueError(f"{shortened(word)!r} is a second environment{_see(prog)}")
+                hint = (
+                    before
+                    and f"; several values are joined by commas, as in {before},{shortened(word)}"
+                )
+                raise ValueError(f"{shortened(word)!r} is a second environment{hint}{_see(prog)}")
             yield "environment", word
             continue
         flag, equals, value = word.partition("=")
@@ -127,6 +131,8 @@ def _read(argv, prog) -> Iterator[tuple[str, Any]]:
             continue
         if not equals and words and not words[0].startswith("--"):
             value = words.pop(0)
+        # What a list's next value would follow.
+        before = f"{flag} {value}" if get_origin(kind) is tuple else ""
         if not value:
             raise ValueError(f"{flag} lacks its value{_see(prog)}")
         yield name, _value(flag, kind, value, prog)
@@ -156,7 +162,9 @@ def _value(flag, kind, text, prog) -> Any:
         what = "whole numbers" if whole else "numbers"
         if get_origin(kind) is not tuple:
             what = f"a {what[:-1]}"
-        raise ValueError(f"{flag} takes {what}, not {shortened(text)!r}{_see(prog)}") from None
+        ranges = "; jaxpg sweep takes ranges" if ":" in text and prog == "jaxpg train" else ""
+        said = f"{flag} takes {what}, not {shortened(text)!r}{ranges}{_see(prog)}"
+        raise ValueError(said) from None
 
 
 def _see(prog) -> str:

@@ -250,7 +250,7 @@ def _parser(name, description):
         "--update",
         type=whole(word="best"),
         metavar="N",
-        help="load the checkpoint of N updates, or best; default: the end of the run",
+        help="checkpoint: number of updates, or best; default: the last",
     )
     add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of the episodes; default: 0")
     return found

@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     found = parser(
         "plot",
         "Draws runs: learning curves, diagnostics, and a comparison of their final evaluations, with "
-        "95%% bootstrap intervals over seeds. Files are PNG and SVG.",
+        "95% bootstrap intervals over seeds. Files are PNG and SVG.",
         "example: jaxpg plot runs/mine runs/other --x seconds",
     )
     add = found.add_argument
