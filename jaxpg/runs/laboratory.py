@@ -187,25 +187,47 @@ def _surroundings() -> dict[str, Any]:
 
 def _listing() -> list[str]:
     from jaxpg.lab.studies import EXPERIMENTS
+    from jaxpg.lab.studies.estimators import ESTIMATORS
+    from jaxpg.lab.worlds.instances import INSTANCES
 
-    width = max(map(len, EXPERIMENTS))
-    rows = [
+    experiments = {name: f"{each.summary} [{_where(each)}]" for name, each in EXPERIMENTS.items()}
+    estimators = {name: each.summary for name, each in ESTIMATORS.items()}
+    # A docstring's first line is "A: three states, ...".
+    instances = {
+        name: str(each.__doc__).partition("\n")[0].partition(": ")[2].rstrip(".")
+        for name, each in INSTANCES.items()
+    }
+    worlds = (
+        "any: --env takes A, T or C, LQR, or any of jaxpg envs, and --checkpoint a policy trained "
+        "there. Exact lines are drawn where probabilities are known: in the worked instances, "
+        "FrozenLake-misc, Catch-bsuite and DiscountingChain-bsuite, and in part in LQR."
+    )
+    return [
+        "experiments (jaxpg lab NAME; jaxpg lab all --quick runs every one), and where:",
+        *_described(experiments),
+        textwrap.fill(worlds, artifacts.WIDTH, break_on_hyphens=False),
+        "",
+        "worked instances, small tabular worlds of which every number is known:",
+        *_described(instances),
+        "",
+        "estimators of the gradient (--estimators, where an experiment takes them):",
+        *_described(estimators),
+    ]
+
+
+def _described(summaries: dict[str, str]) -> list[str]:
+    """Lines of names and what they are, in two columns."""
+    width = max(map(len, summaries))
+    return [
         textwrap.fill(
-            f"{each.summary} [{_where(each)}]",
+            summary,
             artifacts.WIDTH,
             initial_indent=f"  {name.ljust(width)}  ",
             subsequent_indent=" " * (width + 4),
             break_on_hyphens=False,
         )
-        for name, each in EXPERIMENTS.items()
+        for name, summary in summaries.items()
     ]
-    worlds = (
-        "any: --env takes A, T or C (worked instances), LQR, or any of jaxpg envs, and --checkpoint "
-        "a policy trained there. Exact lines are drawn where probabilities are known: in the worked "
-        "instances, FrozenLake-misc, Catch-bsuite and DiscountingChain-bsuite, and in part in LQR."
-    )
-    head = "experiments (jaxpg lab NAME; jaxpg lab all --quick runs every one), and where:"
-    return [head, *rows, textwrap.fill(worlds, artifacts.WIDTH, break_on_hyphens=False)]
 
 
 def _where(experiment) -> str:

@@ -22,7 +22,7 @@ from jaxpg.lab.studies import (
     streams,
     training,
 )
-from jaxpg.lab.studies.estimators import available, batch_moments, form, gradient
+from jaxpg.lab.studies.estimators import ESTIMATORS, available, batch_moments, form, gradient
 from jaxpg.lab.studies.forms import lambda_form
 from jaxpg.lab.studies.sampling import measure
 from jaxpg.lab.studies.study import COLUMNS, Settings
@@ -541,6 +541,10 @@ def test_a_checkpoints_tables_are_those_of_its_own_environment(tmp_path):
 def test_the_list_names_every_experiment(capsys):
     main(["lab", "list"])
     printed = capsys.readouterr().out
-    assert all(name in printed for name in EXPERIMENTS)
+    # Each name stands in a column of its own.
+    names = {
+        line.split()[0] for line in printed.splitlines() if line.startswith("  ") and line[2] != " "
+    }
+    assert names == {*EXPERIMENTS, *ESTIMATORS, *INSTANCES}
     assert max(map(len, printed.splitlines())) <= 80
     assert isinstance(EXPERIMENTS["ladder"].defaults, Settings)
