@@ -6,13 +6,14 @@ v5e:AxB is a slice of A x B chips, h100:HxN are H hosts of N. Nothing is run on 
 bytes are counted, efficiency is a prediction.
 """
 
+import os
 import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmark_programs import CHIPS, building, fail, libtpu
+from benchmark_programs import CHIPS, QUIET, building, fail, libtpu
 from compiled_text import measured, parsed
 
 STEPS = 128
@@ -48,19 +49,24 @@ def pod(name: str) -> Pod:
     return Pod(chip, one * other, topology, link)
 
 
-def rows(name: str) -> Iterator[dict[str, Any]]:
+def chips_of(found: Pod) -> list[Any]:
+    """The chips of a pod, as its compiler is told of them."""
+    from jax.experimental import topologies
+
+    os.environ |= QUIET
+    chip, settings = CHIPS[found.chip], dict(found.topology)
+    if chip.platform == "tpu":
+        libtpu(install=True)
+    name = settings.pop("topology_name")
+    return topologies.get_topology_desc(name, platform=chip.lowering, **settings).devices
+
+
+def rows(name: str, devices: list[Any]) -> Iterator[dict[str, Any]]:
     """The costs of an update of PPO on CartPole, with agents and with environments split."""
     import jax
-    from jax.experimental import topologies
 
     found = pod(name)
     chip = CHIPS[found.chip]
-    if chip.platform == "tpu":
-        libtpu(install=True)
-    settings = dict(found.topology)
-    devices = topologies.get_topology_desc(
-        settings.pop("topology_name"), platform=chip.lowering, **settings
-    ).devices
     with building(chip) as target:
         for split, lanes in (("replicas", LANES[0]), *(("environments", n) for n in LANES)):
             function, arguments, shardings = _program(split, lanes, devices)
@@ -132,8 +138,10 @@ def line(row: dict[str, Any]) -> list[str]:
 
 def benchmark(names: list[str], page: str | None) -> None:
     found = []
+    # Before anything is compiled for a TPU: later jax finds no compiler for a GPU.
+    devices = {name: chips_of(pod(name)) for name in sorted(names)}
     for name in names:
-        for row in rows(name):
+        for row in rows(name, devices[name]):
             found.append(row)
             print("  ".join(cell.rjust(12) for cell in line(row)), flush=True)
     if page:
