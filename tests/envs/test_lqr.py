@@ -8,7 +8,7 @@ import pytest
 from jaxpg.envs import Lqr, from_lqr
 from jaxpg.lab.exact import lqr
 from jaxpg.lab.worlds.regulators import gain_policy, objective, value_critic
-from jaxpg.policies import Agent, AgentParams, actor_critic
+from jaxpg.policies import Agent, AgentParams, actor_critic, init_params
 from jaxpg.rollout import episodes
 
 NUMBERS = (-0.6, np.log(0.5), 0.3)  # k, log sigma, m
@@ -65,13 +65,7 @@ def test_returns_and_values_agree_with_the_closed_form():
 def test_a_network_acts_in_it():
     env = from_lqr(Lqr(horizon=3))
     agent = actor_critic(env, "mlp")
-    found, _ = episodes(
-        env,
-        agent,
-        AgentParams(*(n.init(jax.random.key(i)) for i, n in enumerate(agent))),
-        jax.random.key(0),
-        4,
-    )
+    found, _ = episodes(env, agent, init_params(agent, jax.random.key(1)), jax.random.key(0), 4)
     assert found.action.shape == (3, 4, 1) and bool(jnp.isfinite(found.reward).all())
 
 

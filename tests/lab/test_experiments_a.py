@@ -93,8 +93,10 @@ def test_every_named_estimator_has_the_gradient_for_mean_or_a_warning():
     for name in available(place):
         each = form(name, place)
         moments = batch_moments(each, place, 8)
-        if moments is None:  # estimated optima have no exact moments
-            assert "loo" in name
+        if (
+            moments is None
+        ):  # estimated optima have exact moments only where all groups can be listed
+            assert "loo" in name or name == "rtg_optimal_token"
             continue
         biased = np.linalg.norm(moments.mean - truth) > 1e-9
         assert biased == bool(each.warning), name

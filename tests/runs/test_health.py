@@ -234,8 +234,8 @@ main()
 
 @pytest.mark.slow
 def test_a_full_disk_is_said_and_the_run_goes_on_later(tmp_path):
-    start(tmp_path / "whole", "--updates", "8")
-    start(tmp_path / "r", "--updates", "4", "--checkpoint-seconds", "0")
+    start(tmp_path / "whole", "--updates", "8", "--hidden", "16")
+    start(tmp_path / "r", "--updates", "4", "--checkpoint-seconds", "0", "--hidden", "16")
     largest = max(f.stat().st_size for f in (tmp_path / "r" / "checkpoints").rglob("*"))
     shutil.copytree(tmp_path / "r" / "checkpoints", tmp_path / "before")
     # Enough for config.json, not for the largest file of a checkpoint.

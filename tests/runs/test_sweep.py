@@ -46,7 +46,7 @@ SMALL = (
     "--updates 8 --evaluation-episodes 8 --schedule constant --quiet"
 )
 GRID = f"{SMALL} --learning-rate 1e-3:1:log3 --gamma .5,.9"
-FEW = SimpleNamespace(evaluation_episodes=1)
+FEW = SimpleNamespace(evaluation_episodes=1, devices="all", shard=None)
 DEVICES = jax.device_count()  # may be several outside this test suite
 
 
