@@ -391,10 +391,10 @@ def main(arguments: list[str] | None = None) -> None:
         libtpu(install=True)
         return write_budgets()
     if chosen.chips:
-        from pods import benchmark, pod
+        import pods
 
         for name in chosen.chips:
-            pod(name)
+            pods.pod(name)
         chosen.chip = "h100" if any("h100" in name for name in chosen.chips) else "v5e"
     libraries = installed(chosen.chip)
     if chosen.install:
@@ -403,7 +403,9 @@ def main(arguments: list[str] | None = None) -> None:
         python = str(ROOT / ".venv-cuda" / "bin" / "python")
         os.execv(python, [python, __file__, *(arguments or sys.argv[1:])])
     if chosen.chips:
-        return benchmark(chosen.chips, chosen.page)
+        import pods
+
+        return pods.benchmark(chosen.chips, chosen.page)
     print(f"{caption(chosen.chip)}\n\n{HEADER}", flush=True)
     own = {} if chosen.precision == "own" else {"precision": chosen.precision}
     rows = list(_rows(chosen, names, lambda name: CASES[name](own)))

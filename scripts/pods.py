@@ -27,7 +27,7 @@ class Link(NamedTuple):
 
 class Pod(NamedTuple):
     chip: str
-    count: int
+    size: int  # chips
     topology: dict[str, str]
     link: Link
 
@@ -51,9 +51,9 @@ def pod(name: str) -> Pod:
 
 def chips_of(found: Pod) -> list[Any]:
     """The chips of a pod, as its compiler is told of them."""
+    os.environ |= QUIET  # jax reads it when it is imported
     from jax.experimental import topologies
 
-    os.environ |= QUIET
     chip, settings = CHIPS[found.chip], dict(found.topology)
     if chip.platform == "tpu":
         libtpu(install=True)
@@ -72,8 +72,9 @@ def rows(name: str, devices: list[Any]) -> Iterator[dict[str, Any]]:
             function, arguments, shardings = _program(split, lanes, devices)
             jitted = jax.jit(function, in_shardings=shardings[0], out_shardings=shardings[1])
             lowered = jitted.trace(*arguments).lower(lowering_platforms=(chip.lowering,))
-            cost = measured(parsed(lowered.compile(target.options).as_text()), chip).once
-            moved = 2 * (found.count - 1) / found.count * cost.collective_bytes
+            text = lowered.compile(target.options).as_text() or ""
+            cost = measured(parsed(text), chip).once
+            moved = 2 * (found.size - 1) / found.size * cost.collective_bytes
             waiting = cost.collectives * found.link.latency + moved / found.link.bandwidth
             yield {
                 "chips": name,

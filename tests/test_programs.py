@@ -278,7 +278,7 @@ def test_an_unknown_name_is_one_line(arguments, said):
 
 def test_chips_that_wait_are_named():
     """A slice of 256 chips, and 8 hosts of 8; a row is below a half where messages take longer than work."""
-    assert (pods.pod("v5e:16x16").count, pods.pod("h100:8x8").count) == (256, 64)
+    assert (pods.pod("v5e:16x16").size, pods.pod("h100:8x8").size) == (256, 64)
     assert pods.pod("h100:1x8").link.latency < pods.pod("h100:8x8").link.latency
     row = {
         "chips": "v5e:4x4",

@@ -204,18 +204,18 @@ def _listing() -> list[str]:
     )
     return [
         "experiments (jaxpg lab NAME; jaxpg lab all --quick runs every one), and where:",
-        *_described(experiments),
+        *_columns(experiments),
         textwrap.fill(worlds, artifacts.WIDTH, break_on_hyphens=False),
         "",
         "worked instances, small tabular worlds of which every number is known:",
-        *_described(instances),
+        *_columns(instances),
         "",
         "estimators of the gradient (--estimators, where an experiment takes them):",
-        *_described(estimators),
+        *_columns(estimators),
     ]
 
 
-def _described(summaries: dict[str, str]) -> list[str]:
+def _columns(summaries: dict[str, str]) -> list[str]:
     """Lines of names and what they are, in two columns."""
     width = max(map(len, summaries))
     return [
