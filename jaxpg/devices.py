@@ -272,10 +272,11 @@ def check_split(trainer: Any, count: int) -> None:
             "split its seeds, with --shard replicas"
         )
     if trainer.blocks % count:
+        fit = " or ".join(str(n) for n in range(2, count) if trainer.blocks % n == 0)
         raise ValueError(
-            f"{trainer.blocks} blocks of environments cannot be split evenly over {count} devices; use "
-            f"{' or '.join(str(n) for n in range(2, count) if trainer.blocks % n == 0) or 1} devices, or a "
-            f"multiple of {LANES * count} environments"
+            f"the environments of one agent make {trainer.blocks} block{'s' * (trainer.blocks > 1)}, which "
+            f"{count} devices cannot share evenly; use {fit or 'one'} of them, or a multiple of "
+            f"{LANES * count} environments"
         )
 
 

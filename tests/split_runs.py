@@ -182,7 +182,7 @@ def command(folder):
     refused("3 agents", "devices=8; use 8 agents", "--devices 3", seeds=3, shard="replicas")
     refused(
         "8 blocks",
-        "3 devices; use 2 devices",
+        "3 devices cannot share evenly; use 2 of them",
         "12 environments",
         devices="3",
         shard="environments",

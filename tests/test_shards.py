@@ -76,7 +76,7 @@ def test_what_cannot_be_split_is_refused():
     with pytest.raises(ValueError, match=f"devices={many}, but there are {few}; use 1 to {few}"):
         split_over(trainer, many)
     with pytest.raises(
-        ValueError, match=r"1 blocks .* over 2 devices; use 1 devices, or .* 128 env"
+        ValueError, match=r"1 block, which 2 devices .* use one of them, or .* 128 env"
     ):
         check_split(trainer, 2)
 
