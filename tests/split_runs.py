@@ -26,6 +26,7 @@ from jaxpg.runs.train.replicas import check_layout, layout_of
 from jaxpg.runs.train.run import execute, prepare, prepare_resume
 from jaxpg.training import improvement
 from jaxpg.training.algorithm import algorithm
+from jaxpg.training.data import with_reference
 from jaxpg.training.scaling import scaled
 
 ENV = from_gymnax("CartPole-v1", max_steps_in_episode=24)
@@ -40,13 +41,14 @@ def trainer_of(row, network="mlp", recompute=None):
 
 def rows():
     """Parameters and metrics agree to rounding, and streams and counts exactly."""
+    held = algorithm("grpo", 4)
     ppo, noisy = algorithm("ppo"), algorithm("a2c")._replace(measure_noise=True)
     for name, trainer in {
         "ppo": trainer_of(ppo._replace(data=scaled(ppo.data), measure_kl=True)),
         "recurrent": trainer_of(ppo, "gru"),
         "a2c": trainer_of(noisy),
         "again": trainer_of(algorithm("reinforce_baseline"), recompute=True),
-        "grpo": trainer_of(algorithm("grpo", 4)),
+        "grpo": trainer_of(held._replace(data=with_reference(held.data))),
         "dapo": trainer_of(algorithm("dapo", 4)),
     }.items():
         found = []

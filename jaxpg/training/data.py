@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpg import rollout
-from jaxpg.devices import across
+from jaxpg.devices import across, mean_across
 from jaxpg.envs import Env
 from jaxpg.estimators import Estimator, check_lanes, importance, masked
 from jaxpg.estimators.estimator import Batch
@@ -223,6 +223,7 @@ def with_reference(data: Data) -> Data:
         log_prob = jnp.where(given.mask, distribution.log_prob(given.action), given.log_prob)
         given = given._replace(reference=log_prob)
         apart = per_step(divergence("k3", given.log_prob, given), given.mask)
+        apart, _ = mean_across(apart, given.mask.sum())
         found = found._replace(trajectory=given, metrics=found.metrics | {"kl_reference": apart})
         # Whole episodes begin anew.
         return (Reference(params, carry if data.whole_episodes else after), inner), found
