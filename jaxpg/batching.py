@@ -1,4 +1,4 @@
-"""Batching of many replicas of one function under vmap."""
+"""Batching: what runs side by side, replicas of one function, blocks of lanes and parts of a map."""
 
 import os
 from collections.abc import Callable
@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from jaxpg.devices import LANES, backend
+from jaxpg.devices import LANES, backend, mesh_of, running
 
 # Replicas improved side by side where every core is a device. The arrays of 32 agents together exceed the
 # caches: in groups of 4 the default ppo ran 1.6 times as fast, in groups of 2 about the same, in groups of 8
@@ -128,3 +129,26 @@ def group_size(total: int, most: int | None = None) -> int:
 def _side_by_side(total: int) -> int:
     busy = backend() == "cpu" and jax.local_device_count() >= (os.cpu_count() or 1)
     return SIDE_BY_SIDE if busy else total
+
+
+def map_over_devices(function: Callable, count: int, beside: int | None = None) -> Any:
+    """Return function(0), ..., function(count - 1), stacked, with the numbers split over devices.
+
+    As many devices as divide the count compute `beside` of theirs at a time; what a number gives does not
+    depend on them.
+
+    >>> map_over_devices(lambda i: i**2, 4).tolist()
+    [0, 1, 4, 9]
+    """
+
+    def own(numbers):
+        return jax.lax.map(function, numbers, batch_size=beside)
+
+    used = divisor(count, running())
+    if used == 1 or jax.sharding.get_abstract_mesh().axis_names:
+        return own(jnp.arange(count))
+    parts = PartitionSpec("part")
+    mapped = jax.shard_map(
+        own, mesh=mesh_of({"part": used}), in_specs=parts, out_specs=parts, check_vma=False
+    )
+    return mapped(jnp.arange(count))

@@ -1,8 +1,9 @@
 """Devices: what programs are built for, compiler options, and one program on several devices."""
 
+import math
 import os
 import pkgutil
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 # Lanes side by side that share their keys, are shuffled among themselves and stay on one device: as many on
 # every machine, so that draws and minibatches are the same on all of them.
@@ -44,6 +45,11 @@ _told: list[str] = []  # what `built_for` says, innermost last
 def backend() -> str:
     """What programs are built for, "cpu", "gpu" or "tpu": jax's default unless `built_for` says another."""
     return _told[-1] if _told else jax.default_backend()
+
+
+def running() -> int:
+    """How many devices run what is traced; 1 if `built_for` says that another machine does."""
+    return 1 if _told else len(jax.devices())
 
 
 @contextmanager
@@ -180,6 +186,25 @@ def across(tree: Any) -> Any:
     return _summed(tree, SHARDS) if shards() > 1 else tree
 
 
+def largest(x: jax.Array) -> jax.Array:
+    """The largest over the devices that lanes are split over."""
+    return jax.lax.pmax(x, SHARDS) if shards() > 1 else x
+
+
+def mean_across(tree: Any, weight: Any, sums: Any = ()) -> tuple[Any, Any]:
+    """Return the weighted mean over devices of a tree of floats, and sums over them, in one message.
+
+    >>> jax.vmap(lambda x: mean_across(x, x)[0], axis_name=SHARDS)(jnp.array([1.0, 3.0])).tolist()
+    [2.5, 2.5]
+    """
+    if shards() == 1:
+        return tree, sums
+    dtype = jnp.result_type(*jax.tree.leaves(tree))
+    weight = jnp.asarray(weight, dtype)
+    total, sums, weight = across((jax.tree.map(lambda x: weight * x, tree), sums, weight))
+    return jax.tree.map(lambda x: x / jnp.where(weight > 0, weight, 1), total), sums
+
+
 def split_over(trainer: Any, devices: int | Sequence[Any] | None = None) -> Any:
     """The trainer with the environments of each agent split over devices, by default all.
 
@@ -197,40 +222,14 @@ def split_over(trainer: Any, devices: int | Sequence[Any] | None = None) -> Any:
     if devices is None or isinstance(devices, int):
         devices = jax.devices()[: check_present(devices)]
     check_split(trainer, len(devices))
-    types = (AxisType.Auto,)
-    mesh = jax.make_mesh((len(devices),), (SHARDS,), axis_types=types, devices=devices)
+    mesh = mesh_of({SHARDS: len(devices)}, devices)
     specs, same = lane_specs(trainer.init, mesh), PartitionSpec()
     on = partial(jax.shard_map, mesh=mesh, check_vma=False)
-    update = on(trainer.update, in_specs=(specs, same), out_specs=(specs, same))
+    update = on(trainer.update, in_specs=(specs, same, same), out_specs=(specs, same))
     return trainer._replace(
         init=on(trainer.init, in_specs=same, out_specs=specs),
-        update=lambda state, hyperparams, demonstrations=None: update(state, hyperparams),
+        update=lambda state, numbers, demonstrations=None: update(state, numbers, demonstrations),
     )
-
-
-def map_over_devices(function: Callable, count: int, beside: int | None = None) -> Any:
-    """Return function(0), ..., function(count - 1), stacked, with the numbers split over devices.
-
-    As many devices as divide the count compute `beside` of theirs at a time; what a number gives does not
-    depend on them.
-
-    >>> map_over_devices(lambda i: i**2, 4).tolist()
-    [0, 1, 4, 9]
-    """
-
-    def own(numbers):
-        return jax.lax.map(function, numbers, batch_size=beside)
-
-    present = len(jax.devices()) if backend() == jax.default_backend() else 1
-    used = next(n for n in range(min(present, count), 0, -1) if count % n == 0)
-    if used == 1 or jax.sharding.get_abstract_mesh().axis_names:
-        return own(jnp.arange(count))
-    mesh = jax.make_mesh(
-        (used,), ("part",), axis_types=(AxisType.Auto,), devices=jax.devices()[:used]
-    )
-    parts = PartitionSpec("part")
-    mapped = jax.shard_map(own, mesh=mesh, in_specs=parts, out_specs=parts, check_vma=False)
-    return mapped(jnp.arange(count))
 
 
 def lane_specs(init: Callable, mesh: Any) -> Any:
@@ -266,9 +265,9 @@ def check_present(count: int | None) -> int:
 
 def check_split(trainer: Any, count: int) -> None:
     """Raises ValueError unless the environments of each agent can be split over `count` devices."""
-    if count > 1 and trainer.undivided:
+    if count > 1 and trainer.obstacle:
         raise ValueError(
-            f"the environments of one agent cannot be split over {count} devices: {trainer.undivided}; "
+            f"the environments of one agent cannot be split over {count} devices: {trainer.obstacle}; "
             "split its seeds, with --shard replicas"
         )
     if trainer.blocks % count:
@@ -278,37 +277,6 @@ def check_split(trainer: Any, count: int) -> None:
             f"{count} devices cannot share evenly; use {fit or 'one'} of them, or a multiple of "
             f"{LANES * count} environments"
         )
-
-
-def largest(x: jax.Array) -> jax.Array:
-    """The largest over the devices that lanes are split over."""
-    return jax.lax.pmax(x, SHARDS) if shards() > 1 else x
-
-
-def mean_across(tree: Any, weight: Any, sums: Any = ()) -> tuple[Any, Any]:
-    """Return the weighted mean over devices of a tree of floats, and sums over them, in one message.
-
-    >>> jax.vmap(lambda x: mean_across(x, x)[0], axis_name=SHARDS)(jnp.array([1.0, 3.0])).tolist()
-    [2.5, 2.5]
-    """
-    if shards() == 1:
-        return tree, sums
-    dtype = jnp.result_type(*jax.tree.leaves(tree))
-    weight = jnp.asarray(weight, dtype)
-    total, sums, weight = across((jax.tree.map(lambda x: weight * x, tree), sums, weight))
-    return jax.tree.map(lambda x: x / jnp.where(weight > 0, weight, 1), total), sums
-
-
-def _summed(tree: Any, axis: str) -> Any:
-    leaves, structure = jax.tree.flatten(tree)
-    for dtype in dict.fromkeys(x.dtype for x in leaves):  # the same order in every process
-        places = [i for i, x in enumerate(leaves) if x.dtype == dtype]
-        flat = jnp.concatenate([leaves[i].ravel() for i in places])
-        flat = jax.lax.psum(flat, axis).astype(dtype)
-        ends = np.cumsum([leaves[i].size for i in places])
-        for i, part in zip(places, jnp.split(flat, ends[:-1]), strict=True):
-            leaves[i] = part.reshape(leaves[i].shape)
-    return jax.tree.unflatten(structure, leaves)
 
 
 def concurrently(one: Callable, other: Callable, *arguments: Any) -> tuple[Any, Any]:
@@ -338,14 +306,32 @@ def on_two_devices(function: Callable) -> Callable:
     >>> on_two_devices(lambda x: x + 1)(jnp.ones(2)).tolist()
     [2.0, 2.0]
     """
-    devices = jax.devices()
-    if backend() != "cpu" or len(devices) < 2:
+    if backend() != "cpu" or len(jax.devices()) < 2:
         return function
-    mesh = jax.make_mesh((2,), (PAIR,), axis_types=(AxisType.Auto,), devices=devices[:2])
+    mesh = mesh_of({PAIR: 2})
     everywhere = PartitionSpec()
     return jax.shard_map(
         function, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False
     )
+
+
+def mesh_of(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh with axes of these sizes, over the first of the devices, by default this machine's."""
+    count, kinds = math.prod(sizes.values()), (AxisType.Auto,) * len(sizes)
+    devices = (jax.devices() if devices is None else devices)[:count]
+    return jax.make_mesh((*sizes.values(),), (*sizes,), axis_types=kinds, devices=devices)
+
+
+def _summed(tree: Any, axis: str) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    for dtype in dict.fromkeys(x.dtype for x in leaves):  # the same order in every process
+        places = [i for i, x in enumerate(leaves) if x.dtype == dtype]
+        flat = jnp.concatenate([leaves[i].ravel() for i in places])
+        flat = jax.lax.psum(flat, axis).astype(dtype)
+        ends = np.cumsum([leaves[i].size for i in places])
+        for i, part in zip(places, jnp.split(flat, ends[:-1]), strict=True):
+            leaves[i] = part.reshape(leaves[i].shape)
+    return jax.tree.unflatten(structure, leaves)
 
 
 over_halves = on_two_devices  # the name that published scripts import

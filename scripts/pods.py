@@ -89,10 +89,10 @@ def rows(name: str, devices: list[Any]) -> Iterator[dict[str, Any]]:
 
 def _program(split: str, lanes: int, devices: list[Any]) -> tuple[Any, tuple, tuple]:
     import jax
-    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+    from jax.sharding import NamedSharding, PartitionSpec
 
     from jaxpg import Hyperparams, make_trainer
-    from jaxpg.devices import SHARDS, lane_specs, split_over
+    from jaxpg.devices import SHARDS, lane_specs, mesh_of, split_over
     from jaxpg.envs import from_gymnax
     from jaxpg.policies import actor_critic
     from jaxpg.training.algorithm import algorithm
@@ -102,7 +102,7 @@ def _program(split: str, lanes: int, devices: list[Any]) -> tuple[Any, tuple, tu
     numbers = jax.eval_shape(lambda: jax.tree.map(jax.numpy.float32, Hyperparams()))
     over = lanes * (count if split == "environments" else 1)
     trainer = make_trainer(env, agent, algorithm("ppo"), num_envs=over, num_steps=STEPS)
-    mesh = jax.make_mesh((count,), (SHARDS,), axis_types=(AxisType.Auto,), devices=devices)
+    mesh = mesh_of({SHARDS: count}, devices)
 
     def placed(specs):
         is_spec = {"is_leaf": lambda x: isinstance(x, PartitionSpec)}
@@ -115,7 +115,7 @@ def _program(split: str, lanes: int, devices: list[Any]) -> tuple[Any, tuple, tu
         keys = jax.eval_shape(lambda: jax.random.split(key, count))
         state = jax.eval_shape(jax.vmap(trainer.init), keys)
         # Another name, because SHARDS would be taken for a split of environments.
-        mesh = jax.make_mesh((count,), ("replica",), axis_types=(AxisType.Auto,), devices=devices)
+        mesh = mesh_of({"replica": count}, devices)
         specs = out = PartitionSpec("replica")
         mapped = {"mesh": mesh, "in_specs": (specs, same), "out_specs": out, "check_vma": False}
         update = jax.shard_map(jax.vmap(trainer.update, (0, None)), **mapped)

@@ -56,6 +56,11 @@ CASES = {
     "acrobot-trpo": Case("Acrobot-v1 --algorithm trpo", -90),
     "pendulum-ppo": Case("Pendulum-v1", -200),
     "pendulum-trpo": Case("Pendulum-v1 --algorithm trpo", -200),
+    "pendulum-tanh": Case("Pendulum-v1 --distribution tanh", -200),
+    "pendulum-beta": Case("Pendulum-v1 --distribution beta", -200),
+    "cartpole-shared": Case("CartPole-v1 --shared-torso --normalise-rewards", 475),
+    "acrobot-shared": Case("Acrobot-v1 --shared-torso --normalise-rewards", -90),
+    "pendulum-shared": Case("Pendulum-v1 --shared-torso --normalise-rewards", -200),
     "mountaincar-ppo": Case("MountainCar-v0", -130),
     "mountaincar-repeat": Case("MountainCar-v0 --repeat 8", -130),
     "mountaincar-plain": Case("MountainCar-v0 --no-normalise", None),
@@ -97,6 +102,7 @@ SUITES = {
         ("game2048", "jumanji/Game2048-v1", 0, 4),
         ("empty", "navix/Navix-Empty-5x5-v0", 2, 4),
         ("doorkey", "navix/Navix-DoorKey-5x5-v0", 2, 4),
+        ("breakout-dense", "Breakout-MinAtar", 1, 10),
         ("craftax-classic", "craftax/Craftax-Classic-Symbolic-v1", 1, 4),
     )
 } | MINATAR

@@ -96,7 +96,7 @@ def laboratory():
     for a, b in zip(jax.tree.leaves(with_all), jax.tree.leaves(one), strict=True):
         if not isinstance(a, str):
             np.testing.assert_allclose(a, b, 1e-5, 1e-6)
-    text = jax.jit(lambda: devices.map_over_devices(lambda i: i * 2.0, 32)).lower().as_text()
+    text = jax.jit(lambda: batching.map_over_devices(lambda i: i * 2.0, 32)).lower().as_text()
     assert "mhlo.num_partitions = 8" in text
 
 
@@ -120,7 +120,7 @@ def messages():
     assert found.collective_bytes <= steps * 4 * (size + 20) + 8 * 4 * 64, found
     assert found.collectives >= 2 * steps, "they were not counted"
     # Replicas share nothing.
-    mesh = jax.make_mesh((8,), ("replica",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = devices.mesh_of({"replica": 8})
     spec = jax.sharding.PartitionSpec("replica")
     apart = jax.shard_map(
         jax.vmap(trainer.update, (0, None)),

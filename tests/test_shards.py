@@ -46,7 +46,7 @@ def test_rows_say_whether_they_can_be_split():
     env = from_mdp(random_mdp(0, horizon=4))
     agent = actor_critic(env, "tabular")
     why = {
-        name: make_trainer(env, agent, row, num_envs=128).undivided
+        name: make_trainer(env, agent, row, num_envs=128).obstacle
         for name, row in ALGORITHMS.items()
     }
     apart = {"npg", "trpo", "enac", "impala", "off_policy", "guided", "behaviour_cloning"}
@@ -56,7 +56,7 @@ def test_rows_say_whether_they_can_be_split():
         return jnp.broadcast_to(psi.mean(axis=1, keepdims=True), psi.shape)
 
     trainer = make_trainer(env, agent, Algorithm(Estimator(baseline=own)), num_envs=128)
-    assert trainer.undivided == "own compares all environments of a batch"
+    assert trainer.obstacle == "own compares all environments of a batch"
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,12 @@ def test_what_cannot_be_split_is_refused():
     trainer = make_trainer(env, actor_critic(env), algorithm("ppo"), num_envs=64)
     with pytest.raises(ValueError, match=f"devices={many}, but there are {few}; use 1 to {few}"):
         split_over(trainer, many)
+    # On one device an agent is what it was, demonstrations and all.
+    given = []
+    cloning = make_trainer(env, actor_critic(env), algorithm("behaviour_cloning"), num_envs=64)
+    spied = cloning._replace(update=lambda *inputs: (inputs[0], given.append(inputs[2]) or {}))
+    split_over(spied, 1).update(cloning.init(jax.random.key(0)), None, jnp.ones(3))
+    assert len(given) == 1 and given[0].shape == (3,)
     with pytest.raises(
         ValueError, match=r"1 block, which 2 devices .* use one of them, or .* 128 env"
     ):

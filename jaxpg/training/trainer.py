@@ -53,8 +53,8 @@ class Trainer(NamedTuple):
         [TrainState, Hyperparams, Trajectory | None], tuple[TrainState, Metrics]
     ]  # the third argument: demonstrations
     blocks: int = 1  # equal parts of an agent's environments, which can be split between them
-    undivided: str = (
-        "it does not say how"  # why they cannot be split over devices; empty if they can
+    obstacle: str = (
+        "unknown"  # what keeps them on one device; empty if they can be split over several
     )
 
 
@@ -153,11 +153,11 @@ def make_trainer(
         return TrainState(params, opt_state, carried, state.key, count, scales), metrics
 
     blocks, _ = arrangement(algorithm, layout, num_steps, num_envs)
-    return Trainer(init, update, blocks, _undivided(algorithm))
+    return Trainer(init, update, blocks, _obstacle(algorithm))
 
 
-def _undivided(algorithm: Algorithm) -> str:
-    """Why the lanes of one agent cannot be split over devices; empty if they can."""
+def _obstacle(algorithm: Algorithm) -> str:
+    """What keeps the lanes of one agent on one device; empty if they can be split over several."""
     estimator = algorithm.estimator
     for value in estimator[:-1]:
         if facts_of(value).couples and not facts_of(value).splits:

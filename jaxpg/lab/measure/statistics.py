@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpg.batching import divisor
-from jaxpg.devices import map_over_devices
+from jaxpg.batching import divisor, map_over_devices
 from jaxpg.lab.measure.samples import (
     Source,
     check_source,

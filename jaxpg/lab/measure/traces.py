@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jaxpg.devices import map_over_devices
+from jaxpg.batching import map_over_devices
 from jaxpg.lab.measure.samples import Source, chunk_size, dependent, gather, log_probs, rows_of
 from jaxpg.lab.measure.statistics import plan, trace_of
 from jaxpg.stats.intervals import Estimate, mean_interval

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpg.estimators import Estimator, assess, coefficients, importance
+from jaxpg.estimators import Estimator, importance
 from jaxpg.lab import exact
 from jaxpg.lab.exact import Moments, enumeration
-from jaxpg.lab.exact.tables import softmax
 from jaxpg.lab.measure.emulation import ROUNDINGS, emulated
 from jaxpg.lab.measure.samples import log_probs, roll
 from jaxpg.lab.studies.estimators import form, gradient
@@ -208,29 +207,13 @@ def exactly(world: World, forms: list[Form]) -> dict[str, tuple[Moments, float |
 
 def _listed(world, forms):
     mdp, behaviour = world.mdp, world.table.behaviour_logits
-    found = enumeration.enumerate_trajectories(mdp, behaviour)
-    given, probability = found.trajectory, found.probability
-    obs, action, mask = (np.asarray(x) for x in (given.obs, given.action, given.mask))
-    policy = softmax(np.asarray(world.logits, np.float64))
-    log_prob = jnp.asarray(np.where(mask, np.log(policy)[obs, action], 0.0))
-    log_ratio = jnp.where(given.mask, log_prob - given.log_prob, 0.0)
-    # grad log pi(a|o) in the row of the observation.
-    score = np.zeros((*mask.shape, *policy.shape))
-    rows = np.eye(policy.shape[1])[action] - policy[obs]
-    np.put_along_axis(
-        score, obs[..., None, None], np.where(mask[..., None], rows, 0.0)[:, :, None], 2
-    )
-    score = score.reshape(*mask.shape, -1)
-    answers = {}
+    found = enumeration.enumerate_trajectories(mdp, behaviour, reference_logits=world.logits)
+    given, answers = found.trajectory, {}
+    log_ratio = given.reference - given.log_prob
     for each in forms:
-        batch = assess(each.sampled, given, log_prob, each.hyperparams)
-        weight = coefficients(each.sampled, log_prob, batch, each.hyperparams)
-        gradients = np.einsum("tn,tnp->np", np.asarray(weight), score)
-        mean = probability @ gradients
-        centred = gradients - mean
-        moments = Moments(mean, (probability[:, None] * centred).T @ centred)
+        moments = enumeration.moments(mdp, world.logits, each.sampled, each.hyperparams, behaviour)
         sums = _sums(CHOICES[each.name](log_ratio, given, each.hyperparams).step, given.mask)
-        answers[each.name] = moments, float(_share(np.asarray(sums) @ probability))
+        answers[each.name] = moments, float(_share(np.asarray(sums) @ found.probability))
     return answers
 
 

@@ -27,8 +27,8 @@ _TRUST_REGION = {
     "critic_minibatches": 4,
     "critic_learning_rate": 1e-2,
 }
-# Breakout over 4 seeds of 1.0e6 steps: 24.1 with a worst seed of 22.6; 26.7 and 19.9 from batches of 32 x 64,
-# 16.5 and 10.7 from 64 x 32; 18.5 and 12.6 at half the rates from 32 x 64.
+# Breakout over 10 seeds of 9.8e5 steps: 22.8 [16.7, 28.9]. Batches of 32 x 64 and 64 x 32, and half the rates,
+# gave 16 to 27 over 4 seeds, which differ as much by themselves.
 _MINATAR = {
     "updates": 120,
     "num_envs": 64,

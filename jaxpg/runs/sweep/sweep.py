@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxpg.devices import check_present, check_split
 from jaxpg.memory import machine_bytes
 from jaxpg.runs.config.config import Config, Grid, check, completed, varying
 from jaxpg.runs.config.flags import request
@@ -31,7 +30,8 @@ from jaxpg.runs.sweep.search import Options, choose, count, places, rungs, take_
 from jaxpg.runs.train import replica_batches
 from jaxpg.runs.train.build import Parts, build, instructed
 from jaxpg.runs.train.loop import chunk_length, stopper, workers
-from jaxpg.runs.train.replicas import devices_of, use_cpu_cores
+from jaxpg.runs.train.replicas import check_shares, use_cpu_cores
+from jaxpg.runs.train.report import devices_in_words
 from jaxpg.runs.train.saved import referred
 from jaxpg.stats.intervals import attained
 
@@ -73,8 +73,7 @@ def prepare(argv: Sequence[str]) -> Sweep:
     config = settled(config)
     search = _search(config, grid, options)
     parts = build(config)
-    if check_present(devices_of(config)) and config.shard == "environments":
-        check_split(parts.trainer, devices_of(config))
+    check_shares(config, parts.trainer)
     health.check_sizes(config, parts.env, replica_batches.state_bytes(parts), 1)
     parts = referred(instructed(parts, config), config)
     if len(search.rungs) > 1:
@@ -148,7 +147,7 @@ def execute(sweep: Sweep) -> None:
         executor, compilers = (stack.enter_context(workers()) for _ in range(2))
         try:
             if not config.quiet:
-                say(*ranking.headline(config, search, _devices()))
+                say(*ranking.headline(config, search, devices_in_words(config)))
             shown = stack.enter_context(display(config.quiet))
             show, stopped = stack.enter_context(heeding(shown, stopped))
             job = replica_batches.SweepJob(
@@ -185,11 +184,6 @@ def execute(sweep: Sweep) -> None:
     say(f"saved in {folder}")
     if search.options.part is not None:
         say("jaxpg sweep --join FOLDER... ranks all parts together, once each has run")
-
-
-def _devices() -> str:
-    devices = jax.devices()
-    return f"{len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}"
 
 
 def _climb(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpg.batching import group_size
 from jaxpg.devices import (
@@ -23,6 +23,7 @@ from jaxpg.devices import (
     check_split,
     compiler_options,
     lane_specs,
+    mesh_of,
     prefer,
     undivided,
 )
@@ -96,11 +97,11 @@ def layout_of(config: Config, total: int, trainer: Trainer | None = None) -> Lay
     On a CPU with a core to spare, policy and critic take one each, so their environments stay together.
     """
     most = devices_of(config)
-    few = 1 if trainer is None or trainer.undivided else trainer.blocks
+    few = 1 if trainer is None or trainer.obstacle else trainer.blocks
     asked = config.shard
     if asked is None:
-        pairs = backend() == "cpu" and config.devices == ALL and _has_critic(config)
-        asked = "replicas" if total % most == 0 or pairs else "both"
+        together = backend() == "cpu" and config.devices == ALL and _pairs(config)
+        asked = "replicas" if total % most == 0 or together else "both"
     found = [
         Layout(one, other)
         for one in range(1, most + 1)
@@ -112,16 +113,22 @@ def layout_of(config: Config, total: int, trainer: Trainer | None = None) -> Lay
     return max(found, key=lambda each: (math.prod(each), each.replicas))
 
 
+def check_shares(config: Config, trainer: Trainer) -> int:
+    """The devices asked for. Raises ValueError if they are not there, or cannot share an agent as asked."""
+    asked = check_present(devices_of(config))
+    if config.shard == "environments":
+        check_split(trainer, asked)
+    return asked
+
+
 def check_layout(config: Config, total: int, trainer: Trainer) -> None:
     """Raises ValueError for more devices than there are, and for a split as asked for that is uneven."""
-    asked = check_present(devices_of(config))
-    if config.shard is None and config.devices == ALL:
+    asked = check_shares(config, trainer)
+    if config.shard == "environments" or (config.shard is None and config.devices == ALL):
         return
-    if config.shard == "environments":
-        return check_split(trainer, asked)
     found = layout_of(config, total, trainer)
     if math.prod(found) == asked:
-        return None
+        return
     near = sorted({max(total // asked, 1) * asked, -(-total // asked) * asked})
     ways = [
         f"{' or '.join(map(str, near))} agents (seeds x points)",
@@ -129,7 +136,7 @@ def check_layout(config: Config, total: int, trainer: Trainer) -> None:
     ]
     if config.shard == "replicas":
         ways.append("--shard environments")
-    elif not trainer.undivided:
+    elif not trainer.obstacle:
         ways.append(f"a multiple of {LANES * asked} environments")
     raise ValueError(
         f"{total} agents cannot be split evenly over devices={asked}; use "
@@ -161,13 +168,12 @@ def replicas_of(
     if layout.environments > 1:
         mesh[SHARDS] = layout.environments
     # With cores to spare, policy and critic are improved on two.
-    elif _has_critic(config) and _spare(len(devices), layout.replicas):
+    elif _pairs(config) and _spare(len(devices), layout.replicas):
         mesh[PAIR] = 2
     sharding = state = None
     size = math.prod(mesh.values())
     if size > 1:
-        types = (AxisType.Auto,) * len(mesh)
-        laid = jax.make_mesh((*mesh.values(),), (*mesh,), axis_types=types, devices=devices[:size])
+        laid = mesh_of(mesh, devices)
         state = sharding = NamedSharding(laid, PartitionSpec(AXIS))
         if trainer and SHARDS in mesh:
             state = jax.tree.map(
@@ -192,8 +198,9 @@ def lanes(replicas: Replicas) -> dict[str, int]:
     return found | ({"environments": mesh[SHARDS]} if SHARDS in mesh else {})
 
 
-def _has_critic(config: Config) -> bool:
-    return algorithm(config.algorithm).critic_optimizer is not None
+def _pairs(config: Config) -> bool:
+    """Whether policy and critic take steps of their own, and so can take them on two devices."""
+    return algorithm(config.algorithm).critic_optimizer is not None and not config.shared_torso
 
 
 def _spare(devices: int, used: int) -> bool:

@@ -14,13 +14,17 @@ MOST_ROWS = 12
 
 def headline(config: Config, grid: Grid, layout: Layout) -> str:
     """One line on what is trained, and where."""
-    devices = jax.devices()[: devices_of(config)]
-    settings, split = len(points(grid)), layout.words(len(devices))
+    settings = len(points(grid))
     agents = _count(config.seeds, "seed") + (f" x {settings} settings" if settings > 1 else "")
     return (
         f"{config.environment}, {config.algorithm}: {agents}, {_count(config.updates, 'update')}, "
-        f"{_count(len(devices), f'{devices[0].platform} device')}" + split
+        f"{devices_in_words(config)}{layout.words(devices_of(config))}"
     )
+
+
+def devices_in_words(config: Config) -> str:
+    """How many devices of which kind are asked for: `8 gpu devices`."""
+    return _count(devices_of(config), f"{jax.devices()[0].platform} device")
 
 
 def summary(
