@@ -7,8 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxpg import algorithms, envs, estimators, lab, optimizers, policies
+    from jaxpg import algorithms, devices, envs, estimators, lab, optimizers, policies
     from jaxpg.rollout import episodes, evaluate, unroll
+    from jaxpg.runs.entries import Run, Sweep, plot, run, sweep
     from jaxpg.runs.play.policy import load_policy
     from jaxpg.training.algorithm import Algorithm
     from jaxpg.training.trainer import Trainer, TrainState, make_trainer, train
@@ -20,6 +21,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "Algorithm": "jaxpg.training.algorithm",
     "Hyperparams": "jaxpg.types",
+    "Run": "jaxpg.runs.entries",
+    "Sweep": "jaxpg.runs.entries",
     "TimeStep": "jaxpg.types",
     "TrainState": "jaxpg.training.trainer",
     "Trainer": "jaxpg.training.trainer",
@@ -28,6 +31,9 @@ _HOMES = {
     "evaluate": "jaxpg.rollout",
     "load_policy": "jaxpg.runs.play.policy",
     "make_trainer": "jaxpg.training.trainer",
+    "plot": "jaxpg.runs.entries",
+    "run": "jaxpg.runs.entries",
+    "sweep": "jaxpg.runs.entries",
     "train": "jaxpg.training.trainer",
     "unroll": "jaxpg.rollout",
 }
@@ -45,6 +51,8 @@ _MODULES = {
 __all__ = [
     "Algorithm",
     "Hyperparams",
+    "Run",
+    "Sweep",
     "TimeStep",
     "TrainState",
     "Trainer",
@@ -59,7 +67,10 @@ __all__ = [
     "load_policy",
     "make_trainer",
     "optimizers",
+    "plot",
     "policies",
+    "run",
+    "sweep",
     "train",
     "unroll",
 ]

@@ -122,12 +122,10 @@ def _train(argv):
 
     asked = request(argv, prog="jaxpg train")
     from jaxpg.runs.host.cache import use_compilation_cache
-    from jaxpg.runs.train.run import execute, prepare, prepare_either, prepare_resume
+    from jaxpg.runs.train.run import begin, execute
 
-    begin = {True: prepare_resume, False: prepare, None: prepare_either}[asked.resume]
-    experiment = begin(asked.config, asked.grid)
+    experiment = begin(asked)
     if experiment is None:
-        say(f"{asked.config.run} has finished its {asked.config.updates} updates")
         return
     if asked.config.compilation_cache:
         use_compilation_cache()

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent / "jaxpg"
 RANKS = {
     "types": 0,
     "devices": 0,
+    "hints": 0,
     "batching": 1,
     "memory": 1,
     "stats": 1,
@@ -40,7 +41,7 @@ ORDER = {
         "imitation",
         "__init__",
     ],
-    "lab": ["exact", "worlds", "measure", "studies", "experiments", "__init__"],
+    "lab": ["exact", "worlds", "measure", "studies", "experiments", "running", "__init__"],
     "runs": [
         "console",
         "config",
@@ -52,6 +53,7 @@ ORDER = {
         "plot",
         "laboratory",
         "listing",
+        "entries",
         "__init__",
     ],
 }

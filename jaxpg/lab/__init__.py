@@ -10,6 +10,8 @@
 (True, True)
 >>> isinstance(gradient_trace(source, 1024, route="jvp"), Estimate)
 True
+>>> isinstance(run("offset", quick=True, trajectories=4096), Study)
+True
 >>> enumeration.count_trajectories(exact.bandits.bandit([0.0, 1.0]))
 2
 """
@@ -19,15 +21,18 @@ from jaxpg.lab.exact import enumeration
 from jaxpg.lab.measure.samples import Source, gradient_samples
 from jaxpg.lab.measure.statistics import GradientStatistics, gradient_statistics
 from jaxpg.lab.measure.traces import gradient_trace
+from jaxpg.lab.running import Study, run
 from jaxpg.stats.moments import Estimate
 
 __all__ = [
     "Estimate",
     "GradientStatistics",
     "Source",
+    "Study",
     "enumeration",
     "exact",
     "gradient_samples",
     "gradient_statistics",
     "gradient_trace",
+    "run",
 ]

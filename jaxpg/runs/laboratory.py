@@ -1,7 +1,6 @@
 """The command `lab`: checks settings, runs experiments and writes their files."""
 
 import argparse
-import difflib
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,6 @@ from jaxpg.runs.console import note, parser, say, terminal, whole
 from jaxpg.runs.store import artifacts
 
 FLAGS = ("env", "policy", "estimators", "trajectories", "repeats", "seed", "gamma", "checkpoint")
-LONGER = 8  # about how many times longer the episodes of a trained policy are
 QUIET_SECONDS = 5.0  # between lines of progress that cannot be overwritten
 
 
@@ -42,36 +40,30 @@ def prepare(argv: Sequence[str]) -> LabPlan:
         return LabPlan([], None, False)
     # Imported here, so that help does not wait for jax.
     from jaxpg.devices import check_devices
+    from jaxpg.lab.running import known, refusal, settings_of
     from jaxpg.lab.studies import EXPERIMENTS
 
     check_devices()
     given = {k: getattr(arguments, k) for k in FLAGS if getattr(arguments, k) is not None}
-    _check(given)
     if "estimators" in given:
         given["estimators"] = tuple(x for x in given["estimators"].split(",") if x)
-        if not given["estimators"]:
-            raise ValueError("--estimators names none; give at least one, or leave it out")
     if "checkpoint" in given:
         from jaxpg.runs.play.policy import load
 
         given["checkpoint"] = load(given["checkpoint"], arguments.replica)
         given.setdefault("env", given["checkpoint"].environment)
     together = arguments.name == "all"
-    names = list(EXPERIMENTS) if together else [_known(arguments.name, EXPERIMENTS)]
+    names = list(EXPERIMENTS) if together else [known(arguments.name, EXPERIMENTS)]
     jobs = []
     for name in names:
         experiment = EXPERIMENTS[name]
-        base = experiment.quick if arguments.quick else experiment.defaults
-        if arguments.quick and "checkpoint" in given:
-            # A trained policy's episodes are long, and its network's gradients are large.
-            base = base._replace(trajectories=base.trajectories // LONGER)
         # `all` passes a setting to the experiments that take it; a single one must take it.
         meant = {k: v for k, v in given.items() if not (together and k in experiment.ignores)}
-        refusal = _refusal(name, experiment, meant)
-        if refusal and not together:
-            raise ValueError(refusal)
-        settings = base._replace(quick=arguments.quick, **meant)
-        jobs.append(LabJob(name, experiment, settings, refusal))
+        refused = refusal(name, experiment, meant) if together else ""
+        settings = experiment.defaults
+        if not refused:
+            settings = settings_of(name, experiment, meant, arguments.quick)
+        jobs.append(LabJob(name, experiment, settings, refused))
     return LabPlan(jobs, arguments.out, together)
 
 
@@ -111,13 +103,15 @@ def execute(plan: LabPlan) -> None:
 
 def _run(job: LabJob, folder: Path) -> tuple[Any, float]:
     """Runs the experiment and saves its result; returns it, and the seconds that it took."""
+    from jaxpg.lab.running import departure, noted
+
     started = time.perf_counter()
     settings = job.settings
     with _progress() as progress:
         progress(f"{job.name} on {settings.env}")
         result = job.experiment.run(settings, progress)
     seconds = time.perf_counter() - started
-    table = _noted(result.table, _departure(job))
+    table = noted(result.table, departure(job.experiment, settings))
     artifacts.write_table(folder, table)
     summary = {
         "experiment": job.name,
@@ -138,12 +132,14 @@ def _report(job: LabJob, result) -> list[str]:
 
 def _described(job: LabJob) -> dict[str, Any]:
     """The settings, with a checkpoint named by its run, and how they depart from that run."""
+    from jaxpg.lab.running import departure
+
     settings = job.settings
     found, checkpoint = settings._asdict(), settings.checkpoint
     if settings.gamma is None:
         found["gamma"] = 1.0 if checkpoint is None else checkpoint.hyperparams.gamma
     found["checkpoint"] = None if checkpoint is None else checkpoint.origin
-    return found | {"not_the_runs": _departure(job) or None}
+    return found | {"not_the_runs": departure(job.experiment, settings) or None}
 
 
 def _where_from(settings) -> str:
@@ -152,24 +148,6 @@ def _where_from(settings) -> str:
         return settings.env
     origin = settings.checkpoint.origin
     return f"{settings.env}, seed {origin['seed']} of {origin['run']} at update {origin['update']}"
-
-
-def _departure(job: LabJob) -> str:
-    """How the settings or the measurement depart from a checkpoint's run; "" if they do not."""
-    settings = job.settings
-    if settings.checkpoint is None:
-        return ""
-    own, said = settings.checkpoint.hyperparams.gamma, []
-    if settings.gamma not in (None, own):
-        said = [f"--gamma {settings.gamma:g}, not the run's {own:g}"]
-    return "; ".join([*said, *job.experiment.replaces(settings, settings.checkpoint)])
-
-
-def _noted(table: dict[str, list], note: str) -> dict[str, list]:
-    """The table with a note on every row."""
-    if not note:
-        return table
-    return table | {"warning": ["; ".join(filter(None, (note, x))) for x in table["warning"]]}
 
 
 def _surroundings() -> dict[str, Any]:
@@ -238,33 +216,6 @@ def _where(experiment) -> str:
         return "its own"
     own = " and ".join(experiment.defaults.env.split(","))
     return "any" if own == "A" else f"{own}, or any"
-
-
-def _refusal(name, experiment, given) -> str:
-    """Why an experiment cannot run as asked; "" if it can."""
-    for flag in experiment.ignores:
-        if flag in given and flag != "env":
-            return f"--{flag} means nothing to {name}; leave it out"
-    wanted = given.get("env", experiment.defaults.env)
-    if experiment.worlds and wanted not in experiment.worlds:
-        needed = ", which have tables of probabilities" if len(experiment.worlds) > 1 else ""
-        return f"{name} runs on {', '.join(experiment.worlds)}{needed}; not on {wanted}"
-    if "env" in experiment.ignores and "env" in given and wanted != experiment.defaults.env:
-        return f"{name} has a world of its own; leave out --env"
-    return ""
-
-
-def _check(given) -> None:
-    if "gamma" in given and not 0 <= given["gamma"] <= 1:
-        raise ValueError(f"--gamma {given['gamma']} must lie in [0, 1]")
-
-
-def _known(name, experiments) -> str:
-    if name not in experiments:
-        near = difflib.get_close_matches(name, experiments, n=3, cutoff=0.4)
-        hint = f"did you mean {', '.join(near)}?" if near else "see jaxpg lab list"
-        raise ValueError(f"unknown experiment {name!r}; {hint}")
-    return name
 
 
 def _parser() -> argparse.ArgumentParser:

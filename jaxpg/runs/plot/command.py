@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from jaxpg.runs.console import parser, say
 
 X = ("env_steps", "updates", "seconds")
+METRIC = "episode_return"
 WIDTH = 80
 
 
@@ -58,8 +59,8 @@ def prepare(argv: Sequence[str]) -> PlotRequest:
     return PlotRequest(series, arguments.x, arguments.metric, out)
 
 
-def execute(request: PlotRequest) -> None:
-    """Prints the scores of the runs and draws their figures into the folder.
+def execute(request: PlotRequest) -> list[str]:
+    """Prints the scores of the runs and draws their figures into the folder; returns the figures' names.
 
     Raises OSError if the folder cannot be made, or no figure can be drawn.
     """
@@ -91,6 +92,7 @@ def execute(request: PlotRequest) -> None:
     if not saved:
         raise OSError(f"none of {len(drawn)} figures could be drawn")
     say(f"saved {', '.join(saved)} (.png, .svg) in {out}")
+    return saved
 
 
 def _table(series) -> list[str]:
@@ -120,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     add = found.add_argument
     add("runs", metavar="RUN", nargs="+", help="folder of a jaxpg train run; several are compared")
     add("--x", choices=X, default=X[0], help="x axis of the curves; default: env_steps")
-    add("--metric", default="episode_return", help="y axis of the curves; default: episode_return")
+    add("--metric", default=METRIC, help=f"y axis of the curves; default: {METRIC}")
     add(
         "--out",
         metavar="DIR",

@@ -24,6 +24,7 @@ from jaxpg.runs.config.config import (
     read_config,
     varying,
 )
+from jaxpg.runs.config.flags import TrainRequest
 from jaxpg.runs.config.presets import preset
 from jaxpg.runs.config.rows import settled
 from jaxpg.runs.host import health
@@ -70,6 +71,16 @@ class PreparedRun(NamedTuple):
     parts: Parts
     folder: Path
     start: int | None = None  # the updates of the checkpoint to resume from; None: a new run
+
+
+def begin(asked: TrainRequest) -> PreparedRun | None:
+    """Prepares what the arguments of train ask for; None: the run has finished. Raises ValueError."""
+    prepared = {True: prepare_resume, False: prepare, None: prepare_either}[asked.resume](
+        asked.config, asked.grid
+    )
+    if prepared is None:
+        console.say(f"{asked.config.run} has finished its {asked.config.updates} updates")
+    return prepared
 
 
 def prepare(config: Config, grid: Grid, over: bool = False) -> PreparedRun:
