@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jaxpg.training.trainer import Trainer, TrainState, make_trainer, train
     from jaxpg.types import Hyperparams, TimeStep, Trajectory
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported at first use, so that the command's help does not wait for jax (PEP 562).
 _HOMES = {

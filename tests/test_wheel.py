@@ -1,12 +1,17 @@
-"""The wheel holds the whole package: it builds, installs and trains where there is no checkout."""
+"""Source archive and wheel: both hold the whole package, build, install and train without a checkout."""
 
 import os
+import re
 import subprocess
 import sys
+import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import jaxpg
 
 ROOT = Path(__file__).parent.parent
 # Import every module, train one update, and print the files of the package that were used. An editable
@@ -32,10 +37,21 @@ TRAIN = (
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    pytest.importorskip("hatchling", reason="hatchling builds the wheel; install the test extra")
+def archive(tmp_path_factory):
+    """The source archive that the checkout builds."""
+    pytest.importorskip("hatchling", reason="hatchling builds the archives; install the test extra")
+    folder = tmp_path_factory.mktemp("sdist")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(folder)]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    (built,) = folder.glob("*.tar.gz")
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(archive, tmp_path_factory):
+    """The wheel that the source archive builds."""
     folder = tmp_path_factory.mktemp("wheel")
-    pip("wheel", str(ROOT), "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder))
+    pip("wheel", str(archive), "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder))
     (built,) = folder.glob("*.whl")
     return built
 
@@ -43,6 +59,40 @@ def wheel(tmp_path_factory):
 def pip(*arguments):
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir", "-q"]
     subprocess.run([*command, *arguments], check=True, capture_output=True, text=True)
+
+
+def test_the_source_archive_holds_what_is_kept_in_git(archive):
+    kept = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if kept.returncode:
+        pytest.skip("no git repository to compare with")
+    with tarfile.open(archive) as found:
+        names = {name.partition("/")[2] for name in found.getnames()}
+    # The folder of continuous integration stays behind; PKG-INFO is the archive's own.
+    wanted = {name for name in kept.stdout.split() if not name.startswith(".ci/")}
+    assert {name for name in wanted if (ROOT / name).exists()} <= names
+    assert {
+        name for name in names - wanted if not name.startswith(("jaxpg/", "scripts/", "tests/"))
+    } == {"PKG-INFO"}
+
+
+def test_one_version_everywhere():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert jaxpg.__version__ == version
+    citation = (ROOT / "CITATION.cff").read_text()
+    newest = re.search(r"^## (\S+) - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest and newest[1] == version
+    assert f"version: {version}\n" in citation and f"date-released: {newest[2]}\n" in citation
+
+
+def test_the_changelog_has_dates_and_entries_of_one_line():
+    lines = (ROOT / "CHANGELOG.md").read_text().splitlines()
+    heads = [line for line in lines if line.startswith("## ")]
+    assert all(re.fullmatch(r"## \d+\.\d+\.\d+ - \d{4}-\d\d-\d\d", head) for head in heads)
+    entries = lines[lines.index(heads[0]) :]
+    assert all(not line or line.startswith(("#", "- ")) for line in entries), (
+        "an entry of two lines"
+    )
+    assert max(map(len, entries)) <= 120
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
