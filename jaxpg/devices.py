@@ -186,6 +186,15 @@ def across(tree: Any) -> Any:
     return _summed(tree, SHARDS) if shards() > 1 else tree
 
 
+def totals(mask: jax.Array, *values: jax.Array) -> tuple[jax.Array, ...]:
+    """Sums over the steps that count, of all devices.
+
+    >>> [float(x) for x in totals(jnp.array([True, False]), jnp.arange(2.0), jnp.ones(2))]
+    [0.0, 1.0]
+    """
+    return across(tuple(jnp.where(mask, x, 0.0).sum() for x in values))
+
+
 def largest(x: jax.Array) -> jax.Array:
     """The largest over the devices that lanes are split over."""
     return jax.lax.pmax(x, SHARDS) if shards() > 1 else x

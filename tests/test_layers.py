@@ -36,6 +36,7 @@ ORDER = {
         "scaling",
         "algorithm",
         "accumulation",
+        "diagnostics",
         "improvement",
         "trainer",
         "imitation",

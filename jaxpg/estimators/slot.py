@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import chex
 
-from jaxpg.types import Array, Trajectory
+from jaxpg.types import Array, Hyperparams, Trajectory
 
 # (advantage, resolution, mask), each [T, B] -> advantage in units of the batch
 Rescale = Callable[[Array, Array, Array], Array]
+# (log ratio [T, B], mask, hyperparams) -> [T, B] bool, the ratios that are outside the range kept to
+Clips = Callable[[Array, Array, Hyperparams], Array]
 
 
 class Facts(NamedTuple):
@@ -33,6 +35,7 @@ class Facts(NamedTuple):
     averages: str = ""  # of a linear reduction: what it is the mean over, "steps" or "lanes"
     splits: bool = False  # though it couples lanes: it sums over those of all devices
     by_lane: bool = False  # of a surrogate: a step's gain depends on the other steps of its lane
+    clips: Clips | None = None  # of a surrogate: where it clips a ratio
     rescale: Rescale | None = None  # of a wrapped surrogate: applied to a (mini)batch's advantages
     scale: Rescale | None = None  # likewise, but once, to those of the whole batch
     group_size: int = 1  # it compares groups of this many lanes, which share a start

@@ -27,8 +27,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxpg.devices import across
-from jaxpg.estimators.slot import Slot, facts_of, slot
+from jaxpg.devices import totals
+from jaxpg.estimators.slot import Clips, Slot, facts_of, slot
 from jaxpg.types import Array, Hyperparams, Trajectory
 
 Surrogate = Callable[[Array, Array, Trajectory, Hyperparams], Array]
@@ -53,7 +53,35 @@ def ratio(
     return jnp.exp(log_prob - trajectory.log_prob) * advantage
 
 
-@slot()
+def _outside(kept: Callable, root: bool = False) -> Clips:
+    def outside(log_ratio, mask, hyperparams):
+        rho = _root(log_ratio, mask) if root else jnp.exp(log_ratio)
+        low, high = kept(hyperparams)
+        return (rho < low) | (rho > high)
+
+    return outside
+
+
+def _alike(hyperparams):
+    return 1.0 - hyperparams.clip_eps, 1.0 + hyperparams.clip_eps
+
+
+def _apart(hyperparams):
+    return 1.0 - hyperparams.clip_eps, 1.0 + hyperparams.clip_eps_high
+
+
+def _below(hyperparams):
+    return 0.0, 1.0 + hyperparams.clip_eps_high
+
+
+def _root(log_ratio, mask):
+    """(prod_t rho_t)^(1/T) of each lane, at all its steps."""
+    total = jnp.where(mask, log_ratio, 0.0).sum(axis=0, keepdims=True)
+    length = jnp.maximum(mask.sum(axis=0, keepdims=True), 1)
+    return jnp.exp(jnp.broadcast_to(total / length, log_ratio.shape))
+
+
+@slot(clips=_outside(_alike))
 def clipped(
     log_prob: Array, advantage: Array, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
@@ -62,36 +90,32 @@ def clipped(
     The gradient is 0 exactly where A > 0 and rho > 1+eps, or A < 0 and rho < 1-eps.
     """
     rho = jnp.exp(log_prob - trajectory.log_prob)
-    return _clipped(rho, advantage, hyperparams.clip_eps, hyperparams.clip_eps)
+    return _clipped(rho, advantage, _alike(hyperparams))
 
 
-@slot()
+@slot(clips=_outside(_apart))
 def clipped_apart(
     log_prob: Array, advantage: Array, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
     """min(rho A, clip(rho, 1-clip_eps, 1+clip_eps_high) A) (Yu et al., 2025)."""
     rho = jnp.exp(log_prob - trajectory.log_prob)
-    return _clipped(rho, advantage, hyperparams.clip_eps, hyperparams.clip_eps_high)
+    return _clipped(rho, advantage, _apart(hyperparams))
 
 
-@slot(whole_episodes=True, by_lane=True)
+@slot(whole_episodes=True, by_lane=True, clips=_outside(_apart, root=True))
 def sequence_clipped(
     log_prob: Array, advantage: Array, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
     """min(s A, clip(s, 1-clip_eps, 1+clip_eps_high) A), s = (prod_t rho_t)^(1/T) (Zheng et al., 2025)."""
-    log_rho = jnp.where(trajectory.mask, log_prob - trajectory.log_prob, 0.0)
-    length = jnp.maximum(trajectory.mask.sum(axis=0, keepdims=True), 1)
-    mean = log_rho.sum(axis=0, keepdims=True) / length
-    root = jnp.exp(jnp.broadcast_to(mean, log_rho.shape))
-    return _clipped(root, advantage, hyperparams.clip_eps, hyperparams.clip_eps_high)
+    root = _root(log_prob - trajectory.log_prob, trajectory.mask)
+    return _clipped(root, advantage, _apart(hyperparams))
 
 
-def _clipped(rho, advantage, below, above):
-    near = jnp.clip(rho, 1.0 - below, 1.0 + above)
-    return jnp.minimum(rho * advantage, near * advantage)
+def _clipped(rho, advantage, kept):
+    return jnp.minimum(rho * advantage, jnp.clip(rho, *kept) * advantage)
 
 
-@slot()
+@slot(clips=_outside(_below))
 def weighted_score(
     log_prob: Array, advantage: Array, trajectory: Trajectory, hyperparams: Hyperparams
 ) -> Array:
@@ -100,7 +124,7 @@ def weighted_score(
     Unlike a clipped ratio, a truncated weight leaves every step a gradient.
     """
     rho = jax.lax.stop_gradient(jnp.exp(log_prob - trajectory.log_prob))
-    return jnp.minimum(rho, 1.0 + hyperparams.clip_eps_high) * advantage * log_prob
+    return jnp.minimum(rho, _below(hyperparams)[1]) * advantage * log_prob
 
 
 @slot()
@@ -132,14 +156,11 @@ def _standardised(surrogate, log_prob, advantage, trajectory, hyperparams):
 
 
 def _unit_scale(advantage, resolution, mask):
-    def totals(*values):
-        return across(tuple(jnp.where(mask, x, 0.0).sum() for x in values))
-
-    total, rounding, count = totals(advantage, resolution**2, jnp.ones_like(advantage))
+    total, rounding, count = totals(mask, advantage, resolution**2, jnp.ones_like(advantage))
     count = jnp.maximum(count, 1)
     mean = total / count
     centred = advantage - mean
-    spread = jnp.sqrt(totals(centred**2)[0] / count)
+    spread = jnp.sqrt(totals(mask, centred**2)[0] / count)
     # The rounding in the advantages themselves, and that of subtracting their mean.
     rounding = jnp.sqrt(rounding / count)
     rounding = rounding + 4 * jnp.finfo(advantage.dtype).eps * jnp.abs(mean)

@@ -203,10 +203,10 @@ def algorithm(name: str, group_size: int | None = None) -> Algorithm:
 
 
 def unmeasured(algorithm: Algorithm) -> list[str]:
-    """Metrics that say nothing: kl 0 and ess 1, for a policy that takes one step from its own data."""
+    """Metrics that say nothing if a policy takes one step from its own data: kl 0, ess 1, nothing clipped."""
     if algorithm.num_epochs * algorithm.num_minibatches > 1 or algorithm.data.reweighs:
         return []
-    return ["ess"] if algorithm.measure_kl else ["ess", "kl"]
+    return ["clip_fraction", "ess"] + ([] if algorithm.measure_kl else ["kl"])
 
 
 def check_shared(algorithm: Algorithm) -> None:

@@ -17,6 +17,7 @@ from jaxpg.estimators.estimator import Batch
 from jaxpg.policies import Agent, AgentCarry, AgentParams
 from jaxpg.training.accumulation import critic_gradient, gradient_of, weight_of
 from jaxpg.training.algorithm import Algorithm
+from jaxpg.training.diagnostics import norms
 from jaxpg.types import Array, Hyperparams, Key, Metrics, Params, Trajectory
 
 # Minibatch steps in one pass of their loop. On a GPU its counter and metrics cost as much as a product.
@@ -228,7 +229,7 @@ def _policy_step(
             critic, params, carry.critic, batch, hyperparams
         )
         gradient += hyperparams.value_coef * ravel_pytree(descent)[0]
-    metrics["grad_norm"] = optax.tree.norm(gradient)
+    metrics |= norms(gradient, algorithm.policy_optimizer, hyperparams)
     extra = _extra_args(policy, algorithm, layout, params, batch, carry, hyperparams)
     if shards() > 1:
         extra = dict.fromkeys(extra, _refuse)

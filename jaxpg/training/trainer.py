@@ -29,6 +29,7 @@ from jaxpg.rollout import episodes_again, lanes_at_once
 from jaxpg.rollout.episodic import check_groups
 from jaxpg.training.algorithm import Algorithm, check_algorithm, check_shared
 from jaxpg.training.data import Moment, Task, corrected
+from jaxpg.training.diagnostics import explained_variance, rates
 from jaxpg.training.improvement import arrangement, improve, noise, optimizers, trained
 from jaxpg.types import Array, Hyperparams, Key, Metrics, Trajectory
 
@@ -138,7 +139,9 @@ def make_trainer(
         params, opt_state, metrics = improved(
             state.params, state.opt_state, batch, found.carry, hyperparams, k_fit, k_rollout
         )
-        metrics |= found.metrics
+        metrics |= found.metrics | rates(algorithm, agent.shared, hyperparams)
+        if agent.critic is not None:
+            metrics["explained_variance"] = explained_variance(batch)
         if size > 1:
             share = groups.silent_share(size, batch.advantage, batch.resolution)
             metrics["silent_groups"] = share

@@ -162,7 +162,9 @@ def test_a_users_own_sink_gets_every_update_once(tmp_path, capsys):
     lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == len(got) == 20
     expected = got[3].metrics["entropy"].mean(axis=1)
-    np.testing.assert_allclose(json.loads(lines[3])["entropy"], expected, rtol=1e-6)
+    line = json.loads(lines[3])
+    np.testing.assert_allclose(line["entropy"], expected, rtol=1e-6)
+    assert line["steps_per_second"] == pytest.approx(2 * 16 * line["update"] / line["seconds"])
     assert events(tmp_path / "r" / "tensorboard" / "all")
     assert os.listdir(tmp_path / "r" / "tensorboard") == ["all"]
 
@@ -170,8 +172,10 @@ def test_a_users_own_sink_gets_every_update_once(tmp_path, capsys):
 @pytest.mark.slow
 def test_what_a_method_does_not_measure_is_not_logged(tmp_path):
     """A single step on on-policy data has a KL of 0 and an effective share of 1 by construction."""
-    assert unmeasured(algorithm("reinforce")) == ["ess", "kl"]
-    assert unmeasured(algorithm("trpo")) == ["ess"], "it measures the KL of the whole update"
+    assert unmeasured(algorithm("reinforce")) == ["clip_fraction", "ess", "kl"]
+    assert unmeasured(algorithm("trpo")) == ["clip_fraction", "ess"], (
+        "it measures the KL of the whole update"
+    )
     assert unmeasured(algorithm("ppo")) == unmeasured(algorithm("impala")) == []
     start(tmp_path / "r", "--algorithm", "a2c", "--num-minibatches", "1", "--updates", "1")
     (line,) = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()

@@ -27,8 +27,8 @@ _TRUST_REGION = {
     "critic_minibatches": 4,
     "critic_learning_rate": 1e-2,
 }
-# Breakout over 10 seeds of 9.8e5 steps: 22.8 [16.7, 28.9]. Batches of 32 x 64 and 64 x 32, and half the rates,
-# gave 16 to 27 over 4 seeds, which differ as much by themselves.
+# Breakout over 10 seeds of 9.8e5 steps: 22.8 [16.7, 28.9]. Batches of 32 x 64 and 64 x 32, and half the
+# rates, gave 16 to 27 over 4 seeds, which differ as much by themselves.
 _MINATAR = {
     "updates": 120,
     "num_envs": 64,

@@ -92,8 +92,14 @@ def _line(records: Records, num_envs: int) -> dict[str, Any]:
         "update": records.update[-1],
         "env_steps": records.env_steps[:, -1],
         "seconds": records.seconds[-1],
+        "steps_per_second": _steps_per_second(records),
     }
     return counts | means(records, num_envs)
+
+
+def _steps_per_second(records: Records) -> float:
+    """Environment steps of all replicas per second of training, so far."""
+    return float(records.env_steps[:, -1].sum() / records.seconds[-1])
 
 
 def parquet(folder: Path, labels: list[dict], columns: list[str]) -> Table:
