@@ -12,6 +12,9 @@
 True
 >>> isinstance(run("offset", quick=True, trajectories=4096), Study)
 True
+>>> known = world("A")
+>>> isinstance(known, World), round(exact.objective(known.mdp, known.logits, 1.0), 3)
+(True, 2.481)
 >>> enumeration.count_trajectories(exact.bandits.bandit([0.0, 1.0]))
 2
 """
@@ -22,6 +25,7 @@ from jaxpg.lab.measure.samples import Source, gradient_samples
 from jaxpg.lab.measure.statistics import GradientStatistics, gradient_statistics
 from jaxpg.lab.measure.traces import gradient_trace
 from jaxpg.lab.running import Study, run
+from jaxpg.lab.worlds.world import World, world
 from jaxpg.stats.moments import Estimate
 
 __all__ = [
@@ -29,10 +33,12 @@ __all__ = [
     "GradientStatistics",
     "Source",
     "Study",
+    "World",
     "enumeration",
     "exact",
     "gradient_samples",
     "gradient_statistics",
     "gradient_trace",
     "run",
+    "world",
 ]

@@ -16,6 +16,8 @@ LONGER = 8  # about how many times longer the episodes of a trained policy are
 # The least and the most of whole numbers.
 LIMITS = {"trajectories": (1, 2**31 - 1), "repeats": (1, 100_000), "seed": (0, 2**32 - 1)}
 
+COUNTS = ("trajectories", "env_steps")  # the same in nearly every row
+
 
 class Study(NamedTuple):
     """What an experiment of the laboratory found: its tidy table, its numbers and its figure."""
@@ -30,7 +32,7 @@ class Study(NamedTuple):
         return f"<{self.name} on {self.settings.env}: {len(self.table['estimator'])} rows>"
 
     def _repr_html_(self) -> str:
-        columns = dict(self.table)
+        columns = {name: x for name, x in self.table.items() if name not in COUNTS}
         ends = (columns.pop(name) for name in ("low", "high"))
         middle = columns["measured"]
         columns["measured"] = [_interval(*x) for x in zip(middle, *ends, strict=True)]

@@ -94,9 +94,6 @@ class Run(NamedTuple):
     def __repr__(self) -> str:
         return f"<run in {self.folder}>"
 
-    def _repr_html_(self) -> str:
-        return shown.picture(self._repr_png_())
-
     def _repr_png_(self) -> bytes:
         from jaxpg.runs.plot import figures
         from jaxpg.runs.plot.command import METRIC, X

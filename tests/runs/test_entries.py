@@ -3,14 +3,13 @@
 import re
 from base64 import b64decode
 
-import numpy as np
 import pytest
 
 import jaxpg
-from jaxpg.cli import main
 from jaxpg.hints import in_python
-from jaxpg.runs.entries import flags
-from jaxpg.runs.store.folder import settings
+from jaxpg.runs.config.config import completed, load_config
+from jaxpg.runs.config.flags import parse
+from jaxpg.runs.config.rows import settled
 
 SMALL = {
     "seeds": 2,
@@ -34,18 +33,17 @@ def images(html):
 
 @pytest.mark.slow
 def test_a_run_from_python_is_the_commands(tmp_path, capsys):
-    here, there = tmp_path / "here", tmp_path / "there"
+    here = tmp_path / "here"
     run = jaxpg.run(small_env, folder=here, learning_rate=[1e-3, 1e-2], **SMALL)
-    name = f"{small_env.__module__}:small_env"
-    words = flags(SMALL | {"learning_rate": "0.001,0.01", "run": there})
-    main(["train", name, *words])
-    assert settings(here) == settings(there)
+    words = f"{small_env.__module__}:small_env --seeds 2 --updates 2 --num-envs 2 --num-steps 8 --hidden 4"
+    words += f" --num-minibatches 1 --evaluation-episodes 2 --learning-rate 0.001,0.01 --run {here}"
+    config, grid = parse(words.split(), "jaxpg train")
+    assert load_config(here) == (settled(config), completed(config, grid))
     assert run.folder == here and run.returns.shape == (2, 2)
-    np.testing.assert_array_equal(run.returns, jaxpg.Run(there).returns)
     # CartPole cut after 6 steps returns 6 from any policy.
     assert (run.returns == 6).all() and (run.evaluate(3).mean == 6).all()
     assert [each.metrics["episode_return"].shape for each in run.series] == [(2, 2), (2, 2)]
-    assert [data[:4] for data in images(run._repr_html_())] == [b"\x89PNG"]
+    assert run._repr_png_()[:4] == b"\x89PNG"
     assert str(here) in repr(run)
     assert run.policy().params is not None and run.checkpoint(3).origin["seed"] == 1
     film = run.render(greedy=True)
@@ -55,7 +53,7 @@ def test_a_run_from_python_is_the_commands(tmp_path, capsys):
     assert again == run and "has finished its 2 updates" in capsys.readouterr().out
     jaxpg.run(folder=here, resume=True, updates=4, schedule="constant")
     assert [each.metrics["episode_return"].shape for each in run.series] == [(2, 4), (2, 4)]
-    figures = jaxpg.plot([run, there], out=tmp_path / "out")
+    figures = jaxpg.plot([run], out=tmp_path / "out")
     assert len(images(figures._repr_html_())) == len(figures.files) == 3
 
 

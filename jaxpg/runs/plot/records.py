@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
-from jaxpg.runs.config.config import Config, read_config
+from jaxpg.runs.config.config import COUNTS, Config, read_config
 from jaxpg.runs.config.presets import preset
+from jaxpg.runs.config.rows import settled
 from jaxpg.runs.config.schema import expect, parsed
 from jaxpg.runs.host.health import WATCHED, first_divergence
 from jaxpg.runs.store.evaluation import read_evaluation
@@ -98,8 +100,12 @@ def _differs(name, series) -> bool:
     found: dict[str, set[tuple[str, str]]] = {}
     for s in series:
         config, grid = preset(s.environment, str(s.settings.get("algorithm")))
+        with suppress(ValueError):  # a row of another version
+            config = settled(config)
         usual = getattr(grid, name)[0] if name in grid._fields else getattr(config, name, None)
         value = s.settings.get(name, usual)
+        if name in COUNTS and value is None:  # left to the row
+            value = usual
         whole = s.settings.get("schedule") == "constant" or value == s.settings.get("updates")
         if name == "schedule_updates" and whole:
             value = usual  # no schedule, or one as long as the run
