@@ -1,10 +1,10 @@
 """The console command. A user's mistake is one line on stderr and exit status 2."""
 
 import atexit
-import difflib
 import gc
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-from jaxpg.runs.console import Ended, Unheard, flush, say, shortened, tell
+from jaxpg.runs.console import Ended, Unheard, flush, nearest, say, shortened, tell
 
 HELP = """\
 usage: jaxpg COMMAND ...
@@ -50,6 +50,14 @@ STOPPED = {
     "lab": "; the running experiment was not saved",
 }
 COMMANDS = ("train", "sweep", "evaluate", "record", "render", "plot", "envs", "lab")
+MEANT = {
+    **dict.fromkeys(("list", "ls"), "envs, or lab list"),
+    **dict.fromkeys(("resume", "continue"), "train --resume RUN"),
+    **dict.fromkeys(("play", "playback", "film", "video", "watch"), "render"),
+    **dict.fromkeys(("tune", "search", "grid"), "sweep"),
+    **dict.fromkeys(("test", "eval"), "evaluate"),
+    **dict.fromkeys(("run", "learn"), "train ENV"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -111,9 +119,11 @@ def _run(command, rest):
     elif command == "lab":
         _lab(rest)
     else:
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        meant = f"did you mean {near[0]}? The" if near else "the"
-        _fail(f"unknown command {shortened(command)!r}; {meant} commands are {', '.join(COMMANDS)}")
+        hint = nearest(command, COMMANDS, MEANT)
+        if not hint and re.search(r"[-/:]", command.lstrip("-")):
+            hint = f"; did you mean train {shortened(command)}?"
+        hint = f"{hint} The" if hint else "; the"
+        _fail(f"unknown command {shortened(command)!r}{hint} commands are {', '.join(COMMANDS)}")
 
 
 def _train(argv):

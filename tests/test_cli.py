@@ -145,6 +145,14 @@ def test_a_signal_saves_what_was_learnt(tmp_path, number, status, wait_for):
 
 BAD = {
     "CartPol-v1": "did you mean CartPole-v1",
+    "lunarlander-v3": "did you mean gymnasium/LunarLander-v3",
+    "reacher": "did you mean brax/reacher",
+    "CartPole-v1 --lr 1e-3": "unknown flag --lr; did you mean --learning-rate?",
+    "--env CartPole-v1": "did you mean the environment without a flag, as in jaxpg train CartPole-v1?",
+    "CartPole-v1 --hidden 64 64": "joined by commas, as in --hidden 64,64",
+    "CartPole-v1 --learning-rate 1e-4:1e-2:log3": "jaxpg sweep takes ranges",
+    "CartPole-v1 --shared-torso --critic-learning-rate 1e-3,1e-2": "critic_learning_rate has several "
+    "values and no effect: learning_rate moves a shared torso, critic and all; give it one value",
     "CartPole-v1 --algorithm pppo": "did you mean ppo",
     "CartPole-v1 --network mpl": "did you mean mlp",
     "CartPole-v1 --activation tahn": "did you mean tanh",
@@ -199,6 +207,40 @@ def test_unreadable_arguments_exit_with_2(arguments, tmp_path, monkeypatch, caps
     assert exit_.value.code == 2
     assert "jaxpg train --help" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            "trian CartPole-v1",
+            "unknown command 'trian'; did you mean train? The commands are train,",
+        ),
+        ("list", "did you mean envs, or lab list?"),
+        ("Pendulum-v1", "did you mean train Pendulum-v1?"),
+        ("frobnicate", "unknown command 'frobnicate'; the commands are train,"),
+        (
+            "lab ladder --trajectory 3",
+            "unrecognized arguments: --trajectory 3; did you mean --trajectories?",
+        ),
+        ("evaluate r --greeedy", "--greeedy; did you mean --greedy? (see jaxpg evaluate --help)"),
+        ("sweep CartPole-v1 --hidden 32,64", "--hidden 32,64 (one network of two layers)"),
+        (
+            "sweep CartPole-v1 --algorithm reinforce --critic-learning-rate .1,.2",
+            "reinforce has no critic",
+        ),
+        ("sweep CartPole-v1 --algorithm trpo --learning-rate .1:.2:lin3", "trpo steps by max_kl"),
+        ("sweep CartPole-v1 --algorithm a2c --damping .1,.2", "a2c takes no natural gradients"),
+        ("sweep CartPole-v1 --value-coef .1,.2", "no effect: there is no shared torso"),
+    ],
+)
+def test_what_was_meant_is_said(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments.split())
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.startswith("jaxpg: error: ") and error.count("\n") == 1
+    assert said in error and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("arguments", ["frobnicate", "train CartPole-v1 --gamma 2"])

@@ -1,10 +1,12 @@
 """The console: how every command prints, warns, and reads its arguments."""
 
 import argparse
+import difflib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -68,6 +70,22 @@ def shortened(text: str, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+def nearest(
+    name: str, known: Iterable[str], others: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """The end of a message on an unknown name: what is meant, if something is near.
+
+    others: what is meant by names that are near to none, or to another.
+
+    >>> nearest("--gama", ["--gamma"]), nearest("--lr", ["--run"], {"--lr": "--rate"}), nearest("x", [])
+    ('; did you mean --gamma?', '; did you mean --rate?', '')
+    """
+    near = others.get(name) or next(
+        iter(difflib.get_close_matches(name, known, n=1, cutoff=0.7)), ""
+    )
+    return near and f"; did you mean {near}?"
+
+
 def terminal() -> Console | None:
     """Standard error if its lines can be redrawn; None for files, pipes and TERM=dumb.
 
@@ -107,6 +125,8 @@ def parser(name: str, description: str, epilog: str | None = None) -> argparse.A
     def refuse(message: str) -> NoReturn:
         # A message of `whole` continues after the flag: "--seed -1 must be ...".
         message = re.sub(r"^argument (\S+): (?=\S+ must be )", r"\1 ", message)
+        if unknown := re.match(r"unrecognized arguments: (--\S+)", message):
+            message += nearest(unknown[1].partition("=")[0], found._option_string_actions)
         raise ValueError(f"{message} (see jaxpg {name} --help)")
 
     found = argparse.ArgumentParser(

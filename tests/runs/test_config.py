@@ -173,8 +173,11 @@ def test_every_field_is_a_flag(capsys):
     text = capsys.readouterr().out
     names = [f.name for f in fields(Config) if f.name != "environment"] + list(Grid._fields)
     flags = [n.strip("_").replace("_", "-") for n in names]
-    missing = [n for n in flags if f"--{n}" not in text and f"--no-{n}" not in text]
-    assert missing == []
+    shown = re.findall(r"^  --(?:no-)?(\S+)", text, re.M)
+    assert sorted(shown) == sorted([*flags, "config", "resume", "resume-or-start"])
+    sections = re.findall(r"^(\w+):$", text, re.M)
+    assert sections[2:] == ["task", "size", "algorithm", "networks", "numbers", "output", "machine"]
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def check_products(config, precision):

@@ -192,8 +192,7 @@ def test_an_archive_is_measured_before_it_is_unpacked(tmp_path, monkeypatch):
         "train CartPole-v1 --learning-rate 1e39", "train --config " + "x" * 300,
         "train --resume " + "x" * 300, "sweep CartPole-v1 --gamma .9,x", "plot " + "x" * 300,
         "plot r --x sideways", "evaluate", "evaluate r --seed x", "record r", "render r --out",
-        "evaluate " + "x" * 300, "lab ladder --seed x", "train --tyro-nonsense",
-        "train --tyro-print-completion", "train --tyro-print-completion powershell",
+        "evaluate " + "x" * 300, "lab ladder --seed x", "train --nonsense", "list", "CartPole-v1",
         "x" * 5000, "plot " + "x" * 5000,
         *(f"{command} --{name} {value}"
           for command, names in (

@@ -63,10 +63,13 @@ def make_env(name: str, **settings) -> Env:
     if name in declared:
         return from_factory(declared[name], **settings)
     if name not in (known := gymnax_names()):
-        near = difflib.get_close_matches(name, [*known, *declared], n=3, cutoff=0.4)
-        near = [
-            f"{suite}/{name}" for suite in SUITES if installed(suite) and name in env_names(suite)
-        ] + near
+        others = {}
+        for suite, (_, summary) in SUITES.items():  # of those that are absent, the example
+            names = env_names(suite) if installed(suite) else [summary.rpartition(" ")[2]]
+            others |= {other.partition("/")[2].lower(): other for other in names}
+        others |= {other.lower(): other for other in (*known, *declared)}
+        near = difflib.get_close_matches(name.lower(), others, n=3, cutoff=0.4)
+        near = [others[other] for other in near]
         hint = f"did you mean {', '.join(near)}?" if near else "jaxpg envs lists what there is"
         if not near and re.search(r"-v\d+$", name):
             hint = f"gymnasium's is gymnasium/{name}; {hint}"

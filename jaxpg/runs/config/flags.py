@@ -1,6 +1,5 @@
 """Command-line flags, parsed by the types of Config and Hyperparams. Imports nothing heavy."""
 
-import difflib
 import os.path
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -10,13 +9,27 @@ from typing import Any, NamedTuple, get_args, get_origin
 
 from jaxpg.runs.config.config import CONFIG, COUNTS, FREE, Config, Grid, load_config
 from jaxpg.runs.config.presets import preset
-from jaxpg.runs.console import shortened
+from jaxpg.runs.console import nearest, shortened
 from jaxpg.types import Hyperparams
 
 EITHER = "--resume-or-start"
-# tyro's completion flags, each with its number of words: the flag, a shell and perhaps a file.
-COMPLETIONS = (("--tyro-print-completion", 2), ("--tyro-write-completion", 3))
-SHELLS = ("bash", "zsh", "fish")
+# Flags of other trainers, where the nearest name here is another thing.
+OTHERS = {
+    "--lr": "--learning-rate",
+    "--clip-coef": "--clip-eps",
+    "--vf-coef": "--value-coef",
+    "--update-epochs": "--num-epochs",
+    "--batch-size": "--num-envs, --num-steps and --num-minibatches",
+    "--out": "--run",
+    "--track": "--wandb or --tensorboard",
+    **dict.fromkeys(("--cuda", "--gpu", "--device"), "--devices, or JAX_PLATFORMS"),
+    **dict.fromkeys(
+        ("--env", "--env-id"), "the environment without a flag, as in jaxpg train CartPole-v1"
+    ),
+    **dict.fromkeys(
+        ("--total-timesteps", "--timesteps"), "--updates, each of num-envs times num-steps steps"
+    ),
+}
 _STRUCTURE = {f.name: f.type for f in fields(Config)}
 # flag -> (the setting, its kind)
 _KINDS: dict[str, tuple[str, Any]] = {
@@ -97,14 +110,9 @@ def _changed(base: tuple[Config, Grid], given: dict[str, Any]) -> tuple[Config, 
 
 def _given(argv: Sequence[str], prog: str) -> dict[str, Any]:
     """The settings that the arguments name, and --config and --resume. Raises ValueError."""
-    if {"-h", "--help"} & {*argv} or _completes(argv):
+    if {"-h", "--help"} & {*argv}:
         _help(argv, prog)
     return dict(_read(argv, prog))
-
-
-def _completes(argv: Sequence[str]) -> bool:
-    """Whether tyro is asked for a shell's completion."""
-    return (*argv[:1], len(argv)) in COMPLETIONS and argv[1] in SHELLS
 
 
 def _read(argv, prog) -> Iterator[tuple[str, Any]]:
@@ -142,9 +150,7 @@ def _known_flag(flag, prog) -> tuple[str, Any]:
     """The setting that a flag changes, and its kind."""
     if flag in _KINDS:
         return _KINDS[flag]
-    near = difflib.get_close_matches(flag, _KINDS, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"unknown flag {shortened(flag)}{hint}{_see(prog)}")
+    raise ValueError(f"unknown flag {shortened(flag)}{nearest(flag, _KINDS, OTHERS)}{_see(prog)}")
 
 
 def _value(flag, kind, text, prog) -> Any:
@@ -187,7 +193,8 @@ def _help(argv, prog) -> None:
     # Imported here, because only help needs it.
     from jaxpg.runs.config.usage import show
 
-    show(argv, prog, base, where, named is None)
+    show(prog, base, where)
+    raise SystemExit(0)
 
 
 def _either(config, grid) -> TrainRequest:

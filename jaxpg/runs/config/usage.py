@@ -1,110 +1,88 @@
 """The help of training, generated from Config and Hyperparams."""
 
-import os
-from collections.abc import Sequence
-from dataclasses import field, fields, make_dataclass
-from typing import Annotated
-
-import tyro
+from dataclasses import fields
+from typing import Any, get_args, get_origin
 
 from jaxpg.runs.config.config import Config, Grid
 from jaxpg.runs.config.flags import EITHER
-from jaxpg.runs.console import heard
-from jaxpg.types import HYPERPARAMS, Hyperparams
+from jaxpg.runs.console import parser
+from jaxpg.types import HYPERPARAMS
+
+# Every setting but how a run starts, each in one section.
+SECTIONS = {
+    "task": "environment settings keep repeat history",
+    "size": "seeds updates num_envs num_steps evaluation_episodes seed",
+    "algorithm": "algorithm normalise_rewards num_epochs num_minibatches critic_epochs critic_minibatches "
+    "optimizer schedule batch_scaling reference_batch adaptation fisher_samples group_size num_batches "
+    "importance control_variate kl_estimate reference demonstrations imitate warm_start",
+    "networks": "network shared_torso hidden activation layer_norm channels stride normalise precision "
+    "distribution initial_std state_dependent_std",
+    "numbers": " ".join(HYPERPARAMS),
+    "output": "run quiet checkpoint_seconds tensorboard wandb measure_noise profile debug_nans",
+    "machine": "devices shard compilation_cache force",
+}
+START = {
+    "--config": ("RUN", "start a new run with this run's settings; other flags override them"),
+    "--resume": ("RUN", "resume this run; --updates N is then its new total"),
+    EITHER: (None, "resume the run in the folder --run, or start it"),
+}
+METAVARS = {
+    "settings": "NAME=X,...",
+    "devices": "N",
+    "run": "DIR",
+    "profile": "DIR",
+    "reference": "RUN",
+    "demonstrations": "FILE",
+}
 
 
-def show(
-    argv: Sequence[str], prog: str, base: tuple[Config, Grid], where: str, fresh: bool
-) -> None:
-    """Prints help or a shell's completion, and exits.
-
-    base, where: the defaults, and where they come from. fresh: the environment is required.
-    """
+def show(prog: str, base: tuple[Config, Grid], where: str) -> None:
+    """Prints help. base, where: the defaults, and where they come from."""
     config, grid = base
-    # Positional and without a default, so that the usage line shows it as required.
-    required = {"environment": tyro.MISSING} if fresh else {}
-    default = _Flags(
-        _Start(None, None, False),
-        _Config(**({f.name: getattr(config, f.name) for f in fields(Config)} | required)),
-        _Hyperparams(**grid._asdict()),
+    found = parser(
+        prog.removeprefix("jaxpg "),
+        f"Train policies on an environment. Defaults are those of {where}. A number takes one value, or "
+        "several as in 1e-3,3e-4 for a grid.",
+        "example: jaxpg train CartPole-v1 --learning-rate 1e-3,3e-4 --seeds 16",
     )
-    if os.environ.get("NO_COLOR"):  # tyro's help ignores it
-        vars(tyro).get("_experimental_options", {})["ansi_codes"] = False
-    with heard():
-        tyro.cli(
-            _Flags,
-            prog=prog,
-            # Short lines, because tyro does not wrap them.
-            description=f"Train policies on an environment.\n\nDefaults are those of {where}.\n\n"
-            "A hyperparameter takes one value, or several as in 1e-3,3e-4 for a grid.",
-            args=["--help"] if {"-h", "--help"} & {*argv} else list(argv),
-            default=default,
-            config=(tyro.conf.FlagCreatePairsOff,),
+    found.usage = f"{prog} ENV [--FLAG VALUE ...]"
+    group = found.add_argument_group("start")
+    for flag, (metavar, text) in START.items():
+        _add(group, flag, metavar, text)
+    kinds = {f.name: f for f in fields(Config)}
+    for section, names in SECTIONS.items():
+        group = found.add_argument_group(section)
+        for name in names.split():
+            flag = f"--{name.strip('_').replace('_', '-')}"
+            if name in HYPERPARAMS:
+                number = HYPERPARAMS[name]
+                text = ": ".join(filter(None, (number.where, number.help)))
+                _add(group, flag, "X,...", text, getattr(grid, name))
+            elif name == "environment":
+                group.add_argument("ENV", help=kinds[name].metadata["help"])
+            elif getattr(config, name) is True:
+                _add(group, f"--no-{flag[2:]}", None, f"do not {kinds[name].metadata['help']}")
+            else:
+                metavar = METAVARS.get(name) or _metavar(kinds[name].type)
+                _add(group, flag, metavar, kinds[name].metadata["help"], getattr(config, name))
+    found.print_help()
+
+
+def _metavar(kind: Any) -> str | None:
+    if get_origin(kind) is tuple:
+        return "N,..."
+    kinds = {bool: None, int: "N", float: "X"}
+    return next((kinds[k] for k in (kind, *get_args(kind)) if k in kinds), "NAME")
+
+
+def _add(group, flag, metavar, text, value=None) -> None:
+    if isinstance(value, tuple):
+        value = ",".join(f"{x:g}" for x in value) or None
+    if value is not None and value is not False:
+        text = (
+            f"{text}; default: {value:g}"
+            if isinstance(value, float)
+            else f"{text}; default: {value}"
         )
-
-
-def _commas(kind, metavar):
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=f"{metavar}[,...]",
-        instance_from_str=lambda words: tuple(kind(part) for part in words[0].split(",")),
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda values: [",".join(f"{value:g}" for value in values)],
-    )
-
-
-_INTS, _FLOATS = _commas(int, "INT"), _commas(float, "FLOAT")
-
-
-def _structure_flag(f):
-    arg = tyro.conf.arg(help=f.metadata["help"])
-    if f.name == "environment":
-        kind = Annotated[
-            tyro.conf.Positional[str], tyro.conf.arg(metavar="ENV", help=f.metadata["help"])
-        ]
-    elif f.type == tuple[int, ...]:
-        kind = Annotated[f.type, _INTS, arg]
-    else:
-        kind = Annotated[f.type, arg]
-    return f.name, kind, field()
-
-
-def _number_flag(name):
-    number = HYPERPARAMS[name]
-    arg = tyro.conf.arg(
-        name=name.strip("_"), help=": ".join(filter(None, (number.where, number.help)))
-    )
-    return name, Annotated[tuple[float, ...], _FLOATS, arg], field()
-
-
-_Config = make_dataclass("Config", [_structure_flag(f) for f in fields(Config)], frozen=True)
-_Hyperparams = make_dataclass(
-    "Hyperparams", [_number_flag(name) for name in Hyperparams._fields], frozen=True
-)
-_Start = make_dataclass(
-    "Start",
-    [
-        (name, Annotated[str | None, tyro.conf.arg(metavar="RUN", help=text)], field())
-        for name, text in (
-            ("config", "start a new run with this run's settings; other flags override them"),
-            ("resume", "resume this run; --updates N is then its new total"),
-        )
-    ]
-    + [
-        (
-            EITHER.strip("-").replace("-", "_"),
-            Annotated[bool, tyro.conf.arg(help="resume the run in the folder --run, or start it")],
-            field(),
-        )
-    ],
-    frozen=True,
-)
-_Flags = make_dataclass(
-    "Flags",
-    [
-        ("start", tyro.conf.OmitArgPrefixes[_Start]),
-        ("config", tyro.conf.OmitArgPrefixes[_Config]),
-        ("hyperparameter", tyro.conf.OmitArgPrefixes[_Hyperparams]),
-    ],
-    frozen=True,
-)
+    how = {"action": "store_true"} if metavar is None else {"metavar": metavar}
+    group.add_argument(flag, help=text.replace("%", "%%"), **how)

@@ -243,6 +243,7 @@ def _from_lines(folder, count) -> Points:
 
 def _line(text, count, where) -> dict[str, Any]:
     found = parsed(text, Line, where)
+    found.pop("steps_per_second", None)  # it follows from the others
     for name, values in found.items():
         if name not in ("update", "seconds"):
             expect(values, list[float | None], f"cannot read {where}: {name}")

@@ -195,7 +195,8 @@ def choose(grid: Grid, options: Options, seed: int) -> list[Hyperparams]:
     if not varying(grid):
         raise ValueError(
             f"nothing is swept; give a hyperparameter several values, as in --learning-rate {EXAMPLE} "
-            "or --gamma .9,.99"
+            "or --gamma .9,.99; what is no number, such as --hidden 32,64 (one network of two layers), has "
+            "one value in a sweep"
         )
     if options.random is None:
         if options.ranges:

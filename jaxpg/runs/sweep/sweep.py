@@ -15,7 +15,7 @@ import numpy as np
 from jaxpg.memory import machine_bytes
 from jaxpg.runs.config.config import Config, Grid, check, completed, varying
 from jaxpg.runs.config.flags import request
-from jaxpg.runs.config.rows import settled
+from jaxpg.runs.config.rows import check_varying, settled
 from jaxpg.runs.console import say
 from jaxpg.runs.host import health
 from jaxpg.runs.host.interrupt import Interrupted, heeding, signals
@@ -71,6 +71,7 @@ def prepare(argv: Sequence[str]) -> Sweep:
     config, grid = asked.config, completed(asked.config, asked.grid)
     check(config, grid)
     config = settled(config)
+    check_varying(config, grid)
     search = _search(config, grid, options)
     parts = build(config)
     check_shares(config, parts.trainer)

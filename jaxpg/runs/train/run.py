@@ -26,7 +26,7 @@ from jaxpg.runs.config.config import (
 )
 from jaxpg.runs.config.flags import TrainRequest
 from jaxpg.runs.config.presets import preset
-from jaxpg.runs.config.rows import settled
+from jaxpg.runs.config.rows import check_varying, settled
 from jaxpg.runs.host import health
 from jaxpg.runs.host.interrupt import heeding, signals
 from jaxpg.runs.host.progress import display
@@ -92,6 +92,7 @@ def prepare(config: Config, grid: Grid, over: bool = False) -> PreparedRun:
     grid = completed(config, grid)
     check(config, grid)
     config = settled(config)
+    check_varying(config, grid)
     metrics.check_sinks(config)
     parts = _parts(config, grid)
     _check_profile(config)
