@@ -97,20 +97,23 @@ def test_ratios_are_of_averages():
     np.testing.assert_allclose(found["signal_to_noise"], 1.5 / 2)
 
 
-def events(folder):
-    """Reads (tag, step, value) from an event file: records of length, checksum, data, checksum."""
+def summaries(folder):
+    """Reads (step, summary value) from an event file: records of length, checksum, data, checksum."""
     proto = pytest.importorskip("tensorboardX.proto.event_pb2")
-    (path,) = folder.iterdir()
-    data, found = path.read_bytes(), []
+    (path,) = folder.glob("events*")
+    data = path.read_bytes()
     while data:
         (size,) = struct.unpack("<Q", data[:8])
         event = proto.Event.FromString(data[12 : 12 + size])
-        found += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+        yield from ((event.step, value) for value in event.summary.value)
         data = data[16 + size :]
-    return found
 
 
-def test_tensorboard_has_the_mean_over_seeds_of_every_setting(tmp_path):
+def events(folder):
+    return [(x.tag, step, x.simple_value) for step, x in summaries(folder)]
+
+
+def test_tensorboard_has_the_mean_over_seeds_of_every_setting(tmp_path, monkeypatch):
     pytest.importorskip("tensorboardX")
     sink = metrics.tensorboard(tmp_path, LABELS, COLUMNS, 1, 0)
     sink.write(records(1, 2))
@@ -119,9 +122,40 @@ def test_tensorboard_has_the_mean_over_seeds_of_every_setting(tmp_path):
     assert {f.name for f in tmp_path.iterdir()} == {"learning_rate=0.1", "learning_rate=0.2"}
     found = events(tmp_path / "learning_rate=0.2")
     curves = {(tag, step): value for tag, step, value in found}
-    assert curves["objective", 2] == 250 + 1.5
-    assert curves["episode_return", 4] == 250 + 3.5
-    assert ("episode_return", 2) not in curves
+    assert curves["losses/objective", 2] == 250 + 1.5
+    assert curves["charts/episode_return", 4] == 250 + 3.5
+    assert ("charts/episode_return", 2) not in curves
+    assert curves["time/steps_per_second", 4] == pytest.approx(4 * (HUGE + 4 * 7) / 0.4)
+    # Two seeds, 50 on both sides of their mean: t = 12.706 with one degree of freedom.
+    ends = curves["band/objective_low", 2], curves["band/objective_high", 2]
+    np.testing.assert_allclose(ends, 251.5 + 12.706 * 50 * np.array([-1, 1]), rtol=1e-4)
+    seeds = {f.name for f in (tmp_path / "learning_rate=0.2").iterdir() if f.is_dir()}
+    assert seeds == {"seed=0", "seed=1"}
+    own = {(tag, step): x for tag, step, x in events(tmp_path / "learning_rate=0.2" / "seed=1")}
+    assert own["losses/objective", 2] == 300 + 1.5 and own["charts/episode_return", 4] == 303.5
+    # Many agents would open too many files.
+    monkeypatch.setattr(metrics, "MOST_RUNS", 3)
+    sink = metrics.tensorboard(tmp_path / "many", LABELS, COLUMNS, 1, 0)
+    sink.write(records(1, 2))
+    sink.close()
+    assert not any(f.is_dir() for f in (tmp_path / "many" / "learning_rate=0.2").iterdir())
+
+
+def test_tensorboard_draws_the_interval_of_each_metric_as_a_band(tmp_path):
+    pytest.importorskip("tensorboardX")
+    summary = pytest.importorskip("tensorboardX.proto.layout_pb2")
+    sink = metrics.tensorboard(tmp_path, LABELS, COLUMNS, 1, 0)
+    sink.write(records(1, 2))
+    sink.write(records(3, 2))
+    sink.close()
+    found = [x.tensor.string_val for _, x in summaries(tmp_path / "learning_rate=0.1")]
+    ((layout,),) = [x for x in found if x]
+    (category,) = summary.Layout.FromString(layout).category
+    series = {chart.title: chart.margin.series[0] for chart in category.chart}
+    assert {*series} == {"objective", "episode_return"}
+    one = series["episode_return"]
+    assert one.value == "charts/episode_return"
+    assert (one.lower, one.upper) == ("band/episode_return_low", "band/episode_return_high")
 
 
 def test_wandb_works_offline(tmp_path, monkeypatch):

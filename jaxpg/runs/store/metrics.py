@@ -14,8 +14,11 @@ import numpy as np
 from jaxpg.envs.suites import installing
 from jaxpg.runs.config.config import Config
 from jaxpg.runs.store.folder import append_json, json_line, jsonable, write_atomically
-from jaxpg.stats.seeds import noise_ratios
+from jaxpg.stats.seeds import noise_ratios, summarise
 from jaxpg.types import Hyperparams
+
+ENDS = ("low", "high")  # of an interval
+MOST_RUNS = 64  # agents of which each has a run of its own in TensorBoard
 
 
 class Records(NamedTuple):
@@ -152,24 +155,54 @@ def _column(values: np.ndarray) -> Any:
 
 
 def tensorboard(folder: Path, labels: list[dict], columns: list[str], num_envs: int, after: int):
-    """Writes event files: for every setting, the mean of each metric over its seeds, by update.
+    """Writes event files, by update: a run for every setting, and one for each of its seeds.
 
-    after: drops the events of later updates, which a resumed run repeats.
+    A setting's has the mean of each metric over seeds and, under `band/`, the ends of its 95 % interval,
+    which a custom chart draws. after: drops the events of later updates, which a resumed run repeats.
     """
     from tensorboardX import SummaryWriter
 
-    writers = {
-        name: SummaryWriter(str(folder / name), purge_step=after + 1 if after else None)
-        for name in _settings(labels, columns)
-    }
+    writers, settings = {}, _settings(labels, columns)
+
+    def add(run, scalars, update):
+        if run not in writers:
+            place = str(folder / run)
+            writers[run] = SummaryWriter(place, purge_step=after + 1 if after else None)
+        for tag, value in scalars.items():
+            if np.isfinite(value):
+                writers[run].add_scalar(tag, float(value), update)
+        writers[run].flush()
 
     def write(records):
+        update, each = int(records.update[-1]), means(records, num_envs)
         for name, scalars in _by_setting(records, labels, columns, num_envs).items():
-            for metric, value in scalars.items():
-                writers[name].add_scalar(metric, value, int(records.update[-1]))
-            writers[name].flush()
+            rows, fresh = settings[name], name not in writers
+            ends = {k: summarise(x[rows])[1:3] for k, x in each.items()} if len(rows) > 1 else {}
+            bands = {
+                f"band/{k}_{end}": x
+                for k, v in ends.items()
+                for end, x in zip(ENDS, v, strict=True)
+            }
+            add(name, {_tag(k): x for k, x in scalars.items()} | bands, update)
+            if fresh and ends:
+                charts = {
+                    k: ["Margin", [_tag(k), *(f"band/{k}_{end}" for end in ENDS)]] for k in ends
+                }
+                writers[name].add_custom_scalars({"mean and 95 % interval over seeds": charts})
+            if 1 < len(labels) <= MOST_RUNS:
+                for i in rows:
+                    seed = f"{name}/seed={labels[i]['seed']:g}"
+                    add(seed, {_tag(k): x[i] for k, x in each.items()}, update)
 
     return Sink(write, lambda: [writer.close() for writer in writers.values()])
+
+
+def _tag(metric: str) -> str:
+    """The metric's name in TensorBoard, where others look for it."""
+    if metric in ("seconds", "steps_per_second"):
+        return f"time/{metric}"
+    group = "charts" if metric.startswith(("episode", "env_steps", "scheduled_")) else "losses"
+    return f"{group}/{metric.removeprefix('scheduled_')}"
 
 
 def wandb(
@@ -320,4 +353,5 @@ def _by_setting(records, labels, columns, num_envs) -> dict[str, dict[str, float
         each |= {metric: values[place] for metric, values in ratios.items()}
         scalars[name] = {metric: float(x) for metric, x in each.items() if not np.isnan(x)}
         scalars[name]["seconds"] = float(records.seconds[-1])
+        scalars[name]["steps_per_second"] = _steps_per_second(records)
     return scalars
