@@ -13,7 +13,7 @@ import pytest
 
 from jaxpg import estimators
 from jaxpg.cli import COMMANDS
-from jaxpg.envs import check_env
+from jaxpg.envs import SUITES, check_env
 from jaxpg.runs.config.config import Config
 from jaxpg.training.algorithm import ALGORITHMS, check_algorithm
 
@@ -126,6 +126,13 @@ def test_every_row_and_slot_value_is_on_the_page_of_methods_and_in_the_help():
         values = vars(getattr(estimators, module))
         own = {name for name, value in values.items() if isinstance(value, estimators.Slot)}
         assert own <= shown, module
+
+
+def test_the_readme_counts_the_rows_and_names_the_suites():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"the {len(ALGORITHMS)} rows made of them" in readme
+    listed = re.search(r"Environments of ([\w, ]+) have names", readme)
+    assert listed and {*re.split(", | and ", listed[1])} == {"gymnax", *SUITES}
 
 
 @pytest.mark.parametrize(
