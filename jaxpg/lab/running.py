@@ -27,6 +27,7 @@ class Study(NamedTuple):
     table: "Table"  # column -> values, as pandas.DataFrame takes it
     summary: dict[str, Any]  # the numbers that the experiment is about
     draw: "Draw"  # fills a matplotlib Figure
+    others: Mapping[str, "Draw"] = {}  # further figures by name
 
     def __repr__(self) -> str:
         return f"<{self.name} on {self.settings.env}: {len(self.table['estimator'])} rows>"
@@ -36,7 +37,8 @@ class Study(NamedTuple):
         ends = (columns.pop(name) for name in ("low", "high"))
         middle = columns["measured"]
         columns["measured"] = [_interval(*x) for x in zip(middle, *ends, strict=True)]
-        return shown.picture(self._repr_png_()) + shown.table(columns)
+        pictures = (shown.picture(shown.png(draw)) for draw in (self.draw, *self.others.values()))
+        return "".join(pictures) + shown.table(columns)
 
     def _repr_png_(self) -> bytes:
         return shown.png(self.draw)

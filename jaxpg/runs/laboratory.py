@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from jaxpg.runs.console import note, parser, say, terminal, whole
 from jaxpg.runs.store import artifacts
+from jaxpg.stats.figures import WIDTHS
 
 FLAGS = ("env", "policy", "estimators", "trajectories", "repeats", "seed", "gamma", "checkpoint")
 QUIET_SECONDS = 5.0  # between lines of progress that cannot be overwritten
@@ -31,6 +32,7 @@ class LabPlan(NamedTuple):
     jobs: list[LabJob]  # none: only show the list
     out: str | None
     together: bool  # `all`: one folder each, without the experiments that do not apply
+    width: str = "page"
 
 
 def prepare(argv: Sequence[str]) -> LabPlan:
@@ -64,7 +66,7 @@ def prepare(argv: Sequence[str]) -> LabPlan:
         if not refused:
             settings = settings_of(name, experiment, meant, arguments.quick)
         jobs.append(LabJob(name, experiment, settings, refused))
-    return LabPlan(jobs, arguments.out, together)
+    return LabPlan(jobs, arguments.out, together, arguments.width)
 
 
 def execute(plan: LabPlan) -> None:
@@ -94,7 +96,7 @@ def execute(plan: LabPlan) -> None:
             raise
         say(*_report(job, result), f"{seconds:.1f} s, saved in {folder}")
         try:
-            artifacts.write_figure(folder, result.draw)
+            artifacts.write_figure(folder, result.draw, width=plan.width)
         except KeyboardInterrupt as stop:
             raise type(stop)(f"stopped while drawing; the numbers are in {folder}") from None
     if parent is not None:
@@ -222,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     found = parser(
         "lab",
         "Experiments on the variance of policy gradients. Each writes a table (Parquet and CSV), a JSON "
-        "summary and a figure (PNG and SVG).",
+        "summary and a figure (PNG, SVG and PDF).",
         "example: jaxpg lab ladder --env FrozenLake-misc --trajectories 100000",
     )
     add = found.add_argument
@@ -252,6 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--out", metavar="DIR", help="folder to write, new or empty; default: a new one under runs/"
     )
+    add("--width", choices=WIDTHS, default="page", help="of the figure; default: page")
     add("--quick", action="store_true", help="small sizes, for a first look")
     return found
 

@@ -6,16 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from jaxpg.stats.figures import drawn
+
 MOST_ROWS = 40
 
 
 def png(draw: Callable[[Any], None], dots: int = 100) -> bytes:
-    """The figure that `draw` fills, as PNG with this many dots per inch; needs no display."""
-    from matplotlib.figure import Figure
-
-    figure, file = Figure(), io.BytesIO()
-    draw(figure)
-    figure.savefig(file, format="png", dpi=dots)
+    """The figure that `draw` fills, as PNG with this many dots per inch."""
+    file = io.BytesIO()
+    drawn(draw).savefig(file, format="png", dpi=dots)
     return file.getvalue()
 
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from instances import instance_a, instance_c, instance_t
+from printed import printed
 
 from jaxpg.cli import main
 from jaxpg.lab import exact
@@ -48,6 +49,8 @@ def run(name, **settings):
     assert set(COLUMNS) <= set(names)
     # Every entry is a number, a bound, or the reason for having neither.
     assert "null" not in json.dumps(result.summary, allow_nan=False)
+    for draw in (result.draw, *result.others.values()):
+        printed(draw, "page")
     for r in rows:
         numbers = [r[k] for k in ("measured", "low", "high", "exact") if r[k] is not None]
         assert r["warning"] or np.isfinite(numbers).all(), r
@@ -413,7 +416,7 @@ def test_the_command_writes_its_files(tmp_path, capsys):
     main(["lab", "ladder", "--env", "T", "--estimators", "total,rtg", "--quick", "--out", str(out)])
     printed = capsys.readouterr().out.splitlines()
     assert max(map(len, printed[:-1])) <= 80 and str(out) in printed[-1]
-    names = {"table.parquet", "table.csv", "summary.json", "figure.png", "figure.svg"}
+    names = {"table.parquet", "table.csv", "summary.json", "figure.png", "figure.svg", "figure.pdf"}
     assert {f.name for f in out.iterdir()} == names
     with open(out / "table.csv") as file:
         rows = list(csv.DictReader(file))

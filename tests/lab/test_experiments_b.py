@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
+from printed import printed
 
 from jaxpg.lab import exact
 from jaxpg.lab.exact.tables import softmax
@@ -73,7 +73,7 @@ def test_measurements_agree_with_exact_values(name):
         assert abs(row["measured"] - row["exact"]) <= reach, row
     # Every entry is a number, a bound, or the reason for having neither.
     assert "null" not in json.dumps(result.summary, allow_nan=False)
-    result.draw(Figure())
+    printed(result.draw, "column")
 
 
 # The law of total variance.

@@ -197,6 +197,26 @@ def test_help_has_no_colours_where_they_are_not_wanted():
         assert max(map(len, text.splitlines())) <= 80
 
 
+LIVE = """
+import numpy as np
+from jaxpg.runs.host.progress import Status, display
+with display(False) as show:
+    for k in range(1, 9):
+        show(Status(k, 8, k, k, 0.0, np.array([[k, k + 2.0]])))
+    show("evaluating")
+print("the end")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudoterminals")
+def test_the_live_curve_stays_on_the_screen():
+    text = on_a_terminal(LIVE, NO_COLOR="1", COLUMNS="100")
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.split("\x1b[1A")[-1])
+    assert "2.0 ▁▂▃▄▅▆▇█ 9.0" in last and "8/8 updates" in last and "evaluating" not in last
+    assert last.split()[-2:] == ["the", "end"]
+    assert max(len(line.rstrip()) for line in last.splitlines()) == 100
+
+
 @pytest.mark.parametrize("given", [{"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, {}])
 def test_the_number_of_devices_in_xla_flags_is_kept(given, monkeypatch):
     asked = []
@@ -268,7 +288,9 @@ def test_the_environment_of_a_process_is_heeded(tmp_path):
 
     done = child(NOTEBOOK, MPLBACKEND="module://not_here.inline", JAX_NUM_CPU_DEVICES="1")
     assert (done.returncode, done.stderr) == (0, "")
-    names = {"curves.png", "curves.svg", "diagnostics.png", "diagnostics.svg"}
+    names = {
+        f"{name}.{kind}" for name in ("curves", "diagnostics") for kind in ("png", "svg", "pdf")
+    }
     assert {f.name for f in (tmp_path / "r" / "figures").iterdir()} == names
     before = {*tmp_path.rglob("*")}
     done = child(NOWHERE, JAX_PLATFORMS="cpuu")

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import matplotlib.image
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from printed import printed
 from scipy import stats
 
 from jaxpg.cli import main
@@ -246,12 +246,16 @@ def test_curves_are_drawn_against_what_was_asked(run, x, end):
     assert figure.axes[0].get_lines()[0].get_xdata()[-1] == end
 
 
-def test_diagnostics_have_a_panel_for_every_other_metric(run):
+def test_diagnostics_have_a_panel_for_every_other_metric_that_changes(tmp_path):
+    rng, updates = np.random.default_rng(0), 30
+    varied = {name: 5 + rng.random((SEEDS, updates)) for name in ("kl", "noise", "signal")}
+    constant = {"entropy": np.full((SEEDS, updates), 0.5)}
+    folder = write_run(tmp_path / "r", rates=(0.1,), updates=updates, measured=varied | constant)
     figure = Figure()
-    figures.diagnostics(figure, read([run]))
+    figures.diagnostics(figure, read([folder]))
     titles = {axis.get_title(): axis.get_yscale() for axis in figure.axes}
     assert titles == {
-        "KL divergence": "linear",
+        "KL divergence (nats)": "linear",
         "gradient norm": "log",
         "noise scale (episodes or lanes)": "linear",
         "signal to noise": "linear",
@@ -296,10 +300,8 @@ def test_long_names_fit(tmp_path):
         )
     ]
     for draw in (figures.comparison, figures.diagnostics):
-        figure = Figure()
-        draw(figure, read(runs))
-        renderer = FigureCanvasAgg(figure).get_renderer()
-        figure.draw(renderer)
+        figure = printed(lambda figure, draw=draw: draw(figure, read(runs)), "page")
+        renderer = figure.canvas.get_renderer()
         width, height = figure.canvas.get_width_height()
         texts = [t for axis in figure.axes for t in axis.get_yticklabels() if "=" in t.get_text()]
         boxes = [t.get_window_extent(renderer) for t in texts]
@@ -347,7 +349,7 @@ def test_the_command_writes_pictures(tmp_path, monkeypatch, capsys):
     names = {
         f"{name}.{kind}"
         for name in ("curves", "diagnostics", "comparison")
-        for kind in ("png", "svg")
+        for kind in ("png", "svg", "pdf")
     }
     assert {f.name for f in folder.iterdir()} == names
     for name in ("curves", "comparison"):
@@ -381,8 +383,12 @@ def test_a_picture_that_fails_costs_nothing_that_came_before_it(tmp_path, monkey
     monkeypatch.setattr(Figure, "savefig", only_curves)
     main(["plot", str(folder)])
     said = capsys.readouterr()
-    assert {f.name for f in (folder / "figures").iterdir()} == {"curves.png", "curves.svg"}
-    assert f"saved curves (.png, .svg) in {folder / 'figures'}" in said.out
+    assert {f.name for f in (folder / "figures").iterdir()} == {
+        "curves.png",
+        "curves.svg",
+        "curves.pdf",
+    }
+    assert f"saved curves in {folder / 'figures'}" in said.out
     assert said.err.count("warning: cannot draw") == said.err.count("\n") == 2
 
     table = {"estimator": ["rtg"], "quantity": ["trace"], "measured": [1.5], "exact": [None],
@@ -438,7 +444,7 @@ def test_what_diverged_is_named_and_the_rest_is_drawn(tmp_path, capsys):
     assert "diverged: 1 of 5 seeds of learning_rate=0.2, the first at update 3" in out
     names = {"curves", "diagnostics", "comparison"}
     assert {f.name for f in (folder / "figures").iterdir()} == {
-        f"{name}.{kind}" for name in names for kind in ("png", "svg")
+        f"{name}.{kind}" for name in names for kind in ("png", "svg", "pdf")
     }
     assert [*figures.final_scores([gone, partly, well])[0]] == [partly.label, well.label]
     with pytest.raises(ValueError, match="of 2 series, the agents of all but 1 have diverged"):

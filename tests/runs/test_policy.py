@@ -320,7 +320,7 @@ def test_a_film_has_a_frame_for_each_step_and_they_differ(run, tmp_path, capsys)
     frames = decoded(out)
     assert said.startswith(f"{len(frames)} frames of replica 0, return {len(frames) - 1}.0")
     assert 9 <= len(frames) <= 501
-    assert frames[0].shape == (260, 320, 3)
+    assert frames[0].shape == (264, 320, 3)
     assert len({f.tobytes() for f in frames}) == len(frames)
     # They differ without the caption, which counts steps, too; the first ones move by less than a pixel.
     assert len({f[:240].tobytes() for f in frames}) > len(frames) / 2

@@ -176,6 +176,7 @@ def test_the_table_is_ranked_with_intervals(grid):
     assert {f.name for f in (found.folder / "figures").iterdir()} == {
         "response.png",
         "response.svg",
+        "response.pdf",
     }
     assert {f.name for f in found.folder.iterdir()} == {
         "sweep.json", "table.csv", "table.parquet", "figures"
@@ -502,13 +503,15 @@ def test_a_grid_of_two_is_a_heat_map():
     rates, gammas = [0.1, 0.1, 0.2, 0.2, 0.4, 0.4], [0.9, 0.99] * 3
     values = np.array([10.0, 20, 30, 60, 50, 40])
     estimates = np.stack([values, values - 1, values + 1])
-    whole = np.array([True] * 5 + [False])
+    updates = np.array([8] * 5 + [4])
     figure = Figure()
     numbers = {"learning_rate": rates, "gamma": gammas}
-    figures.draw(figure, figures.Points(numbers, estimates, whole, True, best=3), "")
+    figures.draw(figure, figures.Points(numbers, estimates, updates, 8, 5, True, best=3), "")
     axis = figure.axes[0]
-    cells = {text.get_position(): text for text in axis.texts}
-    assert {at: text.get_text() for at, text in cells.items()} == {
+    cells = {tuple(map(int, text.get_position())): text for text in axis.texts}
+    written = {at: text.get_text().split("\n") for at, text in cells.items()}
+    assert written[0, 0] == ["10", "[9, 11]"]
+    assert {at: value for at, (value, _) in written.items()} == {
         (0, 0): "10", (0, 1): "20", (1, 0): "30", (1, 1): "60", (2, 0): "50", (2, 1): "(40)"
     }  # fmt: skip
     assert [at for at, text in cells.items() if text.get_fontweight() == "bold"] == [(1, 1)]
@@ -523,7 +526,7 @@ def test_other_sweeps_have_a_panel_for_each_number(names, gridded, panels):
     numbers = {name: list(rng.uniform(1, 100, 6)) for name in names}
     estimates = np.sort(rng.normal(size=(3, 6)), axis=0)[[1, 0, 2]]
     figure = Figure()
-    figures.draw(figure, figures.Points(numbers, estimates, np.ones(6, bool), gridded), "")
+    figures.draw(figure, figures.Points(numbers, estimates, np.full(6, 8), 8, 5, gridded), "")
     figure.savefig(io.BytesIO())  # matplotlib warns of panels that it cannot lay out
     assert [axis.get_xlabel() for axis in figure.axes] == list(names)
     assert len(figure.axes) == panels

@@ -30,6 +30,7 @@ from jaxpg.stats.moments import (
 )
 from jaxpg.types import Array, Params
 
+HEAVY = "few weights decide the variance"
 MIN_EFFECTIVE = 50  # an interval from a smaller effective sample size would mean nothing
 
 
@@ -245,7 +246,7 @@ def heavy_tail(fourth_sample_size: float) -> str:
     """
     if fourth_sample_size >= MIN_EFFECTIVE:
         return ""
-    return f"few weights decide the variance (ESS of W^4 {fourth_sample_size:.1f}): interval too narrow"
+    return f"{HEAVY} (ESS of W^4 {fourth_sample_size:.1f}): interval too narrow"
 
 
 def trace_of(moments: SampleMoments):

@@ -23,7 +23,7 @@ from jaxpg.lab.studies.study import (
 )
 from jaxpg.lab.worlds.world import lifted
 from jaxpg.policies import actor_critic, init_params
-from jaxpg.stats.figures import COLOURS, label, line, panels
+from jaxpg.stats.figures import COLOURS, caption, label, line, panels, symmetric_logarithms
 
 QUALITY, OFFSET = 0.5, 0.3  # of the critic V̂ = quality V + offset
 BATCHES = (1, 10, 100, 1_000, 10_000, 100_000)
@@ -111,20 +111,20 @@ def _draw_gae(figure, grid, bias, trace, rows, world):
     axes = panels(figure, 2)
     for index, (name, text) in enumerate((("squared_bias", "squared bias"), ("trace", "tr Cov"))):
         mine = where(rows, quantity=name)
-        draw_exact(axes[0], mine, "lambda", index, f"{text} (exact)")
-        draw_measured(axes[0], mine, "lambda", index, f"{text} (measured, 95 %)")
-    axes[0].set_yscale("symlog", linthresh=1e-3)
+        draw_exact(axes[0], mine, "lambda", index, text)
+        draw_measured(axes[0], mine, "lambda", index, text)
+    symmetric_logarithms(axes[0], 1e-3)
     label(axes[0], f"Bias falls and variance rises with λ, {world.name}", "λ",
-          "squared gradient, one trajectory", loc=(0.02, 0.56))  # fmt: skip
+          "squared gradient, one trajectory")  # fmt: skip
     for index, n in enumerate((1, 100, 1_000, 10_000, 100_000)):
         total = bias + trace / n
         line(axes[1], grid, total, index, f"N = {n:,}")
         i = int(np.argmin(total))
-        axes[1].plot(grid[i], total[i], "o", color=COLOURS[index], markersize=6)
+        axes[1].plot(grid[i], total[i], "o", color=COLOURS[index])
     axes[1].set_yscale("log")
-    axes[1].set_ylim(top=axes[1].get_ylim()[1] * 30)
-    label(axes[1], "Mean squared error of a batch; dots mark the best λ", "λ", "squared bias + tr Cov / N",
-          ncols=2, loc="upper right")  # fmt: skip
+    label(axes[1], "Mean squared error of a batch; dots mark the best λ", "λ",
+          "squared bias + tr Cov / N")  # fmt: skip
+    caption(figure)
 
 
 EXPERIMENTS = {

@@ -27,6 +27,7 @@ from jaxpg.optimizers import OPTIMIZERS
 from jaxpg.stats import figures
 from jaxpg.stats.intervals import attained, mean_interval
 from jaxpg.stats.moments import Estimate
+from jaxpg.stats.words import words
 from jaxpg.training.algorithm import Algorithm
 from jaxpg.types import Hyperparams
 
@@ -158,7 +159,7 @@ def committal(settings: Settings, progress: Progress) -> Result:
 
     See Chung et al. (2021).
     """
-    progress(f"{len(DELTAS)} x {settings.repeats} runs of {NUM_UPDATES} updates")
+    progress(f"{len(DELTAS)} × {settings.repeats} runs of {NUM_UPDATES} updates")
     final, paths = commit(key_of(settings), np.array(DELTAS), settings.repeats)
     rows, summary = [], {"not_on_best_arm": {}, "mean_regret": {}}
     for delta, policy in zip(DELTAS, final, strict=True):
@@ -175,7 +176,7 @@ def committal(settings: Settings, progress: Progress) -> Result:
 
 
 def commit(key, deltas, num_runs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Final policies [D, R, A], and P(best arm) before each update of a few runs [D, SHOWN, U].
+    """Final policies [D, R, A], and P(best arm) before each update [D, K, U]: QUANTILES, then SHOWN runs.
 
     theta_a += rate (r_a - b) / pi_a is the natural gradient of one sample up to a shift of all logits;
     b = b* + delta with b* = sum_a (r_a / pi_a) / sum_a (1 / pi_a), which minimises its variance.
@@ -194,7 +195,10 @@ def commit(key, deltas, num_runs: int) -> tuple[np.ndarray, np.ndarray]:
         # Mask before multiplying: 1 / pi of an arm that is never drawn may overflow.
         size = jnp.exp(-(chosen * jnp.where(chosen > 0, log_policy, 0.0)).sum(axis=-1))
         theta = theta + rate * chosen * (advantage * size)[..., None]
-        return theta - theta.mean(axis=-1, keepdims=True), jnp.exp(log_policy[:, :SHOWN, 0])
+        best = jnp.exp(log_policy[..., 0])
+        spread = jnp.quantile(best, jnp.array(QUANTILES), axis=1).T
+        seen = jnp.concatenate([spread, best[:, :SHOWN]], axis=1)
+        return theta - theta.mean(axis=-1, keepdims=True), seen
 
     @jax.jit
     def run(theta):
@@ -212,40 +216,49 @@ def proportion(count: int, total: int) -> Estimate:
 
 
 def _draw_optimizers(figure, rows):
-    axes = figures.panels(figure, columns=2)
+    axes = figures.panels(figure, 2)
     for i, name in enumerate(dict.fromkeys(r["estimator"] for r in rows)):
         found = where(rows, estimator=name, quantity="J_exact_ascent")
-        draw_exact(axes[0], found, "update", i, f"{name}, exact")
+        draw_exact(axes[0], found, "update", i, words(name))
         found = where(rows, estimator=name, quantity="J", reward_scale=1.0)
         found = found[:: max(1, len(found) // 10)]
-        draw_measured(axes[0], found, "update", i, f"{name}, N = {BATCH}")
-    figures.label(axes[0], "Ascent by update", "updates", "J [return]")
+        draw_measured(axes[0], found, "update", i, words(name))
+    figures.label(axes[0], "Ascent by update", "updates", "J (return)")
     for i, (name, scale) in enumerate((n, s) for n in ("sgd", "adam") for s in (1.0, SCALE)):
         found = where(rows, estimator=name, quantity="J", reward_scale=scale)
         figures.line(axes[1], [r["update"] for r in found], [r["measured"] for r in found], i,
-                     f"{name}, rewards x {scale:g}")  # fmt: skip
-    figures.label(axes[1], "The unit of the reward", "updates", "J [return, original unit]")
+                     f"{words(name)}, rewards × {scale:g}")  # fmt: skip
+    figures.label(axes[1], "The unit of the reward", "updates", "J (return in the original unit)")
+    figures.caption(figure, f"lines: exact ascent (right: means of batches of {BATCH}); markers: batches "
+                    f"of {BATCH}, 95 % intervals over runs")  # fmt: skip
 
 
 def _draw_committal(figure, rows, paths):
-    axes = figures.panels(figure, columns=2)
+    axes = figures.panels(figure, 2)
     draw_measured(axes[0], where(rows, quantity="not_on_best_arm"), "delta", 0)
     axes[0].set_ylim(bottom=-0.005)
+    axes[0].set_xticks(DELTAS)
     title, x = (
         "Runs that do not find the best arm",
-        r"$\delta$ of the baseline $b^* + \delta$ [reward]",
+        "δ of the baseline b* + δ (reward)",
     )
-    figures.label(axes[0], title, x, f"fraction after {NUM_UPDATES} updates", legend=False)
+    figures.label(axes[0], title, x, f"share after {NUM_UPDATES} updates", legend=False)
     for i, delta in enumerate((DELTAS[0], DELTAS[-1])):
-        style = {"color": figures.COLOURS[i], "linestyle": figures.LINES[i]}
-        for run in paths[DELTAS.index(delta)]:
-            axes[1].plot(run, linewidth=0.7, alpha=0.6, **style)
-        axes[1].plot([], [], label=rf"$\delta = {delta:+g}$", **style)
-    axes[1].set_xscale("symlog", linthresh=10)
-    figures.label(axes[1], f"{SHOWN} runs each", "updates", "probability of the best arm")
+        low, middle, high, *runs = paths[DELTAS.index(delta)]
+        at = np.arange(1, NUM_UPDATES + 1)
+        figures.line(
+            axes[1], at, middle, i, f"δ = {delta:+g}: median, band of 80 %".replace("-", "−")
+        )
+        figures.band(axes[1], at, low, high, i)
+        for run in runs:
+            axes[1].plot(at, run, linewidth=0.5, color=figures.COLOURS[i], alpha=0.8)
+    axes[1].set_xscale("log")
+    title = f"Of all runs, and {SHOWN} runs of each (thin)"
+    figures.label(axes[1], title, "updates", "probability of the best arm")
 
 
-ARMS, DELTAS, NUM_UPDATES, SHOWN = (1.0, 0.7, 0.0), (-1.0, -0.5, 0.0, 0.5, 1.0), 1000, 12
+ARMS, DELTAS, NUM_UPDATES, SHOWN = (1.0, 0.7, 0.0), (-1.0, -0.5, 0.0, 0.5, 1.0), 1000, 3
+QUANTILES = (0.1, 0.5, 0.9)
 
 EXPERIMENTS = {
     "optimizers": Experiment(

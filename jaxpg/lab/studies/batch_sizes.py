@@ -22,8 +22,9 @@ from jaxpg.lab.studies.study import (
     world_of,
 )
 from jaxpg.lab.worlds.world import World, has_exact
-from jaxpg.stats.figures import label, line, panels
+from jaxpg.stats.figures import caption, label, legend, line, panels
 from jaxpg.stats.moments import GROUPS, Estimate, SampleMoments, merge_groups, quantile
+from jaxpg.stats.words import words
 
 REFERENCE_SEED = 1 << 20  # added to the seed, so that the reference gradient has its own episodes
 
@@ -123,16 +124,18 @@ def _slope(levels: list[tuple[int, Measured]]) -> tuple[Estimate, Estimate]:
 
 
 def _draw_sizes(figure, forms, rows, world, summary):
-    (axis,) = panels(figure, width=6.4, height=4.6)
+    (axis,) = panels(figure)
     for index, each in enumerate(forms):
         mine = where(rows, estimator=each.name)
         slope = summary[each.name]["slope"].get("value", np.nan)
-        draw_exact(axis, mine, "batch", index, f"{each.name}, exact")
-        draw_measured(axis, mine, "batch", index, f"{each.name}, measured: slope {slope:.3f}")
+        name = f"{words(each.name)}: slope {slope:.3f}".replace("-", "−")
+        draw_exact(axis, mine, "batch", index, name)
+        draw_measured(axis, mine, "batch", index, name)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     label(axis, f"Variance of the batch gradient falls as 1/N, {world.name}",
           "batch size N (trajectories)", "tr Cov of the batch mean")  # fmt: skip
+    caption(figure)
 
 
 def cosine(settings: Settings, progress: Progress) -> Result:
@@ -183,12 +186,14 @@ def _draw_cosine(figure, forms, rows, world):
             mine = where(rows, estimator=each.name, quantity=quantity)
             n = [row["batch"] for row in mine]
             if all(row["exact"] is not None for row in mine):
-                line(axis, *_limit(each, world, n, quantity), index, f"{each.name}, central limit")
-            draw_measured(axis, mine, "batch", index, f"{each.name}, measured")
+                line(axis, *_limit(each, world, n, quantity), index, words(each.name))
+            draw_measured(axis, mine, "batch", index, words(each.name))
         axis.set_xscale("log", base=2)
         axis.set_ylim(min(0.0, axis.get_ylim()[0]), 1.03)
         label(axis, f"{text}, {world.name}", "batch size N (trajectories)", "mean cosine",
-              legend=axis is axes[0])  # fmt: skip
+              legend=False)  # fmt: skip
+    legend(figure)
+    caption(figure, "lines: Gaussian batch means; markers: measured, with 95 % intervals")
 
 
 def _limit(each, world, sizes, quantity):

@@ -18,8 +18,11 @@ from jaxpg.lab.studies.rows import draw_measured, where
 from jaxpg.lab.studies.sampling import source_of
 from jaxpg.lab.studies.study import Experiment, Progress, Result, Settings, key_of, tidy
 from jaxpg.lab.worlds.world import World
-from jaxpg.stats.figures import caption, label, line, panels
+from jaxpg.stats.figures import caption, label, legend, line, panels
+from jaxpg.stats.words import words
 from jaxpg.types import Hyperparams
+
+MOST_JUMPS = 48
 
 
 def clipping(settings: Settings, progress: Progress) -> Result:
@@ -36,7 +39,8 @@ def clipping(settings: Settings, progress: Progress) -> Result:
         centred = _centred_returns(lag, settings)
         forms = [_clipped(centred, epsilon, numbers) for epsilon in epsilons]
         return measured_result(lag, forms, lags, settings, progress)
-    grid = sorted({*np.linspace(0.0, 1.5, 31).round(3).tolist(), *lags})
+    jumps = _jumps(lag, epsilons)
+    grid = sorted({*np.linspace(0.0, 1.5, 31).round(3).tolist(), *lags, *jumps})
     advantages = known_advantage(value_tables_of_actions(lag.world, lag.behaviour))
     forms = [_clipped(advantages, epsilon, numbers) for epsilon in epsilons]
     found = measured_lags(lag, forms, lags, settings, progress)
@@ -91,6 +95,25 @@ def _clipped(advantages, epsilon, numbers: Hyperparams) -> Form:
     return Form(name, estimator, hyperparams, None, off_policy=True)
 
 
+def _jumps(lag: Lag, epsilons) -> list[float]:
+    """The lags on both sides of every step of the curves, where clipping begins to stop an action.
+
+    None in a world where actions are stopped one after the other at too many lags to see steps.
+    """
+    observation = np.asarray(lag.world.mdp.observation)
+    fine = np.linspace(0.0, 1.5, 1501).round(3)
+    policies = [softmax(lag.behaviour + x * lag.step)[observation] for x in fine]
+    ratio = np.stack(policies) / policies[0]
+    advantage = value_tables_of_actions(lag.world, lag.behaviour)[:, observation]
+    up, down = (advantage > 0).any(axis=0), (advantage < 0).any(axis=0)
+    found: set[float] = set()
+    for each in filter(None, epsilons):
+        stopped = ((ratio > 1 + each) & up) | ((ratio < 1 - each) & down)
+        changed = np.flatnonzero((stopped[1:] != stopped[:-1]).any(axis=(1, 2)))
+        found |= {*fine[changed].tolist(), *fine[changed + 1].tolist()}
+    return sorted(found) if len(found) <= MOST_JUMPS else []
+
+
 def _fraction(lag: Lag, there: World, epsilon) -> float:
     """The share of the behaviour's steps where clipping stops the gradient."""
     if epsilon is None:
@@ -105,7 +128,7 @@ def _fraction(lag: Lag, there: World, epsilon) -> float:
 
 
 def _draw_clipping(figure, rows, names, world):
-    axes = panels(figure, 3, width=4.6)
+    axes = panels(figure, 3)
     columns = (
         ("squared_bias", "Squared bias", "|E g − ∇J|²", "exact"),
         ("trace", "Variance", "tr Cov, one trajectory", "exact"),
@@ -115,11 +138,11 @@ def _draw_clipping(figure, rows, names, world):
     for axis, (quantity, text, unit, field) in zip(axes, columns, strict=True):
         for index, name in enumerate(names):
             mine = where(rows, estimator=name, quantity=quantity)
-            line(axis, [r["lag"] for r in mine], [r[field] for r in mine], index, name)
+            line(axis, [r["lag"] for r in mine], [r[field] for r in mine], index, words(name))
             if field == "exact":
-                draw_measured(axis, mine, "lag", index)
-        label(axis, f"{text}, {world}", "lag: policy = behaviour + lag · step", unit,
-              legend=axis is axes[0])  # fmt: skip
+                draw_measured(axis, mine, "lag", index, words(name))
+        label(axis, f"{text}, {world}", "lag: behaviour + lag × step", unit, legend=False)
+    legend(figure)
 
 
 EXPERIMENTS = {

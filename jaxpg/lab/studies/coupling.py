@@ -26,6 +26,7 @@ from jaxpg.lab.studies.study import (
 )
 from jaxpg.lab.worlds.world import TABLES, World, table_params, tabular_world
 from jaxpg.stats import figures
+from jaxpg.stats.words import words
 from jaxpg.types import Hyperparams
 
 STANDARDISED = "total_standardised"
@@ -113,8 +114,8 @@ REWARDS, LOGITS = (1.0, 0.7, 0.0), (0.3, -0.2, 0.5)
 
 def _draw_coupled(figure, rows, names):
     texts = {
-        "batch_trace": ("N x variance of the batch mean", r"$N$ tr Cov [return$^2$]"),
-        "share": ("Shrinkage", r"$\langle E\hat g, \nabla J\rangle\,/\,|\nabla J|^2$"),
+        "batch_trace": ("N × variance of the batch mean", "N tr Cov (return²)"),
+        "share": ("Shrinkage", "⟨E g, ∇J⟩ / |∇J|²"),
     }
     # Without a true gradient there is no share of it.
     texts = {
@@ -122,25 +123,25 @@ def _draw_coupled(figure, rows, names):
         for k, text in texts.items()
         if any(r["quantity"] == k for r in rows if r["estimator"] in names)
     }
-    axes = figures.panels(figure, columns=len(texts) + 1, width=4.8)
+    axes = figures.panels(figure, len(texts) + 1)
     for axis, (quantity, (title, y)) in zip(axes, texts.items(), strict=False):
         for i, name in enumerate(names):
             found = where(rows, estimator=name, quantity=quantity)
-            draw_exact(axis, found, "batch", i)
-            draw_measured(axis, found, "batch", i, name)
-        figures.label(
-            axis, title, "trajectories per batch $N$", y, legend=quantity == list(texts)[-1]
-        )
+            draw_exact(axis, found, "batch", i, words(name))
+            draw_measured(axis, found, "batch", i, words(name))
+        figures.label(axis, title, "trajectories per batch N", y, legend=False)
     axes[0].set_yscale("log", base=2)
     bandit = [r for r in rows if r["estimator"].endswith("_bandit")]
     for i, (quantity, text) in enumerate(
-        {"scale": r"$|E\hat g|\,/\,|\nabla J|$", "cosine": "cosine"}.items()
+        {"scale": "|E g| / |∇J|", "cosine": "cosine of E g and ∇J"}.items()
     ):
         draw_exact(axes[-1], where(bandit, quantity=quantity), "batch", i, text)
         axes[-1].lines[-1].set_marker(figures.MARKERS[i])
     figures.label(
-        axes[-1], "Standardised advantages, 3 arms, exact", "trajectories per batch $N$", "ratio"
+        axes[-1], "Standardised advantages, 3 arms, exact", "trajectories per batch N", "ratio"
     )
+    figures.legend(figure, axes[:-1])
+    figures.caption(figure)
     for axis in axes:
         axis.set_xscale("log", base=2)
 
@@ -236,14 +237,15 @@ def _bandit_world() -> World:
 
 def _draw_behaviour(figure, rows, lines):
     (axis,) = figures.panels(figure)
-    draw_exact(axis, rows, "alpha", 0, "exact")
-    draw_measured(axis, rows, "alpha", 0, "measured")
+    draw_exact(axis, rows, "alpha", 0, "per-decision weights")
+    draw_measured(axis, rows, "alpha", 0, "per-decision weights")
     for i, (text, value) in enumerate(lines.items(), 1):
         figures.line(axis, [0, 2], [value, value], i, text)
     axis.set_yscale("log", base=2)
     figures.label(axis, "Whose data? Per-decision importance sampling",
-                  r"$\alpha$ of the behaviour $\propto \pi\,(|u|\,|R|)^\alpha$",
-                  r"tr Cov of one gradient [return$^2$]")  # fmt: skip
+                  "α of the behaviour, which is proportional to π (|u| |R|)^α",
+                  "tr Cov of one gradient (return²)")  # fmt: skip
+    figures.caption(figure)
 
 
 FLOOR = 1e-3

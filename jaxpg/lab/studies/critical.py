@@ -125,7 +125,7 @@ def train_to_target(
     rates, num_updates, target, rows = grid.rates, grid.num_updates, np.nan, []
     trials = []
     for index, size in enumerate(grid.sizes):
-        progress(f"{len(rates)} learning rates x {settings.repeats} runs with batches of {size}")
+        progress(f"{len(rates)} learning rates × {settings.repeats} runs with batches of {size}")
         run = training.learner(
             world, slots, num_envs=size, num_updates=num_updates, per_repeat=len(rates)
         )
@@ -344,16 +344,15 @@ def _grid_rows(curves, target, size, rates):
 
 
 def _draw(figure, rows, fronts, law: Law | None, scales):
-    axes = figures.panels(figure, columns=3, width=4.6)
+    axes = figures.panels(figure, 3)
     grid = where(rows, quantity="updates")
     for i, size in enumerate(dict.fromkeys(r["batch"] for r in grid)):
         mine = [r for r in where(grid, batch=size) if np.isfinite(r["measured"])]
         figures.points(axes[0], [r["rate"] for r in mine], *drawable(mine), i, f"N = {size}")
-    figures.label(axes[0], "Updates to the target", "learning rate of SGD", "updates, 90 % of runs")
     reached = [r for r in fronts if np.isfinite(r["measured"])]
     sizes = np.array([r["batch"] for r in reached], float)
     steps, low, high = drawable(reached)
-    figures.points(axes[1], steps * sizes, steps, low, high, 0, "best rate for each N")
+    figures.points(axes[1], steps * sizes, steps, low, high, 0, "best rate of each N")
     rates = [r["rate"] for r in reached]
     figures.points(axes[2], sizes, rates, rates, rates, 0, "measured")
     if law is not None:
@@ -366,26 +365,27 @@ def _draw(figure, rows, fronts, law: Law | None, scales):
     curved = "curved_" if "curved_noise_scale_at_start" in scales else ""
     span = [scales.get(f"{curved}noise_scale_at_{x}") for x in ("start", "target")]
     if None not in span:
-        text = f"noise scale, start {span[0]:,.0f} to target {span[1]:,.0f}"
+        text = f"noise scale: {span[0]:,.0f} to {span[1]:,.0f}"
         axes[2].axvspan(
-            min(span), max(span), facecolor="0.92", edgecolor="0.7", zorder=0, label=text
+            min(span), max(span), facecolor="0.85", edgecolor="0.6", zorder=0, label=text
         )
-    figures.label(
-        axes[1], "Time against data", "trajectories to the target", "updates to the target"
+    titles = (
+        ("Updates to the target", "learning rate of SGD", "updates, 90 % of runs"),
+        ("Time against data", "trajectories to the target", "updates to the target"),
+        ("Best learning rate", "trajectories per update N", "learning rate of SGD"),
     )
-    figures.label(
-        axes[2], "Best learning rate", "trajectories per update $N$", "learning rate of SGD"
-    )
-    for axis in axes:
+    for axis, title in zip(axes, titles, strict=True):
         # A logarithmic axis needs at least one point.
         if np.isfinite(np.concatenate([x.get_ydata() for x in axis.get_lines()] or [[]])).any():
             axis.set_xscale("log", base=2)
             axis.set_yscale("log", base=2)
+            axis.margins(0.12)  # for arrows
+            figures.label(axis, *title)
         else:
             axis.annotate("no batch reached the target", (0.5, 0.5), xycoords="axes fraction",
                           ha="center")  # fmt: skip
             axis.set(xticks=[], yticks=[])
-            axis.get_legend().remove()
+            figures.label(axis, *title, legend=False)
 
 
 def said(estimate: Estimate) -> str:

@@ -1,6 +1,7 @@
 """Where the variance of one episode's gradient comes from, and how it grows with the horizon."""
 
 from functools import partial
+from textwrap import fill
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jaxpg.lab.measure.samples import roll, rows_of, weigh
 from jaxpg.lab.studies.estimators import available, form
 from jaxpg.lab.studies.forms import value_tables
 from jaxpg.lab.studies.pairs import grouped
-from jaxpg.lab.studies.rows import draw_exact, draw_measured, intervals, where
+from jaxpg.lab.studies.rows import draw_exact, draw_measured, where
 from jaxpg.lab.studies.sampling import check_episodes, measure, options_for, source_of
 from jaxpg.lab.studies.study import (
     Experiment,
@@ -30,10 +31,12 @@ from jaxpg.lab.worlds.world import World, at_horizon, num_params
 from jaxpg.stats import figures
 from jaxpg.stats.intervals import Estimate, within
 from jaxpg.stats.moments import SampleMoments, jackknife
+from jaxpg.stats.words import words
 
 PARTS = {"initial": "initial state", "action": "actions", "transition": "transitions, reward noise"}
 SPLIT = {"trajectory": "what follows", "action": "the action", "state": "the state"}
-HATCHES = ("", "///", "...")
+HATCHES, FILLS = ("", "////", "...."), ("0.55", "0.8", "white")
+UNIT = "tr Cov of one gradient (return²)"
 PER_START = 8  # episodes from each initial state, where the variance is split by it
 
 
@@ -188,65 +191,69 @@ def _value(row) -> Any:
 
 def _draw_total(figure, rows, names):
     known = [r for r in rows if r["quantity"] in ("doob", "tucker")]
-    axes = figures.panels(figure, columns=3 if known else 1, width=4.6)
+    axes = figures.panels(figure, 3 if known else 1)
     measured = where(rows, quantity="trace")
     if not known:
         parts = {"initial": "initial state", "rest": "all that follows"}
-        _bars(axes[0], measured, names, parts, "measured", "Law of total variance")
+        _bars(axes[0], measured, names, parts, "measured")
     else:
         doob, tucker = where(known, quantity="doob", step=None), where(known, quantity="tucker")
-        _bars(axes[0], doob, names, PARTS, "exact", "One episode, by random draw")
-        _bars(axes[1], tucker, names, SPLIT, "exact", "One state and action")
+        _bars(axes[0], doob, names, PARTS, "exact")
+        _bars(axes[1], tucker, names, SPLIT, "exact")
         _by_step(axes[2], known, names)
-    totals = intervals(where(measured, component="total"))
-    figures.points(axes[0], np.arange(len(names)), *totals, 7, "measured total")
-    axes[0].legend(fontsize=8, frameon=False)
+    for i, row in enumerate(where(measured, component="total")):
+        total = Estimate(row["measured"], row["low"], row["high"])
+        figures.interval(axes[0], total, i, 7, None if i else "measured total, 95 %")
+    for axis, title in zip(
+        axes, ("One episode, by random draw", "One state and action"), strict=False
+    ):
+        figures.label(axis, title if known else "Law of total variance", UNIT, "")
 
 
-def _bars(axis, rows, names, parts, column, title):
-    bottom = np.zeros(len(names))
-    for i, (part, label) in enumerate(parts.items()):
+def _bars(axis, rows, names, parts, column):
+    left = np.zeros(len(names))
+    for i, (part, text) in enumerate(parts.items()):
         found = {r["estimator"]: r[column] for r in rows if r["component"] == part}
-        height = np.array([found.get(name, 0.0) for name in names])
-        axis.bar(np.arange(len(names)), height, 0.6, bottom=bottom, label=label, hatch=HATCHES[i],
-                 color=figures.COLOURS[i], edgecolor="white", alpha=0.75)  # fmt: skip
-        bottom += np.maximum(height, 0.0)
-    axis.set_ylim(0, 1.45 * bottom.max())
-    figures.label(axis, title, "", r"tr Cov of one gradient [return$^2$]")
-    axis.set_xticks(np.arange(len(names)), [name.replace("_", "\n") for name in names], fontsize=8)
+        width = np.array([found.get(name, 0.0) for name in names])
+        axis.barh(np.arange(len(names)), width, 0.6, left=left, label=text, hatch=HATCHES[i],
+                  color=FILLS[i], edgecolor="0.2", linewidth=0.6)  # fmt: skip
+        left += np.maximum(width, 0.0)
+    named = (
+        axis.get_subplotspec().colspan.start == 0
+    )  # else the panel to the left has the same rows
+    figures.rows(axis, [fill(words(name), 16) if named else "" for name in names])
 
 
 def _by_step(axis, known, names):
     shown = [name for name in ("rtg", "rtg_value") if name in names] or list(names[:2])
     # The transitions' part is the same for every baseline.
-    series = [(name, "action", f"{name}: actions") for name in shown]
+    series = [(name, "action", f"{words(name)}: actions") for name in shown]
     series.append((shown[0], "transition", "any: transitions, reward noise"))
     for i, (name, part, label) in enumerate(series):
         found = where(known, estimator=name, component=part)
         draw_exact(axis, [r for r in found if r["step"] is not None], "step", i, label)
         axis.lines[-1].set_marker(figures.MARKERS[i])
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set_ylim(0, 1.4 * axis.get_ylim()[1])
-    figures.label(axis, "By step", "step in the episode", r"part of tr Cov [return$^2$]")
+    axis.set_ylim(0)
+    figures.label(axis, "By step", "step in the episode", "part of tr Cov (return²)")
 
 
 def _draw_horizon(figure, rows, slopes):
-    (axis,) = figures.panels(figure, width=6.4, height=4.6)
+    (axis,) = figures.panels(figure)
     for i, name in enumerate(dict.fromkeys(r["estimator"] for r in rows)):
         found = where(rows, estimator=name)
-        label = f"{name} ({slopes[name]:.2f})" if name in slopes else name
-        known = draw_exact(axis, [r for r in found if r["exact"]], "horizon", i, label)
-        draw_measured(axis, found, "horizon", i, None if known else label)
+        text = f"{words(name)}: {slopes[name]:.2f}" if name in slopes else words(name)
+        draw_exact(axis, [r for r in found if r["exact"]], "horizon", i, text)
+        draw_measured(axis, found, "horizon", i, text)
     axis.set_xscale("log")
     if any(r["exact"] or r.get("measured") for r in rows):  # unless all rewards were 0
         axis.set_yscale("log")
     steps = sorted({r["horizon"] for r in rows})
     axis.set_xticks(steps, [str(n) for n in steps])
     axis.minorticks_off()
-    title = "Growth with the horizon (exponent between the last two)"
-    figures.label(
-        axis, title, "horizon [environment steps]", r"tr Cov of one gradient [return$^2$]"
-    )
+    title = "Growth with the horizon; named: exponent between the last two"
+    figures.label(axis, title, "horizon (environment steps)", UNIT)
+    figures.caption(figure)
 
 
 _BASELINES = {

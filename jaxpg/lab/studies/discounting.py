@@ -118,28 +118,29 @@ def _cosine(pairs: SampleMoments) -> Estimate:
 
 def _draw_discount(figure, rows):
     exact_rows = where(rows, quantity="asymmetry")
-    axes = figures.panels(figure, columns=3 if exact_rows else 2)
+    axes = figures.panels(figure, 3 if exact_rows else 2)
     titles = {
-        "relative_bias": (r"Bias of dropping $\gamma^t$", r"$|E\hat g - \nabla J|\,/\,|\nabla J|$"),
-        "cosine": ("Direction", r"cosine of $E\hat g$ to $\nabla J$"),
+        "relative_bias": ("Bias of dropping γ^t", "|E g − ∇J| / |∇J|"),
+        "cosine": ("Direction", "cosine of E g to ∇J"),
     }
     for axis, (quantity, (title, y)) in zip(axes, titles.items(), strict=False):
         found = where(rows, quantity=quantity)
         gammas = [r["gamma"] for r in found]
-        draw_exact(axis, found, "gamma", 0, "exact")
-        draw_measured(axis, found, "gamma", 0, "measured")
-        figures.label(axis, title, r"discount $\gamma$ [per step]", y)
+        draw_exact(axis, found, "gamma", 0)
+        draw_measured(axis, found, "gamma", 0)
+        figures.label(axis, title, "discount γ per step", y, legend=False)
         axis.set_xlim(gammas[0] - 0.03, 1.0)  # even if only a few could be measured
         lost = {g for g, r in zip(gammas, found, strict=True) if np.isnan(r["measured"])}
         if lost:
-            caption = f"{NOT_RESOLVED} at {len(lost)} of {len(gammas)} values of γ"
-            axis.annotate(caption, (0.5, 0.02), xycoords="axes fraction", fontsize=8, ha="center")
+            text = f"{NOT_RESOLVED} at {len(lost)} of {len(gammas)} values of γ"
+            axis.annotate(text, (0.5, 0.02), xycoords="axes fraction", ha="center")
     for i, (name, label) in enumerate(
-        {"without_start": "$c_t = 1$", "from_start": r"$c_t = \gamma^t$"}.items()
+        {"without_start": "without γ^t", "from_start": "with γ^t"}.items()
     ):
         if draw_exact(axes[2], where(exact_rows, estimator=name), "gamma", i, label):
-            figures.label(axes[2], "Is it the gradient of a function?", r"discount $\gamma$ [per step]",
-                          r"$|K - K^T|\,/\,|K|$ of its Jacobian $K$ (0: yes)")  # fmt: skip
+            figures.label(axes[2], "Is it the gradient of a function?", "discount γ per step",
+                          "|K − Kᵀ| / |K| of its Jacobian K (0: yes)")  # fmt: skip
+    figures.caption(figure)
 
 
 EXPERIMENTS = {

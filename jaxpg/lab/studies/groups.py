@@ -26,8 +26,10 @@ from jaxpg.lab.studies.study import (
     world_of,
 )
 from jaxpg.lab.worlds.world import World, tabular_world
-from jaxpg.stats.figures import COLOURS, caption, label, panels
+from jaxpg.stats.figures import caption, label, legend, panels
+from jaxpg.stats.figures import rows as row_names
 from jaxpg.stats.moments import GROUPS
+from jaxpg.stats.words import words
 from jaxpg.training.algorithm import GROUP_ROWS
 
 TOKENS, SIZES = "tokens", Tokens(3, 3, 3)
@@ -42,6 +44,7 @@ MOST = 100_000  # groups that are listed, or classes of them
 DRAWN = ("rloo", "grpo", "dapo", "no_baseline", "std", "length")
 TRACE, COSINE, SCALE = "noise_to_signal", "cosine", "length_of_mean"
 ALONG, APART = "bias_along", "bias_size"  # of one cause, in units of |grad J|
+HATCHES, FILLS = ("", "////", "....", "xxxx"), ("0.35", "0.75", "white", "0.9")
 ROWS = ("rloo", "grpo", "dr_grpo", "dapo")
 LIMITS, LIMITED = (1, 2, 4, 5, 6), 4  # longest answers, and the size of the groups compared on them
 
@@ -225,7 +228,7 @@ def _measured(world, estimator, size, settings, truth) -> dict[str, dict[str, An
 
 
 def _draw(figure, rows, size):
-    axes = panels(figure, 3, 2, width=4.6, height=3.4)
+    axes = panels(figure, 6)
     usual = [r for r in rows if r["limit"] == SIZES.length or not np.isfinite(r["success"])]
     middle = sorted({r["success"] for r in usual if np.isfinite(r["success"])})
     at = middle[len(middle) // 2] if middle else None
@@ -248,17 +251,14 @@ def _draw(figure, rows, size):
         for index, name in enumerate(DRAWN):
             mine = where(shown, estimator=name, quantity=quantity)
             mine = sorted(mine, key=lambda r, across=across: r[across])
-            draw_exact(axis, mine, across, index, name)
+            draw_exact(axis, mine, across, index, words(name))
             if across == "group_size":
-                draw_measured(axis, mine, across, index)
+                draw_measured(axis, mine, across, index, words(name))
         if quantity == TRACE:
             axis.set_yscale("log")
         label(axis, title, title_x, unit, legend=False)
     _draw_causes(axes[2], [r for r in one if r["group_size"] == size], size)
-    lines, names_drawn = axes[0].get_legend_handles_labels()
-    figure.legend(
-        lines, names_drawn, loc="outside upper center", ncols=6, frameon=False, fontsize=8
-    )
+    legend(figure, [axes[i] for i in (0, 1, 3, 4, 5)])
     caption(figure)
 
 
@@ -269,15 +269,12 @@ def _draw_causes(axis, rows, size):
         c for c in dict.fromkeys(r["cause"] for r in found) if c not in ("stale_data", "clip")
     ]
     for index, name in enumerate(ROWS):
-        height = [where(found, estimator=name, cause=cause) for cause in causes]
+        width = [where(found, estimator=name, cause=cause) for cause in causes]
         place = np.arange(len(causes)) + 0.2 * (index - 1.5)
-        axis.bar(
-            place, [x[0]["exact"] for x in height if x], 0.18, label=name, color=COLOURS[index]
-        )
-    axis.set_xticks(range(len(causes)), [cause.replace("_", " ") for cause in causes])
-    label(
-        axis, f"Bias by cause, G = {size}", "put on one after the other", "change along ∇J / |∇J|"
-    )
+        axis.barh(place, [x[0]["exact"] for x in width if x], 0.18, label=words(name), hatch=HATCHES[index],
+                  color=FILLS[index], edgecolor="0.2", linewidth=0.6)  # fmt: skip
+    row_names(axis, [cause.replace("_", "\n") for cause in causes])
+    label(axis, f"Bias by cause, one after the other, G = {size}", "change along ∇J / |∇J|", "")
 
 
 EXPERIMENTS = {

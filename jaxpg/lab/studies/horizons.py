@@ -19,6 +19,7 @@ from jaxpg.lab.worlds.world import World, at_horizon
 from jaxpg.stats.figures import caption, label, panels
 from jaxpg.stats.intervals import Estimate, mean_interval, within
 from jaxpg.stats.moments import GROUPS, jackknife
+from jaxpg.stats.words import words
 
 SHIFT = 0.3  # between the means of two unit Gaussians, per step
 FORMS = ("is_total", "is_pdis", "is_step")
@@ -128,7 +129,7 @@ def _rows(name, horizon, log_weight, known, env_steps) -> list[dict[str, Any]]:
 
 
 def _draw(figure, rows, world, growth):
-    axes = panels(figure, 2 if growth is None else 3, width=4.6)
+    axes = panels(figure, 2 if growth is None else 3)
     rate = "" if growth is None else f", rate {growth:.3f}"
     names = {"gaussian": f"Gaussian, δ = {SHIFT}", world: world + rate}
     for axis, quantity, title, unit in (
@@ -137,8 +138,8 @@ def _draw(figure, rows, world, growth):
     ):
         for index, (name, text) in enumerate(names.items()):
             mine = where(rows, estimator=name, quantity=quantity)
-            known = draw_exact(axis, mine, "horizon", index, text)
-            draw_measured(axis, mine, "horizon", index, None if known else text)
+            draw_exact(axis, mine, "horizon", index, text)
+            draw_measured(axis, mine, "horizon", index, text)
         axis.set_yscale("log")
         if quantity == "Var log W":
             axis.set_xscale("log")
@@ -148,7 +149,7 @@ def _draw(figure, rows, world, growth):
         return
     traces = where(rows, quantity="trace")
     for index, name in enumerate(dict.fromkeys(r["estimator"] for r in traces)):
-        draw_exact(axes[2], where(traces, estimator=name), "horizon", index, name)
+        draw_exact(axes[2], where(traces, estimator=name), "horizon", index, words(name))
     axes[2].set_yscale("log")
     label(
         axes[2], f"Variance of the gradient, {world}", "horizon T (steps)", "tr Cov, one trajectory"

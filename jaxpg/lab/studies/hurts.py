@@ -8,13 +8,15 @@ import numpy as np
 
 from jaxpg.lab.exact import bandits
 from jaxpg.lab.studies.estimators import form
-from jaxpg.lab.studies.rows import draw_exact, draw_measured, intervals, where
+from jaxpg.lab.studies.rows import draw_exact, draw_measured, where
 from jaxpg.lab.studies.sampling import measure
 from jaxpg.lab.studies.study import Experiment, Progress, Result, Settings, estimated, key_of, tidy
 from jaxpg.lab.worlds.world import world as make_world
-from jaxpg.stats.figures import caption, label, panels, points
-from jaxpg.stats.intervals import within
+from jaxpg.stats.figures import BARS, TEXT, caption, interval, label, line, panels
+from jaxpg.stats.figures import rows as row_names
+from jaxpg.stats.intervals import Estimate, within
 from jaxpg.stats.moments import GROUPS, SampleMoments, jackknife, moments_of
+from jaxpg.stats.words import words
 
 
 def never_hurts(settings: Settings, progress: Progress) -> Result:
@@ -88,44 +90,46 @@ def _cases(settings, progress) -> list[dict[str, Any]]:
 
 
 def _draw_hurts(figure, rows, kinds, rewards):
-    axes = panels(figure, 3, width=4.7)
+    axes = panels(figure, 3)
     for index, name in enumerate(kinds):
         mine = where(rows, estimator=name)
         draw_exact(axes[0], mine, "probability", index, name)
-        draw_measured(axes[0], mine, "probability", index)
+        draw_measured(axes[0], mine, "probability", index, name)
     label(axes[0], "Sigmoid bandit, rewards 1 and 0", "p, probability of the better arm",
-          "variance of one gradient", loc="upper center")  # fmt: skip
+          "variance of one gradient")  # fmt: skip
+    _draw_ratio(axes[1], rewards)
+    cases = [r for r in rows if "world" in r]
+    place = np.arange(len(cases))
+    axes[2].barh(place, [r["exact"] for r in cases], 0.6, **BARS)
+    for index, row in enumerate(cases):
+        interval(axes[2], Estimate(*(row[c] for c in ("measured", "low", "high"))), index, 0)
+        text, reach = f"{row['exact']:#.3g}".rstrip("."), max(row["exact"], row["high"])
+        axes[2].annotate(
+            text, (reach, index), xytext=(4, 0), textcoords="offset points", va="center"
+        )
+    row_names(axes[2], [f"{words(r['estimator'])}, {r['world']}" for r in cases])
+    axes[2].margins(x=0.2)
+    label(axes[2], "A constant hurts on A, reward to go hurts on C", "tr Cov, one trajectory", "",
+          legend=False)  # fmt: skip
+    caption(figure, "lines and bars: exact; markers: measured, with 95 % intervals")
+
+
+def _draw_ratio(axis, rewards):
+    """Contours of the variance with a baseline b, in units of that without; grey where it is larger."""
     p, b = np.meshgrid(np.linspace(0.02, 0.98, 97), np.linspace(-0.5, 1.5, 101))
     ratio = (
         ((1 - p) * (rewards[0] - b) + p * (rewards[1] - b))
         / ((1 - p) * rewards[0] + p * rewards[1])
     ) ** 2
-    mesh = axes[1].pcolormesh(p, b, np.clip(np.log10(ratio + 1e-9), -2, 2), cmap="PuOr_r", vmin=-2, vmax=2,
-                              shading="auto", rasterized=True)  # fmt: skip
-    axes[1].grid(False)
-    figure.colorbar(mesh, ax=axes[1], label="log10 variance ratio to b = 0")
-    axes[1].plot(p[0], p[0], color="black", linestyle="--", label="b = E[r]")
-    axes[1].plot(p[0], 1 - p[0], color="white", linestyle="-.", label="b = b*")
-    label(axes[1], "Which baselines help (below 0) or hurt", "p, probability of the better arm",
-          "baseline b", legend=False)  # fmt: skip
-    axes[1].legend(fontsize=8, loc="upper center", ncols=2, facecolor="0.7", framealpha=1)
-    cases = [r for r in rows if "world" in r]
-    place = np.arange(len(cases))
-    axes[2].bar(
-        place, [r["exact"] for r in cases], 0.6, color="0.82", edgecolor="0.45", linewidth=0.6
-    )
-    points(axes[2], place, *intervals(cases), index=0)
-    axes[2].set_xticks(
-        place, [f"{r['estimator']}\n{r['world']}" for r in cases], fontsize=7, rotation=20
-    )
-    axes[2].set_yscale("symlog", linthresh=0.1)
-    for x, r in zip(place, cases, strict=True):
-        axes[2].annotate(f"{r['exact']:.3g}", (x, max(r["exact"], r["high"])), xytext=(0, 5), ha="center",
-                         textcoords="offset points", fontsize=8)  # fmt: skip
-    label(axes[2], "A constant hurts on A, reward to go hurts on C", "estimator, world",
-          "tr Cov, one trajectory", legend=False)  # fmt: skip
-    axes[2].margins(y=0.15)
-    caption(figure, "lines and bars: exact; markers: measured, with 95 % intervals")
+    axis.contourf(p, b, ratio, levels=[1.0, np.inf], colors=["0.85"])
+    drawn = axis.contour(p, b, ratio, levels=[0.1, 1.0, 10.0], colors="0.3", linewidths=0.8)
+    places = [(0.25, 0.25), (0.2, 1.05), (0.5, 1.0), (0.25, 0.0), (0.72, 1.16), (0.84, -0.35)]
+    axis.clabel(drawn, fmt=lambda x: f"×{x:g}", fontsize=TEXT, manual=places)
+    line(axis, p[0], p[0], 1, "b = E[r]")
+    line(axis, p[0], 1 - p[0], 2, "b = b*")
+    axis.grid(False)
+    label(axis, "Variance in units of that at b = 0; grey: a baseline hurts",
+          "p, probability of the better arm", "baseline b")  # fmt: skip
 
 
 EXPERIMENTS = {

@@ -22,23 +22,33 @@ from jaxpg.lab.studies.study import (
     key_of,
     tidy,
 )
-from jaxpg.stats.figures import caption, label, panels, plain_logarithms
+from jaxpg.stats.figures import (
+    caption,
+    label,
+    legend,
+    panels,
+    symmetric_logarithms,
+)
 from jaxpg.stats.moments import Estimate, jackknife
+from jaxpg.stats.words import words
 
-FORMS = ("is_total", "is_pdis", "is_first_order", "is_marginal", "is_step")
+FORMS = (
+    "is_total", "is_pdis", "is_note_literal", "is_first_order", "is_marginal", "is_step",
+)  # fmt: skip
+OF_TABLES = ("is_marginal", "is_note_literal")
 LAGS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 REFERENCE = "squared_distance_to_on_policy"  # of means, in place of a bias where no truth is known
 
 
 def importance(settings: Settings, progress: Progress) -> Result:
-    """Bias and variance of five importance-sampled forms against the lag of the data's policy.
+    """Bias and variance of six importance-sampled forms against the lag of the data's policy.
 
     At lag 0 all weights are 1. Whole-episode and per-decision weights stay unbiased and grow noisy; forms
     that leave ratios out stay less noisy and become biased.
     """
     lag = lag_of(settings)
     tables = lag.world.is_tabular
-    names = settings.estimators or tuple(n for n in FORMS if tables or n != "is_marginal")
+    names = settings.estimators or tuple(n for n in FORMS if tables or n not in OF_TABLES)
     lags = LAGS[::2] if settings.quick else LAGS
     forms = [form(name, lag.at(1.0)) for name in names]
     for each in forms:
@@ -86,7 +96,8 @@ def measured_result(lag: Lag, forms, lags, settings, progress) -> Result:
         for each in forms:
             measured = found[x][each.name]
             common = {"estimator": each.name, "lag": float(x), **measured.counts}
-            common["warning"] = each.warning if x and each.warning else None
+            said = each.warning if x else "", measured.warning
+            common["warning"] = "; ".join(filter(None, said)) or None
             common["effective_sample_size"] = measured.effective_sample_size
             values = {REFERENCE: distance(measured, found[x][aim.name]), "trace": measured.trace()}
             rows += [estimated(value, quantity=name, **common) for name, value in values.items()]
@@ -117,6 +128,7 @@ def lag_rows(name, x, moments: Moments, truth, measured: Measured | None, **more
     seen = {}
     if measured is not None:
         common |= {**measured.counts, "effective_sample_size": measured.effective_sample_size}
+        common["warning"] = "; ".join(filter(None, (common["warning"], measured.warning))) or None
         seen = {"squared_bias": measured.bias(truth), "trace": measured.trace()}
     return compared({"squared_bias": bias, "trace": moments.trace}, seen, **common)
 
@@ -131,21 +143,19 @@ def _draw_lags(figure, rows, names, title, other="squared_bias"):
     ):  # fmt: skip
         for index, name in enumerate(names):
             mine = where(rows, estimator=name, quantity=quantity)
-            draw_exact(axis, mine, "lag", index, name)
-            draw_measured(axis, mine, "lag", index, None if known else name)
-        label(axis, f"{text}, {title}", "lag: policy = behaviour + lag · step", unit,
-              legend=axis is axes[0])  # fmt: skip
-    plain_logarithms(axes[0])
+            draw_exact(axis, mine, "lag", index, words(name))
+            draw_measured(axis, mine, "lag", index, words(name))
+        label(axis, f"{text}, {title}", "lag: behaviour + lag × step", unit, legend=False)
+    axes[0].set_yscale("log")
     if known:
+        symmetric_logarithms(axes[1], 1e-2)
         caption(figure)
-        # Limits by the exact curves, so that the noise of unbiased forms does not hide the biased ones.
-        top = 1.3 * max(*(r["exact"] for r in where(rows, quantity=other)), 1e-6)
-        axes[1].set_ylim(-0.35 * top, top)
+    legend(figure)
 
 
 EXPERIMENTS = {
     "importance": Experiment(
-        "five ways to weight another policy's data: bias and variance against the lag",
+        "six ways to weight another policy's data: bias and variance against the lag",
         importance,
         Settings(trajectories=2**18),
         Settings(trajectories=2**14, quick=True),

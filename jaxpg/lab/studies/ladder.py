@@ -22,8 +22,10 @@ from jaxpg.lab.studies.study import (
     world_of,
 )
 from jaxpg.lab.worlds.world import World, has_exact, lifted
-from jaxpg.stats.figures import COLOURS, bounds, label, panels
+from jaxpg.stats.figures import BARS, COLOURS, bounds, label, legend, panels
+from jaxpg.stats.figures import rows as row_names
 from jaxpg.stats.intervals import Estimate, told
+from jaxpg.stats.words import words
 
 LADDER = (
     "total", "total_constant", "total_optimal", "rtg", "rtg_constant", "rtg_optimal", "rtg_time",
@@ -108,30 +110,24 @@ def _numbers(rows) -> dict[str, Any]:
 
 
 def _draw_ladder(figure, names, rows, world):
-    axes = panels(figure, 2, width=5.2, height=0.9 + 0.32 * max(len(names), 5))
+    axes = panels(figure, 2, height=0.3 + 0.19 * max(len(names), 5))
     titles = {
         "trace": ("Variance of one trajectory's gradient", "tr Cov (per trajectory)"),
-        "noise_scale": ("Trajectories until noise equals signal", "B_simple (trajectories)"),
+        "noise_scale": ("Trajectories until noise equals signal", "noise scale (trajectories)"),
     }  # fmt: skip
     for axis, (quantity, (title, unit)) in zip(axes, titles.items(), strict=True):
         _bars(axis, names, where(rows, quantity=quantity))
         label(axis, f"{title}, {world.name}", unit, "", legend=False)
-        axis.grid(False, axis="y")
-    axes[1].set_yticklabels([])
-    # Below the panels, where a marker of the legend cannot be taken for a value.
-    handles = dict(x[::-1] for a in axes for x in zip(*a.get_legend_handles_labels(), strict=True))
-    figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False
-    )
+    legend(figure)
 
 
 def _bars(axis, names, rows):
-    place = {name: -i for i, name in enumerate(names)}
+    place = {name: i for i, name in enumerate(names)}
     has_exact = [row for row in rows if row["exact"] is not None]
     if has_exact:
         axis.barh(
             [place[row["estimator"]] for row in has_exact], [row["exact"] for row in has_exact], 0.62,
-            color="0.82", edgecolor="0.45", linewidth=0.6, label="exact",
+            **BARS, label="exact",
         )  # fmt: skip
     seen = [row for row in rows if row.get("measured") is not None]
     for row in seen:
@@ -143,12 +139,15 @@ def _bars(axis, names, rows):
         error = np.maximum([middle - low, high - middle], 0)
         axis.errorbar(
             middle, [place[row["estimator"]] for row in seen], xerr=error, fmt="o",
-            color=COLOURS[0], markerfacecolor="white", markersize=5, capsize=2.5, linewidth=1.0,
-            label="measured, 95 %",
+            color=COLOURS[0], markerfacecolor="white", capsize=2.0, linewidth=0.9,
+            label="measured, with 95 % intervals",
         )  # fmt: skip
     biased = {row["estimator"] for row in rows if row["warning"]}
-    axis.set_yticks(list(place.values()), [f"{n} (biased)" if n in biased else n for n in place])
-    axis.set_ylim(-len(names) + 0.4, 0.6)
+    texts = [words(n) + (" (biased)" if n in biased else "") for n in place]
+    named = (
+        axis.get_subplotspec().colspan.start == 0
+    )  # else the panel to the left has the same rows
+    row_names(axis, texts if named else [""] * len(names))
     shown = [row["exact"] if row["exact"] is not None else row["measured"] for row in rows]
     known = [x if np.isfinite(x) else row["low"] for x, row in zip(shown, rows, strict=True)]
     known = [x for x in known if np.isfinite(x)]
@@ -163,12 +162,14 @@ def _bars(axis, names, rows):
             reach = value
         at = reach, place[row["estimator"]]
         away = (16 if np.isnan(value) else 6, 0)
-        axis.annotate(text, at, xytext=away, textcoords="offset points", fontsize=8, va="center")
-    axis.margins(x=0.15)
+        axis.annotate(text, at, xytext=away, textcoords="offset points", va="center")
+    axis.margins(x=0.22)
 
 
 def _text(value: float) -> str:
-    return f"{value:.2e}" if value >= 1e6 else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    if value >= 1000:
+        return f"{value:.2e}" if value >= 1e6 else f"{value:,.0f}"
+    return f"{value:#.3g}".rstrip(".")
 
 
 EXPERIMENTS = {

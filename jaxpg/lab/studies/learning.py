@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from jaxpg.lab.studies import ascent, critical
-from jaxpg.lab.studies.rows import where
+from jaxpg.lab.studies.rows import intervals, where
 from jaxpg.lab.studies.study import (
     Experiment,
     Progress,
@@ -19,12 +19,13 @@ from jaxpg.lab.studies.training import NO_CLIP, adam_rate, best_objective, learn
 from jaxpg.lab.worlds.world import Checkpoint, has_exact
 from jaxpg.optimizers import OPTIMIZERS, adam
 from jaxpg.stats import figures
-from jaxpg.stats.intervals import bootstrap
+from jaxpg.stats.intervals import Estimate, bootstrap
 from jaxpg.stats.reliability import (
     interquartile_mean,
     performance_profile,
     probability_of_improvement,
 )
+from jaxpg.stats.words import words
 from jaxpg.training.algorithm import Algorithm, algorithm
 
 COUNTS = ("num_epochs", "num_minibatches", "critic_epochs", "critic_minibatches")
@@ -148,35 +149,30 @@ def _final_rows(finals, trajectories):
 
 
 def _draw_seeds(figure, rows, names):
-    axes = figures.panels(figure, columns=3, width=4.8)
+    axes = figures.panels(figure, 3)
     for i, name in enumerate(names):
         for axis, quantity, x in ((axes[0], "iqm", "update"), (axes[1], "profile", "threshold")):
             found = where(rows, estimator=name, quantity=quantity)
             at = [r[x] for r in found]
-            figures.line(axis, at, [r["measured"] for r in found], i, name)
-            axis.fill_between(at, [r["low"] for r in found], [r["high"] for r in found],
-                              color=figures.COLOURS[i % 8], alpha=0.15, linewidth=0)  # fmt: skip
-    figures.label(axes[0], "Interquartile mean", "updates", "normalised J (0 start, 1 best)")
-    figures.label(
-        axes[1], "Performance profile", r"normalised J $\tau$", r"fraction of runs above $\tau$"
+            figures.line(axis, at, [r["measured"] for r in found], i, words(name))
+            figures.band(axis, at, *intervals(found)[1:], i)
+    titles = (
+        ("Interquartile mean", "updates", "normalised J (0 start, 1 best)"),
+        ("Performance profile", "normalised J, τ", "share of runs above τ"),
     )
+    for axis, title in zip(axes, titles, strict=False):
+        figures.label(axis, *title, legend=False)
     pairs = where(rows, quantity="probability_of_improvement")
     pairs = [r for r in pairs if names.index(r["estimator"]) > names.index(r["other"])]
-    for i, row in enumerate(pairs):
-        x = row["measured"]
-        error = np.maximum([[x - row["low"]], [row["high"] - x]], 0.0)
-        axes[2].errorbar([x], [i], xerr=error, fmt=figures.MARKERS[i % 8], color=figures.COLOURS[i % 8],
-                         markerfacecolor="white", capsize=3)  # fmt: skip
+    figures.improvement(axes[2], [
+        (words(r["estimator"]), words(r["other"]), Estimate(r["measured"], r["low"], r["high"]))
+        for r in pairs
+    ])  # fmt: skip
     if not pairs:
-        axes[2].annotate("one algorithm, with none to compare it with", (0.5, 0.5), ha="center",
+        axes[2].annotate("one algorithm:\nnone to compare it with", (0.5, 0.5), ha="center",
                          xycoords="axes fraction")  # fmt: skip
-    texts = [f"{r['estimator']}\nover {r['other']}" for r in pairs]
-    axes[2].set_yticks(range(len(pairs)), texts, fontsize=8)
-    axes[2].set_ylim(-0.6, max(len(pairs), 1) - 0.4)
-    axes[2].set_xlim(-0.02, 1.02)
-    if pairs:
-        axes[2].axvline(0.5, color="0.3", linewidth=0.8)
-    figures.label(axes[2], "Probability of improvement", "P(better)", "", legend=False)
+    figures.legend(figure)
+    figures.caption(figure, "bands and bars: 95 % bootstrap intervals over seeds")
 
 
 NAMES = ("reinforce", "reinforce_to_go", "reinforce_baseline")

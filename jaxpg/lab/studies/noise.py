@@ -24,6 +24,7 @@ from jaxpg.lab.studies.study import (
 from jaxpg.lab.worlds.world import World, has_exact, table_params
 from jaxpg.stats.figures import caption, label, panels
 from jaxpg.stats.intervals import Estimate, ratio
+from jaxpg.stats.words import words
 
 UPDATES, STEP = 40, 0.25  # of exact ascent
 
@@ -61,7 +62,12 @@ def noise_scale(settings: Settings, progress: Progress) -> Result:
         },
         "regulator_hyperbola": {"reason": FEW_SIZES} if law is None else law.stated(),
     }
-    return Result(tidy(rows), summary, lambda figure: _draw(figure, rows, world.name, scale, law))
+    return Result(
+        tidy(rows),
+        summary,
+        lambda figure: _draw(figure, rows, world.name),
+        {"figure-regulator": lambda figure: regulated.draw(figure, rows, scale, law)},
+    )
 
 
 def _over_batches(world, forms, settings, progress) -> list[dict[str, Any]]:
@@ -116,42 +122,39 @@ def _over_training(world: World, settings, progress) -> list[dict[str, Any]]:
     return rows
 
 
-def _draw(figure, rows, world, scale, law):
+def _draw(figure, rows, world):
     training = where(rows, quantity="over training")
-    axes = panels(figure, 3 if training else 2, 2, width=4.6)
+    axes = panels(figure, 2 if training else 1)
     _draw_errors(axes[0], where(rows, quantity="relative error"), world)
     if training:
         _draw_training(axes[1], training, world)
-        axes.pop().set_axis_off()
-    regulated.draw_near_optimum(axes[-3], rows)
-    regulated.draw_one_step(axes[-2], rows, scale)
-    regulated.draw_hyperbola(axes[-1], rows, law)
     caption(figure)
 
 
 def _draw_errors(axis, rows, world):
     for index, name in enumerate(dict.fromkeys(r["estimator"] for r in rows)):
         mine = where(rows, estimator=name)
-        scale = f"{name}: B_simple = {mine[0]['exact'] or 0:.3g}"
-        known = draw_exact(axis, mine, "batch", index, scale)
-        draw_measured(axis, mine, "batch", index, None if known else name)
+        scale = mine[0]["exact"]  # at a batch of 1
+        text = words(name) + (f": {scale:.3g}" if scale else "")
+        draw_exact(axis, mine, "batch", index, text)
+        draw_measured(axis, mine, "batch", index, text)
     axis.axhline(1.0, color="0.5", linewidth=0.8)
-    axis.annotate("noise = signal", (max(r["batch"] for r in rows), 1.0), xytext=(0, 3), fontsize=7,
+    axis.annotate("noise = signal", (max(r["batch"] for r in rows), 1.0), xytext=(0, 3),
                   textcoords="offset points", ha="right")  # fmt: skip
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    label(axis, f"Relative error of a batch's gradient, {world}", "batch size B (trajectories)",
-          "E|Ĝ − G|² / |G|²")  # fmt: skip
+    label(axis, f"Relative error of a batch's gradient, {world}; named: noise scale",
+          "batch size B (trajectories)", "E|Ĝ − G|² / |G|²")  # fmt: skip
 
 
 def _draw_training(axis, rows, world):
     for index, name in enumerate(dict.fromkeys(r["estimator"] for r in rows)):
         mine = where(rows, estimator=name)
-        draw_exact(axis, mine, "update", index, name)
-        draw_measured(axis, mine, "update", index)
+        draw_exact(axis, mine, "update", index, words(name))
+        draw_measured(axis, mine, "update", index, words(name))
     axis.set_yscale("log")
     label(axis, f"Noise grows as learning goes on, {world}", "update of exact ascent",
-          "B_simple (trajectories)")  # fmt: skip
+          "noise scale (trajectories)")  # fmt: skip
 
 
 EXPERIMENTS = {

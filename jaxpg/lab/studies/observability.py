@@ -8,7 +8,7 @@ from jaxpg.lab.studies.estimators import form, gradient
 from jaxpg.lab.studies.forms import Form, lambda_form
 from jaxpg.lab.studies.measured import Measured
 from jaxpg.lab.studies.pairs import norm
-from jaxpg.lab.studies.rows import draw_exact, draw_measured, intervals, where
+from jaxpg.lab.studies.rows import draw_exact, draw_measured, where
 from jaxpg.lab.studies.sampling import measure
 from jaxpg.lab.studies.study import (
     Experiment,
@@ -94,21 +94,26 @@ def _warning(each: Form) -> str:
 
 
 def _draw(figure, rows):
-    axes = figures.panels(figure, columns=2)
+    axes = figures.panels(figure, 2)
     texts = {
-        "relative_bias": ("Bias", r"$|E\hat g - \nabla J|\,/\,|\nabla J|$"),
-        "trace": ("Variance", r"tr Cov of one gradient [return$^2$]"),
+        "relative_bias": ("Bias", "|E g − ∇J| / |∇J|"),
+        "trace": ("Variance", "tr Cov of one gradient (return²)"),
     }
     for axis, (quantity, (title, y)) in zip(axes, texts.items(), strict=True):
         rest = where(rows, quantity=quantity)
         partly = [r for r in rest if r.get("measured") is not None and r["lambda"] is not None]
         fully = [r for r in rest if r["estimator"].endswith("_fully_observed")]
-        draw_exact(axis, partly, "lambda", 0, "states look alike, exact")
-        draw_measured(axis, partly, "lambda", 0, "states look alike, measured")
-        draw_exact(axis, fully, "lambda", 1, "fully observed, exact")
-        returns = intervals(where(rest, estimator="rtg"))
-        figures.points(axis, [1.05], *returns, 2, "reward to go, no critic")
-        figures.label(axis, title, r"$\lambda$ of the advantage estimate", y)
+        draw_exact(axis, partly, "lambda", 0, "states look alike")
+        draw_measured(axis, partly, "lambda", 0, "states look alike")
+        draw_exact(axis, fully, "lambda", 1, "all states seen")
+        (returns,) = where(rest, estimator="rtg")
+        figures.line(axis, [0, 1], [returns["exact"]] * 2, 2, "states look alike, no critic")
+        figures.band(axis, [0, 1], [returns["low"]] * 2, [returns["high"]] * 2, 2)
+        figures.label(axis, title, "λ of the advantages", y, legend=False)
+    figures.legend(figure)
+    figures.caption(
+        figure, "lines: exact; markers, and the band of no critic: measured, with 95 % intervals"
+    )
 
 
 EXPERIMENTS = {

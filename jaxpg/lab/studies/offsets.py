@@ -26,12 +26,13 @@ from jaxpg.lab.studies.study import (
     world_of,
 )
 from jaxpg.lab.worlds.world import tables
-from jaxpg.stats.figures import COLOURS, caption, label, panels
+from jaxpg.stats.figures import COLOURS, broken_at_zero, caption, label, panels
 from jaxpg.stats.moments import moments_of
 
 OFFSETS = (0.0, 1.0, 10.0, 1e2, 1e3, 1e4, 1e5, 1e6)
 REWARDS = (1.0, -1.0)  # of the two arms, before the offset
 HALF = 0.5
+ZERO = 0.03  # where a logarithmic axis of offsets shows 0
 
 
 def offset(settings: Settings, progress: Progress) -> Result:
@@ -166,35 +167,46 @@ def _precisions(settings) -> list[dict[str, Any]]:
 
 
 def _draw_offset(figure, rows, world):
-    axes, known = panels(figure, 3, width=4.7), False
+    axes, known = panels(figure, 3), False
     for index, (kind, text) in enumerate((("none", "no baseline"), ("optimal", "best constant"))):
-        mine = where(rows, estimator=kind, quantity="trace")
-        known = draw_exact(axes[0], mine, "offset", index, text)
-        draw_measured(axes[0], mine, "offset", index, None if known else text)
-    axes[0].set_xscale("symlog", linthresh=1.0)
+        mine = _placed(where(rows, estimator=kind, quantity="trace"))
+        known |= draw_exact(axes[0], mine, "place", index, text)
+        draw_measured(axes[0], mine, "place", index, text)
     axes[0].set_yscale("log")
     added = "the return" if known else "every reward"
     label(axes[0], f"Variance of REINFORCE, {world}", f"offset κ added to {added}",
-          "tr Cov, one trajectory", loc="upper left")  # fmt: skip
+          "tr Cov, one trajectory")  # fmt: skip
     for index, kappa in enumerate((1e6, 10.0, 0.0)):
         mine = where(rows, quantity="wrong sign", offset=kappa)
         draw_exact(axes[1], mine, "batch", index, f"κ = {kappa:,.0f}")
-        draw_measured(axes[1], mine, "batch", index)
+        draw_measured(axes[1], mine, "batch", index, f"κ = {kappa:,.0f}")
     axes[1].set_xscale("log")
-    axes[1].set_ylim(-0.02, 0.62)
     label(axes[1], "Batches that point the wrong way, bandit κ ± 1", "batch size N (pulls)",
-          "probability", ncols=3, loc="upper right")  # fmt: skip
-    found = where(rows, quantity="variance of the reward")
+          "probability")  # fmt: skip
+    found = _placed(where(rows, quantity="variance of the reward"))
     for index, name in enumerate(dict.fromkeys(r["estimator"] for r in found)):
         mine = where(found, estimator=name)
-        axes[2].plot([r["offset"] for r in mine], [max(r["measured"], 1e-3) for r in mine], label=name,
-                     marker="osD"[index], markersize=8 - 2 * index, markerfacecolor="white",
+        axes[2].plot([r["place"] for r in mine], [np.maximum(r["measured"] or np.nan, 1e-3) for r in mine],
+                     label=name, marker="osD"[index], markersize=7 - 2 * index, markerfacecolor="white",
                      linestyle=("--", "-", ":")[index], color=COLOURS[index])  # fmt: skip
-    axes[2].set_xscale("symlog", linthresh=1.0)
     axes[2].set_yscale("log")
-    label(axes[2], "Computed variance of a reward κ ± 1 (truth: 1)", "offset κ", "variance",
-          loc="upper left")  # fmt: skip
+    label(
+        axes[2],
+        "Computed variance of κ ± 1 (truth: 1)",
+        "offset κ of the reward",
+        "variance",
+    )
+    for axis in (axes[0], axes[2]):
+        broken_at_zero(axis, ZERO)
     caption(figure)
+
+
+def _placed(rows):
+    """The rows by offset, 0 at ZERO, and after it a row without values, so that no line leads across."""
+    found = [row | {"place": row["offset"] or ZERO} for row in rows]
+    breaks = [row | {"place": np.sqrt(ZERO), "exact": np.nan, "measured": None} for row in found
+              if not row["offset"]]  # fmt: skip
+    return sorted([*found, *breaks], key=lambda row: row["place"])
 
 
 EXPERIMENTS = {

@@ -21,7 +21,7 @@ from jaxpg.lab.studies.study import Experiment, Progress, Result, Settings, key_
 from jaxpg.lab.worlds.world import World
 from jaxpg.optimizers.natural import precondition_by_fisher
 from jaxpg.policies import Network, mlp
-from jaxpg.stats.figures import caption, label, panels
+from jaxpg.stats.figures import caption, label, legend, panels
 from jaxpg.types import Params
 
 ESTIMATOR = Estimator(credit.reward_to_go, importance=importance.from_start(importance.on_policy))
@@ -309,13 +309,13 @@ def _summary(rows) -> dict[str, Any]:
 
 
 def _draw(figure, rows, world):
-    axes = panels(figure, 2, 3, width=4.2, height=3.0)
+    axes = panels(figure, 6)
     exceeded = f"|ρ − 1| of 1 step in {1 / RARE:g}"
     drawn = (
         (BIAS, f"Bias of {EPISODES} episodes, {world}", "bias / standard error", {"rounded": "both"}),
         ("trace / trace in float64", f"Variance of the gradient, {world}", "|ratio to float64 − 1|",
          {"rounded": "both"}),
-        (ALIKE, "First minibatch: sums in another order", exceeded, {}),
+        (ALIKE, "First minibatch, sums in another order", exceeded, {}),
         (RATIO, "First minibatch: update in float32", exceeded, {}),
         (KL, f"KL of a natural step, log-odds {TRAINED:g}", "relative error", {"odds": TRAINED}),
         (TURN, "Direction of the natural gradient", "1 − cosine to float64's", {}),
@@ -331,13 +331,10 @@ def _draw(figure, rows, world):
         axis.set_xscale("log")
         axis.set_yscale("log")
         across = (
-            "KL per step in float64, nats"
-            if quantity == KL
-            else "log-odds of the policy (root mean square)"
+            "KL per step in float64, nats" if quantity == KL else "log-odds of the policy (RMS)"
         )
         label(axis, title, across, unit, legend=False)
-    lines = axes[0].get_lines()[: len(ROUNDINGS)]
-    figure.legend(handles=lines, loc="outside upper center", ncols=len(lines), frameon=False)
+    legend(figure)
     caption(figure, "grey line: good enough below")
 
 

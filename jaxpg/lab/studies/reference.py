@@ -9,7 +9,7 @@ from jaxpg.lab.studies.lags import lag_of
 from jaxpg.lab.studies.pairs import norm
 from jaxpg.lab.studies.rows import draw_exact, where
 from jaxpg.lab.studies.study import Experiment, Progress, Result, Settings, need_exact, tidy
-from jaxpg.stats.figures import label, panels
+from jaxpg.stats.figures import label, legend, panels
 
 PLACES = {"penalty": reference.penalty_moments, "reward": reference.reward_moments}
 BIAS, TRACE = "relative_bias", "trace"
@@ -52,7 +52,7 @@ def estimates(settings: Settings, progress: Progress) -> Result:
 
 
 def _draw(figure, rows, names, world):
-    axes = panels(figure, 2, width=4.8)
+    axes = panels(figure, 2)
     shown = (
         (BIAS, f"Bias against ∇KL, {world}", "|E g − ∇KL| / |∇KL|"),
         (TRACE, f"Variance, {world}", "tr Cov, one trajectory"),
@@ -65,7 +65,8 @@ def _draw(figure, rows, names, world):
             draw_exact(axis, mine, "lag", index, name.replace("_", ", "))
         axis.set_xscale("log")
         axis.set_yscale("log")
-        label(axis, title, "lag: policy = reference + lag · step", unit)
+        label(axis, title, "lag: reference + lag × step", unit, legend=False)
+    legend(figure)
 
 
 EXPERIMENTS = {

@@ -20,8 +20,9 @@ from jaxpg.lab.studies.sampling import source_of
 from jaxpg.lab.studies.study import Progress, Settings, estimated, key_of
 from jaxpg.lab.worlds.regulators import objective
 from jaxpg.lab.worlds.world import regulator_world
-from jaxpg.stats.figures import bounds, label, line, points
+from jaxpg.stats.figures import bounds, caption, label, line, panels, points
 from jaxpg.stats.intervals import Estimate, mean_interval, ratio
+from jaxpg.stats.words import words
 from jaxpg.types import Hyperparams
 
 NEAR = (-0.2, -0.6, -1.0, -1.3, -1.45)  # gains; the best is -1.495
@@ -108,48 +109,55 @@ def hyperbola(
     return rows, law
 
 
-def draw_near_optimum(axis, rows) -> None:
+def draw(figure, rows, scale, law: critical.Law | None) -> None:
+    """Three panels: the noise near the optimum, the progress of one step, and time against data."""
+    axes = panels(figure, 2 if law is None else 3)
+    _draw_near_optimum(axes[0], rows)
+    _draw_one_step(axes[1], rows, scale)
+    if law is not None:
+        draw_hyperbola(axes[2], rows, law)
+    caption(figure)
+
+
+def _draw_near_optimum(axis, rows) -> None:
     for index, name in enumerate(("rtg", "rtg_value")):
-        draw_exact(axis, where(rows, estimator=name, quantity="regulator"), "k", index, name)
+        draw_exact(axis, where(rows, estimator=name, quantity="regulator"), "k", index, words(name))
     axis.axvline(BEST_GAIN, color="0.5", linewidth=0.8)
     axis.set_yscale("log")
     label(axis, "Noise diverges at the optimum: LQR", "gain k (line: the best)",
           "Var / g² of the k-gradient (trajectories)")  # fmt: skip
 
 
-def draw_one_step(axis, rows, scale) -> None:
+def _draw_one_step(axis, rows, scale) -> None:
     mine = where(rows, quantity="progress of one step")
     size = np.geomspace(min(r["batch"] for r in mine), max(r["batch"] for r in mine), 50)
     line(axis, size, 1 / (1 + scale / size), 0, "1 / (1 + B_simple / B)")
-    draw_measured(axis, mine, "batch", 0, "measured")
+    draw_measured(axis, mine, "batch", 0, "1 / (1 + B_simple / B)")
     axis.axvline(scale, color="0.5", linewidth=0.8)
     axis.axhline(0.5, color="0.5", linewidth=0.8)
     axis.set_xscale("log", base=2)
     axis.set_ylim(0, 1.03)
     label(axis, f"Half the progress at B = B_simple = {scale:.3g}: LQR", "batch size B (trajectories)",
-          "gain in J, of a noiseless step's")  # fmt: skip
+          "share of a noiseless step's gain")  # fmt: skip
 
 
-def draw_hyperbola(axis, rows, law: critical.Law | None) -> None:
+def draw_hyperbola(axis, rows, law: critical.Law) -> None:
     time, data = (where(rows, quantity=f"{name} / least") for name in ("updates", "trajectories"))
-    if law is None:
-        axis.set_axis_off()
-        return
     excess = np.geomspace(0.02, 60, 80)
-    line(axis, 1 + 1 / excess, 1 + excess, 0, "(S/S_min − 1)(E/E_min − 1) = 1")
+    line(axis, 1 + 1 / excess, 1 + excess, 0, "(S/S_min − 1) (E/E_min − 1) = 1")
     # For a ratio that is not resolved, draw the bound.
     x, y = (
         [r["low"] if np.isnan(r["measured"]) else r["measured"] for r in each]
         for each in (data, time)
     )
-    text = f"measured: B {critical.said(law.critical_batch)}"
+    text = f"B {critical.said(law.critical_batch)}"
     points(axis, x, *intervals(time), index=0, label=text)
     bounds(axis, y, Estimate(*intervals(data)), 0, across=True)
     for each, *place in zip(data, x, y, strict=True):
         if np.isfinite(place).all():
             text = f"{each['batch']}"
-            axis.annotate(text, place, xytext=(6, 3), textcoords="offset points", fontsize=7)
+            axis.annotate(text, place, xytext=(6, 3), textcoords="offset points")
     axis.set_xscale("log")
     axis.set_yscale("log")
     label(axis, "Time against data, by batch size: LQR",
-          "trajectories to the target, E / E_min", "updates, S / S_min")  # fmt: skip
+          "trajectories, E / E_min", "updates, S / S_min")  # fmt: skip

@@ -1,5 +1,6 @@
 """Rows of a study's table: pick some, and draw what they hold."""
 
+from jaxpg.lab.measure.statistics import HEAVY
 from jaxpg.stats import figures
 
 
@@ -23,7 +24,14 @@ def draw_exact(axis, rows, x: str, index: int, label: str | None = None) -> bool
 
 
 def draw_measured(axis, rows, x: str, index: int, label: str | None = None) -> None:
-    """Points with intervals at the measured values, if there are any, against the column x."""
+    """Points with intervals at the measured values, if there are any, against the column x.
+
+    An interval that a heavy tail makes too narrow is crossed out.
+    """
     seen = [r for r in rows if r.get("measured") is not None]
-    if seen:
-        figures.points(axis, [r[x] for r in seen], *intervals(seen), index, label)
+    if not seen:
+        return
+    figures.points(axis, [r[x] for r in seen], *intervals(seen), index, label)
+    false = [r for r in seen if HEAVY in (r.get("warning") or "")]
+    if false:
+        figures.doubtful(axis, [r[x] for r in false], [r["measured"] for r in false])

@@ -33,9 +33,10 @@ from jaxpg.lab.studies.study import (
 )
 from jaxpg.lab.worlds.world import Table, World
 from jaxpg.policies import Network, mlp
-from jaxpg.stats.figures import caption, label, panels
+from jaxpg.stats.figures import caption, label, legend, panels
 from jaxpg.stats.intervals import Estimate
 from jaxpg.stats.moments import GROUPS, SampleMoments, jackknife
+from jaxpg.stats.words import words
 from jaxpg.types import Array
 
 CEILING = 2.0
@@ -255,12 +256,12 @@ def _share_measurer(world: World, forms: list[Form], settings: Settings):
 
 
 def _draw(figure, rows, world, quantity):
-    axes = panels(figure, 2, 2, width=4.8, height=3.6)
+    axes = panels(figure, 4, across=2, height=1.8)
     known = quantity == BIAS
     older, chips = (
         [row for row in rows if (row["lag"] is None) == rounded] for rounded in (False, True)
     )
-    lags = "lag: policy = sampler + lag · step"
+    lags = "lag: sampler + lag × step"
     shown = (
         (quantity, "Squared bias" if known else "Distance to the on-policy mean",
          "|E g − ∇J|²" if known else "|E g − E g on-policy|²"),
@@ -270,19 +271,20 @@ def _draw(figure, rows, world, quantity):
     for axis, (name, title, unit) in zip(axes, shown, strict=False):
         for index, choice in enumerate(CHOICES):
             mine = where(older, estimator=choice, quantity=name)
-            drawn = draw_exact(axis, mine, "lag", index, choice)
-            draw_measured(axis, mine, "lag", index, None if drawn else choice)
-        label(axis, f"{title}, {world}", lags, unit, legend=name == TRACE)
+            draw_exact(axis, mine, "lag", index, words(choice))
+            draw_measured(axis, mine, "lag", index, words(choice))
+        label(axis, f"{title}, {world}", lags, unit, legend=False)
     axes[1].set_yscale("log")
     for index, choice in enumerate(CHOICES):
         mine = where(chips, estimator=choice, quantity=quantity)
         mine = [row | {"place": CHIPS.index(row["sampler"])} for row in mine]
-        draw_exact(axes[3], mine, "place", index, choice)
-        draw_measured(axes[3], mine, "place", index)
+        draw_exact(axes[3], mine, "place", index, words(choice))
+        draw_measured(axes[3], mine, "place", index, words(choice))
     if known:
         axes[3].set_yscale("log")
     axes[3].set_xticks(range(len(CHIPS)), CHIPS)
     label(axes[3], f"{shown[0][1]}, {world}", "products of the sampler", shown[0][2], legend=False)
+    legend(figure)
     caption(figure)
 
 

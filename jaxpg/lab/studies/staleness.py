@@ -11,7 +11,7 @@ from jaxpg.lab.studies.pairs import norm
 from jaxpg.lab.studies.rows import draw_exact, draw_measured, where
 from jaxpg.lab.studies.study import Experiment, Progress, Result, Settings, estimated, tidy
 from jaxpg.lab.worlds.world import World
-from jaxpg.stats.figures import label, panels
+from jaxpg.stats.figures import caption, label, panels
 
 
 def stale(settings: Settings, progress: Progress) -> Result:
@@ -86,18 +86,19 @@ def _gap(lag: Lag, there: World) -> float:
 
 
 def _draw_stale(figure, rows, slopes, world):
-    (axis,) = panels(figure, width=6.2, height=4.4)
+    (axis,) = panels(figure)
     units = {"gradient error": "|E g − ∇J|", "objective gap": "|J − L|",
              "distance to on-policy": "|E g − E g on-policy|"}  # fmt: skip
     for index, (quantity, slope) in enumerate(slopes.items()):
         mine = where(rows, quantity=quantity)
-        if slope is not None:
-            draw_exact(axis, mine, "lag", index, f"{units[quantity]}, exact: slope {slope:.3f}")
-        draw_measured(axis, mine, "lag", index, f"{units[quantity]}, measured, 95 %")
+        text = units[quantity] + ("" if slope is None else f": slope {slope:.3f}")
+        draw_exact(axis, mine, "lag", index, text)
+        draw_measured(axis, mine, "lag", index, text)
     axis.set_xscale("log")
     axis.set_yscale("log")
     label(axis, f"The surrogate's error on stale data, {world}",
-          "lag α: policy = behaviour + α · step", "error")  # fmt: skip
+          "lag α: policy = behaviour + α × step", "error")  # fmt: skip
+    caption(figure)
 
 
 EXPERIMENTS = {

@@ -50,6 +50,7 @@ class Result(NamedTuple):
     table: Table
     summary: dict[str, Any]  # JSON-able: the numbers the experiment is about
     draw: Draw
+    others: Mapping[str, Draw] = {}  # further figures by the names of their files
 
 
 class Experiment(NamedTuple):

@@ -141,29 +141,32 @@ def _pooled_rows(lanes: streams.Lanes):
 
 
 def _draw_windows(figure, rows, true, own):
-    axes = figures.panels(figure, columns=2)
+    axes = figures.panels(figure, 2)
     for i, (name, label) in enumerate(WINDOWS.items()):
         found = where(rows, estimator=name, num_envs=None)
-        draw_exact(axes[0], found, "steps", i)
+        draw_exact(axes[0], found, "steps", i, label)
         draw_measured(axes[0], found, "steps", i, label)
     axes[0].axhline(true, color="0.3", linewidth=0.8)
-    axes[0].annotate("true gradient", (rows[1]["steps"], true), fontsize=8, va="bottom")
+    axes[0].annotate("true gradient", (rows[1]["steps"], true), va="bottom")
     axes[0].set_xscale("log", base=2)
     figures.label(
-        axes[0], "Windows of an auto-reset stream", "window length [environment steps]",
-        r"gradient along $\nabla J$ [return]",
+        axes[0], "Windows of an auto-reset stream", "window length (environment steps)",
+        "gradient along ∇J (return)",
     )  # fmt: skip
     if own:
         found = [r for r in rows if r["num_envs"]]
-        draw_exact(axes[1], found, "num_envs", 1, "exact")
-        draw_measured(axes[1], found, "num_envs", 1, "measured")
+        draw_exact(axes[1], found, "num_envs", 1)
+        draw_measured(axes[1], found, "num_envs", 1)
         title = f"Pooled completed episodes, {POOLED_LENGTH} steps"
-        figures.label(axes[1], title, "environments pooled", r"gradient along $\nabla J$ [return]")
+        figures.label(
+            axes[1], title, "environments pooled", "gradient along ∇J (return)", legend=False
+        )
     else:
         draw_measured(axes[1], where(rows, quantity="return"), "steps", 1, "pooled")
         title = "Mean return of the completed episodes"
-        figures.label(axes[1], title, "window length [environment steps]", "return")
+        figures.label(axes[1], title, "window length (environment steps)", "return")
     axes[1].set_xscale("log", base=2)
+    figures.caption(figure)
 
 
 SAMPLED = 2**27  # numbers in the sampled gradients that estimate an unknown direction

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 SIZE = 320, 240
-CAPTION = 20  # pixels below the drawing
+CAPTION, LETTERS = 24, 14  # pixels, of the line below the drawing and of its letters
 INK, PAPER, ACCENT, QUIET = "#1a1a1a", "#ffffff", "#c2491d", "#b8b8b8"
 # Colours for the channels of an image, distinct in grey too.
 CHANNELS = ("#1b4f72", "#c2491d", "#7fb3d5", "#d4ac0d", "#1e8449", "#884ea0", "#e59866", "#17202a")
@@ -25,7 +25,7 @@ def frame(environment: str, state: Any, obs: np.ndarray, caption: str) -> Image.
         _pixels(draw, obs)
     else:
         _bars(draw, obs)
-    draw.text((6, SIZE[1] + 3), caption, fill=INK)
+    draw.text((6, SIZE[1] + 3), caption, fill=INK, font=ImageFont.load_default(LETTERS))
     return image
 
 

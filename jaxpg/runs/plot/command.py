@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxpg.runs.console import parser, say
+from jaxpg.stats.figures import WIDTHS
 
 X = ("env_steps", "updates", "seconds")
 METRIC = "episode_return"
@@ -21,6 +22,7 @@ class PlotRequest(NamedTuple):
     x: str
     metric: str
     out: Path
+    width: str = "page"
 
 
 def prepare(argv: Sequence[str]) -> PlotRequest:
@@ -56,7 +58,7 @@ def prepare(argv: Sequence[str]) -> PlotRequest:
     if len(folders) > 1:
         default = Path("runs") / f"plot-{datetime.now():%Y%m%d-%H%M%S}"
     out = Path(arguments.out) if arguments.out else default
-    return PlotRequest(series, arguments.x, arguments.metric, out)
+    return PlotRequest(series, arguments.x, arguments.metric, out, arguments.width)
 
 
 def execute(request: PlotRequest) -> list[str]:
@@ -68,7 +70,7 @@ def execute(request: PlotRequest) -> list[str]:
     from jaxpg.runs.plot.records import best
     from jaxpg.runs.store.artifacts import write_figure
 
-    series, x, metric, out = request
+    series, x, metric, out, width = request
     shown = best(series, figures.MOST_SERIES)
     drawn = {
         "curves": lambda figure: figures.curves(figure, shown, x, metric),
@@ -88,10 +90,10 @@ def execute(request: PlotRequest) -> list[str]:
     if len(shown) < len(series):
         say(f"drawn: the best {len(shown)} of {len(series)} series")
     out.mkdir(parents=True, exist_ok=True)
-    saved = [name for name, draw in drawn.items() if write_figure(out, draw, name)]
+    saved = [name for name, draw in drawn.items() if write_figure(out, draw, name, width)]
     if not saved:
         raise OSError(f"none of {len(drawn)} figures could be drawn")
-    say(f"saved {', '.join(saved)} (.png, .svg) in {out}")
+    say(f"saved {', '.join(saved)} in {out}")
     return saved
 
 
@@ -116,13 +118,14 @@ def _parser() -> argparse.ArgumentParser:
     found = parser(
         "plot",
         "Draws runs: learning curves, diagnostics, and a comparison of their final evaluations, with "
-        "95% bootstrap intervals over seeds. Files are PNG and SVG.",
+        "95% bootstrap intervals over seeds. Files are PNG, SVG and PDF.",
         "example: jaxpg plot runs/mine runs/other --x seconds",
     )
     add = found.add_argument
     add("runs", metavar="RUN", nargs="+", help="folder of a jaxpg train run; several are compared")
     add("--x", choices=X, default=X[0], help="x axis of the curves; default: env_steps")
     add("--metric", default=METRIC, help=f"y axis of the curves; default: {METRIC}")
+    add("--width", choices=WIDTHS, default="page", help="of the figures; default: page")
     add(
         "--out",
         metavar="DIR",

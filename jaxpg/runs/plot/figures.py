@@ -8,7 +8,21 @@ from itertools import combinations
 import numpy as np
 
 from jaxpg.runs.plot.records import Series
-from jaxpg.stats.figures import BOUND, COLOURS, LINES, MARKERS, bounds, caption, label, panels
+from jaxpg.stats.figures import (
+    BOUND,
+    COLOURS,
+    LINES,
+    MARKERS,
+    bounds,
+    caption,
+    improvement,
+    interval,
+    label,
+    legend,
+    panels,
+    rows,
+)
+from jaxpg.stats.figures import band as interval_band
 from jaxpg.stats.intervals import Estimate, bootstrap
 from jaxpg.stats.reliability import (
     interquartile_mean,
@@ -16,6 +30,7 @@ from jaxpg.stats.reliability import (
     probability_of_improvement,
 )
 from jaxpg.stats.seeds import band, robust, scaled
+from jaxpg.stats.words import words
 
 RETURN = "episode_return"
 AXES = {
@@ -30,60 +45,50 @@ BAND = "interquartile mean with 95 % bootstrap band"
 PROFILE_POINTS = 101
 RESAMPLES = 500  # for a profile: enough for the eye
 LINE = 0.15  # inches per line of a row's name, with the space between rows
-HANDLE = 3.5  # length of a legend's handle: enough to show its dash pattern and marker
+LEAST_RANGE = 0.05  # of a comparison's axis, as a share of the returns
 NOT_DIAGNOSTICS = (RETURN, "episodes")
 
 
 def curves(figure, series: list[Series], x: str = "env_steps", metric: str = RETURN) -> None:
     """A metric against environment steps, updates or seconds: one panel for each environment."""
     worlds = list(dict.fromkeys(s.environment for s in series))
-    axes = panels(figure, columns=len(worlds), width=5.6)
+    axes = panels(figure, len(worlds))
     places = _places(series)
     for axis, world in zip(axes, worlds, strict=True):
-        mine = [s for s in series if s.environment == world]
-        for s in mine:
+        for s in (s for s in series if s.environment == world):
             _curve(axis, s, x, metric, places[s.label])
         label(axis, world, AXES[x], words(metric), legend=False)
-        if len(mine) > 1:
-            # A long legend would hide the curves.
-            beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if len(mine) > 4 else {}
-            axis.legend(fontsize=8, frameon=False, handlelength=HANDLE, **beside)
+    if len(places) > 1:
+        legend(figure)
     caption(figure, f"{BAND}; {_seeds(series)}")
 
 
 def diagnostics(figure, series: list[Series], x: str = "env_steps") -> None:
-    """A small panel for each of the other logged metrics."""
+    """A small panel for each of the other logged metrics that changes."""
     names = sorted({n for s in series for n in (*s.metrics, *s.ratios)} - {*NOT_DIAGNOSTICS})
+    found = {name: [s for s in series if name in s.metrics or name in s.ratios] for name in names}
+    names = [name for name in names if _varies(found[name], name)]
     if not names:
-        raise ValueError("nothing was logged but returns")
-    columns = min(3, len(names))
-    axes = panels(figure, columns, -(-len(names) // columns), width=3.6, height=2.3)
+        raise ValueError("nothing was logged that changes, but returns")
+    axes = panels(figure, len(names), height=1.3)
     places = _places(series)
-    for axis, name in zip(axes, names, strict=False):
-        having = [s for s in series if name in s.metrics or name in s.ratios]
-        for s in having:
+    for axis, name in zip(axes, names, strict=True):
+        for s in found[name]:
             _curve(axis, s, x, name, places[s.label])
-        if _spans_decades(np.concatenate([_values(s, name).ravel() for s in having])):
+        if _spans_decades(np.concatenate([_values(s, name).ravel() for s in found[name]])):
             axis.set_yscale("log")
         _heed_lines(axis)
         label(axis, words(name), "", "", legend=False)
-        axis.tick_params(labelsize=8)
-    right = max(axis.get_xlim()[1] for axis in axes[: len(names)])
-    for axis in axes[: len(names)]:
+    right = max(axis.get_xlim()[1] for axis in axes)
+    columns = axes[0].get_subplotspec().get_gridspec().ncols
+    for axis in axes:
         axis.set_xlim(-0.03 * right, right)
-    for axis in axes[max(len(names) - columns, 0) : len(names)]:
-        axis.set_xlabel(AXES[x], fontsize=8)
-    for axis in axes[len(names) :]:
-        axis.remove()
+    for axis in axes[-columns:]:
+        axis.set_xlabel(AXES[x])
     arrows = any(each.get_label() == BOUND for axis in axes for each in axis.get_lines())
     caption(figure, f"{BAND}; {_seeds(series)}" + arrows * f"; arrows: {BOUND}")
     if len(places) > 1:
-        handles = {h.get_label(): h for axis in axes for h in axis.get_lines()}
-        chosen = [handles[name] for name in places if name in handles]
-        figure.legend(
-            handles=chosen, loc="outside upper center", fontsize=8, frameon=False, handlelength=HANDLE,
-            ncols=max(1, min(3, int(figure.get_figwidth() / (0.8 + 0.07 * max(map(len, places)))))),
-        )  # fmt: skip
+        legend(figure)
 
 
 def comparison(figure, series: list[Series]) -> None:
@@ -93,14 +98,16 @@ def comparison(figure, series: list[Series]) -> None:
     """
     scores, unit = final_scores(series)
     pairs = _pairs(scores)
-    named = [[_folded(name) for name in scores], list(map(_over, pairs))]
-    tall = max(len(each) * (1 + max(x.count("\n") for x in each)) for each in named if each)
-    height = 1.6 + max(0.55 * max(*map(len, named), 3), LINE * tall)
-    axes = panels(figure, columns=3 if pairs else 2, width=4.2, height=height)
+    lines = [[_folded(name) for name in scores], [f"{a}\n{b}" for a, b in map(_over, pairs)]]
+    tall = max(len(each) * (1 + max(x.count("\n") for x in each)) for each in lines if each)
+    axes = panels(figure, 3 if pairs else 2, height=max(1.5, LINE * tall))
     _draw_means(axes[0], scores, unit)
     _draw_profiles(axes[1], scores, unit)
     if pairs:
-        _draw_improvement(axes[2], scores, pairs)
+        improvement(axes[2], [
+            (*_over(pair), bootstrap(probability_of_improvement, *(scores[name] for name in pair)))
+            for pair in pairs
+        ])  # fmt: skip
     caption(figure, f"95 % stratified bootstrap intervals; {_seeds(series)}")
 
 
@@ -141,15 +148,6 @@ def final_scores(series: list[Series]) -> tuple[dict[str, np.ndarray], str]:
     return scaled(scores), "final return, 0 worst and 1 best run"
 
 
-def words(metric: str) -> str:
-    """The name of a metric in words."""
-    known = {"kl": "KL divergence", "ess": "effective sample size (share)",
-             "grad_norm": "gradient norm", "noise_scale": "noise scale (episodes or lanes)",
-             "episode_return": "episode return", "episode_length": "episode length (steps)",
-             "entropy": "entropy (nats)"}  # fmt: skip
-    return known.get(metric, metric.replace("_", " "))
-
-
 def _lowest(scores):
     return np.fmin.reduce(np.concatenate(list(scores.values())), axis=0)
 
@@ -158,16 +156,15 @@ def _curve(axis, s: Series, x, metric, place):
     # Episodes differ in length, so seeds may have taken different numbers of steps by the same update.
     at = {"env_steps": s.env_steps.mean(axis=0), "updates": s.update, "seconds": s.seconds}[x]
     shown = s.ratios[metric] if metric in s.ratios else band(s.metrics[metric])
-    colour = COLOURS[place]
     bounds(axis, at, Estimate(*shown), place)
     # A line without a point has no length to space markers along.
     every = (0.05 + 0.02 * place, 0.14) if np.isfinite(shown.value).any() else None
     axis.plot(
-        at, shown.value, color=colour, linestyle=LINES[place], linewidth=1.4, label=s.label,
-        marker=MARKERS[place], markerfacecolor="white", markersize=4, markevery=every,
+        at, shown.value, color=COLOURS[place], linestyle=LINES[place], label=s.label,
+        marker=MARKERS[place], markerfacecolor="white", markevery=every,
     )  # fmt: skip
-    resolved = np.where(np.isfinite(shown.value), [shown.low, shown.high], np.nan)
-    axis.fill_between(at, *resolved, color=colour, alpha=0.18, linewidth=0)
+    low, high = np.where(np.isfinite(shown.value), [shown.low, shown.high], np.nan)
+    interval_band(axis, at, low, high, place)
     if x != "seconds":
         axis.xaxis.set_major_formatter(_thousands())
 
@@ -195,35 +192,42 @@ def _thousands():
 
 
 def _draw_means(axis, scores, unit):
-    for i, each in enumerate(scores.values()):
-        _interval(axis, robust(each), i, i)
-    _rows(axis, [_folded(name) for name in scores])
+    found = [robust(each) for each in scores.values()]
+    for i, each in enumerate(found):
+        interval(axis, each, i, i)
+    rows(axis, [_folded(name) for name in scores])
+    everything = np.concatenate([x.ravel() for x in scores.values()])
+    ends = np.array([x for each in found for x in each])
+    ends = ends[np.isfinite(ends)]
+    # Means that are nearly equal look so: no narrower than a part of the range of all runs and of 0.
+    least = LEAST_RANGE * max(np.ptp(everything), np.abs(everything).max(), 1e-9)
+    lacking = max(least - np.ptp(ends), 0.0) / 2
+    axis.set_xlim(
+        ends.min() - lacking - 0.08 * np.ptp(ends), ends.max() + lacking + 0.08 * np.ptp(ends)
+    )
     label(axis, "Interquartile mean", unit, "", legend=False)
 
 
 def _draw_profiles(axis, scores, unit):
     everything = np.concatenate([x.ravel() for x in scores.values()])
     low, high = everything.min(), everything.max()
-    margin = 0.02 * (high - low) or 1.0
+    lacking = max(LEAST_RANGE * np.abs(everything).max() - (high - low), 0.0) / 2
+    margin = 0.02 * (high - low) + lacking or 1.0
     limits = np.linspace(low - margin, high + margin, PROFILE_POINTS)
     for i, each in enumerate(scores.values()):
         above = performance_profile(each, limits)
         axis.step(
-            limits, above, where="post", color=COLOURS[i], linestyle=LINES[i], linewidth=1.4,
-            marker=MARKERS[i], markerfacecolor="white", markersize=5,
-            markevery=(0.04 + 0.03 * i, 0.25),
+            limits, above, where="post", color=COLOURS[i], linestyle=LINES[i], marker=MARKERS[i],
+            markerfacecolor="white", markevery=(0.04 + 0.03 * i, 0.25),
         )  # fmt: skip
         if len(each) > 1:
             shown = bootstrap(
                 lambda x: performance_profile(x, limits), each, num_resamples=RESAMPLES
             )
-            shade = {"color": COLOURS[i], "alpha": 0.18, "linewidth": 0}
-            axis.fill_between(limits, shown.low, shown.high, step="post", **shade)
+            interval_band(axis, limits, shown.low, shown.high, i, "post")
     axis.set_ylim(-0.03, 1.03)
     # The markers are named in the panel to the left.
-    label(
-        axis, "Performance profile", rf"{unit} $\tau$", r"share of runs above $\tau$", legend=False
-    )
+    label(axis, "Performance profile", f"{unit}, τ", "share of runs above τ", legend=False)
 
 
 def _pairs(scores) -> list[tuple[str, str]]:
@@ -236,35 +240,12 @@ def _pairs(scores) -> list[tuple[str, str]]:
     return [(order[0], other) for other in order[1:]]
 
 
-def _draw_improvement(axis, scores, pairs):
-    for i, (one, other) in enumerate(pairs):
-        _interval(axis, bootstrap(probability_of_improvement, scores[one], scores[other]), i, 0)
-    _rows(axis, list(map(_over, pairs)))
-    axis.set_xlim(-0.02, 1.02)
-    axis.axvline(0.5, color="0.3", linewidth=0.8)
-    label(axis, "Probability of improvement", "P(a run of the first is better)", "", legend=False)
-
-
-def _interval(axis, estimate, row, place):
-    value, low, high = estimate
-    reach = np.nan_to_num(np.maximum([[value - low], [high - value]], 0.0))
-    axis.errorbar([value], [row], xerr=reach, fmt=MARKERS[place], color=COLOURS[place],
-                  markerfacecolor="white", markersize=6, capsize=3)  # fmt: skip
-
-
 def _folded(name):
     return name.replace(", ", ",\n")
 
 
 def _over(pair):
-    one, other = map(_folded, pair)
-    return f"{one}\nover {other}"
-
-
-def _rows(axis, names):
-    axis.set_yticks(range(len(names)), names, fontsize=8)
-    axis.set_ylim(len(names) - 0.4, -0.6)  # the first on top
-    axis.grid(False, axis="y")
+    return tuple(map(_folded, pair))
 
 
 def _places(series) -> dict[str, int]:
@@ -278,6 +259,13 @@ def _values(s: Series, name) -> np.ndarray:
         return s.metrics[name]
     value, low, _ = s.ratios[name]
     return np.where(np.isnan(value), low, value)
+
+
+def _varies(series, name) -> bool:
+    """Whether any series of the metric has two values that differ by more than rounding."""
+    values = np.concatenate([_values(s, name).ravel() for s in series])
+    values = values[np.isfinite(values)]
+    return values.size > 0 and np.ptp(values) > 1e-6 * np.abs(values).max()
 
 
 def _spans_decades(values) -> bool:

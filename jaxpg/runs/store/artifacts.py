@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxpg.runs.console import warn
 from jaxpg.runs.store.folder import write_atomically, write_json
+from jaxpg.stats.figures import STYLE, drawn
 from jaxpg.stats.intervals import NOT_RESOLVED, told
 
 TABLE, CSV, SUMMARY, *_ = FILES = (
@@ -20,7 +21,10 @@ TABLE, CSV, SUMMARY, *_ = FILES = (
     "summary.json",
     "figure.png",
     "figure.svg",
+    "figure.pdf",
 )
+# The kinds of file, each with what keeps the time of drawing out of it.
+FIGURES = {"png": None, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 WIDTH = 80
 MOST_ROWS = 24
 MOST_WARNINGS = 4
@@ -48,29 +52,26 @@ def write_summary(folder: Path, value: Any) -> None:
     write_json(folder / SUMMARY, value)
 
 
-def write_figure(folder: Path, draw: Callable[[Any], None], name: str = "figure") -> bool:
-    """Writes the figure as PNG (160 dots per inch) and SVG; on failure, warns and returns False.
+def write_figure(
+    folder: Path, draw: Callable[[Any], None], name: str = "figure", width: str = "page"
+) -> bool:
+    """Writes the figure as PNG (300 dots per inch), SVG and PDF, each as wide as the page or column.
 
-    Figures are drawn last, and whatever goes wrong here must not lose the results.
+    Figures are drawn last, and whatever goes wrong here must not lose the results: on failure, warns and
+    returns False.
     """
     try:
-        matplotlib = _matplotlib()
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        # Needs no display, and the same data gives the same file.
-        with matplotlib.rc_context({"svg.hashsalt": "jaxpg", "svg.fonttype": "none"}):
-            figure = Figure()
-            FigureCanvasAgg(figure)
-            draw(figure)
+        # The same data gives the same file.
+        with _matplotlib().rc_context(STYLE):
+            figure = drawn(draw, width)
             folder.mkdir(exist_ok=True)
-            write_atomically(
-                folder / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=160)
-            )
-            write_atomically(
-                folder / f"{name}.svg",
-                lambda file: figure.savefig(file, format="svg", metadata={"Date": None}),
-            )
+            for kind, undated in FIGURES.items():
+                write_atomically(
+                    folder / f"{name}.{kind}",
+                    lambda file, k=kind, m=undated: figure.savefig(
+                        file, format=k, dpi=300, metadata=m
+                    ),
+                )
     except Exception as error:  # a missing font, a full disk, numbers that cannot be drawn
         why = getattr(error, "strerror", None) or error
         warn(f"cannot draw {folder / name}: {why or type(error).__name__}")

@@ -1,12 +1,18 @@
 """Figures of sweeps: the return against the swept hyperparameters."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxpg.stats.figures import COLOURS, caption, label, panels
+from jaxpg.stats.figures import COLOURS, MARKERS, caption, label, legend, panels
+from jaxpg.stats.words import words
 
 MOST_CELLS = 144  # a larger heat map shows no numbers
+LIGHT, DARK = (
+    "0.95",
+    "0.35",
+)  # of the worst and best cell: neither is the page's white or the text's black
 
 
 class Points(NamedTuple):
@@ -14,10 +20,21 @@ class Points(NamedTuple):
 
     numbers: dict[str, list[float]]  # [P] for each swept hyperparameter
     estimates: np.ndarray  # [3, P] return, low, high; NaN where a point was not run
-    whole: np.ndarray  # [P] bool: trained to the end, not dropped before
+    updates: np.ndarray  # [P] that each point was trained for
+    total: int  # of a point that was trained to the end, not dropped before
+    seeds: int
     gridded: bool
     diverged: np.ndarray | bool = False  # [P] bool: every seed diverged
     best: int | None = None  # the point ranked first, even if others tie with it
+    logarithmic: Mapping[str, bool] = {}  # how numbers were drawn, where known
+
+    @property
+    def tied(self) -> np.ndarray:
+        """[P] bool: the best point, and those with the same return."""
+        if self.best is None:
+            return np.zeros(len(self.updates), bool)
+        same = self.estimates[0] == self.estimates[0, self.best]
+        return same & (self.updates == self.total)
 
 
 def draw(figure, points: Points, title: str) -> None:
@@ -25,105 +42,110 @@ def draw(figure, points: Points, title: str) -> None:
     if len(points.numbers) == 2 and points.gridded:
         _heat_map(figure, points, title)
         return
-    names = list(points.numbers)
-    columns = min(3, len(names))
-    axes = panels(
-        figure, columns, -(-len(names) // columns), width=5.4 if columns == 1 else 4.6, height=3.4
-    )
-    for axis, name in zip(axes, names, strict=False):
+    axes = panels(figure, len(points.numbers))
+    for axis, name in zip(axes, points.numbers, strict=True):
         _panel(axis, points, name)
-        label(axis, title if len(names) == 1 else "", words(name), "return", legend=False)
-    for axis in axes[len(names) :]:
-        axis.remove()
-    if len(names) > 1:
-        figure.suptitle(title, fontsize=10)
-    said = "interquartile mean, 95 % intervals over seeds"
-    if not points.whole.all():
-        said += "; open: not trained to the end"
+        label(axis, title if len(axes) == 1 else "", words(name), "return", legend=False)
+    if (points.updates != points.total).any():
+        legend(figure)
+    said = f"{title}: " * (len(axes) > 1) + _said(points) + ", 95 % intervals"
     if np.any(points.diverged):
         said += "; cross: diverged"
     caption(figure, said + _best(points, "ring"))
+
+
+def _said(points) -> str:
+    return f"interquartile mean over {points.seeds} seed{'s' * (points.seeds > 1)}"
 
 
 def _best(points, mark) -> str:
     """The caption's note on the best point."""
     if points.best is None:
         return ""
-    tied = int((points.whole & (points.estimates[0] == points.estimates[0, points.best])).sum())
+    tied = int(points.tied.sum())
     return f"; {mark}: best" + f" of {tied} that tie, by area" * (tied > 1)
-
-
-def words(name: str) -> str:
-    return name.strip("_").replace("_", " ")
 
 
 def _panel(axis, points, name):
     at, (value, low, high) = np.array(points.numbers[name]), points.estimates
     reach = np.nan_to_num(np.maximum([value - low, high - value], 0.0))
-    for some, colour, fill in (
-        (~points.whole, "0.6", "white"),
-        (points.whole, COLOURS[0], COLOURS[0]),
-    ):
+    rungs = sorted({*points.updates.tolist(), points.total})
+    for i, rung in enumerate(reversed(rungs)):
+        some = points.updates == rung
+        if not rung or not some.any():
+            continue
+        # The shorter the training, the paler.
+        colour = COLOURS[0] if rung == points.total else f"{0.3 + 0.4 * i / len(rungs):.2f}"
         axis.errorbar(
-            at[some], value[some], yerr=reach[:, some], fmt="o", color=colour, markersize=5,
-            markerfacecolor=fill, linewidth=1.0, capsize=2.5,
+            at[some], value[some], yerr=reach[:, some], fmt=MARKERS[i % len(MARKERS)], color=colour,
+            markerfacecolor=colour if rung == points.total else "white", linewidth=0.9, capsize=2.0,
+            label=f"{rung:,} of {points.total:,} updates",
         )  # fmt: skip
     if len(points.numbers) == 1 and points.gridded:
         order = np.argsort(at)
-        axis.plot(at[order], value[order], color=COLOURS[0], linewidth=1.0, zorder=1)
+        axis.plot(at[order], value[order], color=COLOURS[0], linewidth=0.9, zorder=1)
     if points.best is not None:
         best = at[points.best], value[points.best]
-        axis.plot(*best, "o", color=COLOURS[1], markersize=11, markerfacecolor="none")
+        axis.plot(*best, "o", color=COLOURS[1], markersize=9, markerfacecolor="none")
     lost = at[np.broadcast_to(points.diverged, at.shape)]
     if len(lost):  # an empty line that is not clipped has no box, and the panels would collapse
         axis.plot(lost, np.zeros(len(lost)), "x", color=COLOURS[1], transform=axis.get_xaxis_transform(),
                   clip_on=False)  # fmt: skip
-    if _spread(at):
+    if points.logarithmic.get(name, _spread(at)):
         axis.set_xscale("log")
 
 
 def _heat_map(figure, points, title):
+    from matplotlib.colors import LinearSegmentedColormap
+
     (x, xs), (y, ys) = ((n, sorted(set(v))) for n, v in points.numbers.items())
     if len(ys) > len(xs):  # keep the figure wider than tall
         (x, xs), (y, ys) = (y, ys), (x, xs)
-    values = np.full((len(ys), len(xs)), np.nan)
-    whole, lost = (np.zeros(values.shape, bool) for _ in range(2))
+    estimates = np.full((3, len(ys), len(xs)), np.nan)
+    whole, lost, tied = (np.zeros(estimates.shape[1:], bool) for _ in range(3))
     at = [ys.index(b) for b in points.numbers[y]], [xs.index(a) for a in points.numbers[x]]
-    values[at], whole[at], lost[at] = points.estimates[0], points.whole, points.diverged
-    width, height = max(4.5, 0.78 * len(xs) + 2.2), max(2.6, 0.5 * len(ys) + 1.5)
-    (axis,) = panels(figure, width=width, height=height)
+    estimates[:, *at], lost[at], tied[at] = points.estimates, points.diverged, points.tied
+    whole[at] = points.updates == points.total
+    (axis,) = panels(figure, height=max(1.2, 0.36 * len(ys)))
     axis.grid(False)
-    image = axis.imshow(values, cmap="Greys_r", aspect="auto", origin="lower")
-    if values.size <= MOST_CELLS:
-        best = None if points.best is None else (at[0][points.best], at[1][points.best])
-        _write_cells(axis, values, whole, lost, best, image.norm)
-    axis.set_xticks(range(len(xs)), [f"{v:.3g}" for v in xs])
-    axis.set_yticks(range(len(ys)), [f"{v:.4g}" for v in ys])
-    if np.isfinite(values).any():
-        figure.colorbar(image, label="return", fraction=0.05, pad=0.02).outline.set_visible(False)
+    colours = LinearSegmentedColormap.from_list("returns", [LIGHT, DARK])
+    image = axis.pcolormesh(
+        estimates[0], cmap=colours, edgecolors="0.2", linewidth=0.5, clip_on=False
+    )
+    written = estimates[0].size <= MOST_CELLS
+    wide = float(figure.get_figwidth()) > 0.75 * (len(xs) + 2)  # inches, for "[488, 500]"
+    if written:
+        _write_cells(axis, estimates, whole, lost, tied, image.norm, wide)
+    axis.set_xticks(np.arange(len(xs)) + 0.5, [f"{v:.3g}" for v in xs])
+    axis.set_yticks(np.arange(len(ys)) + 0.5, [f"{v:.4g}" for v in ys])
+    axis.tick_params(length=0)
+    if np.isfinite(estimates[0]).any():
+        figure.colorbar(image, label="return", fraction=0.05, pad=0.02).outline.set_linewidth(0.5)
     label(axis, title, words(x), words(y), legend=False)
-    said = "interquartile mean over seeds"
-    if not points.whole.all():
+    said = _said(points) + ", with 95 % intervals" * (written and wide)
+    if not whole.all():
         said += "; in brackets: not trained to the end"
-    caption(figure, said + _best(points, "bold") * (values.size <= MOST_CELLS))
+    tie = int(points.tied.sum()) > 1
+    caption(
+        figure, said + ("; bold: best" + ", all that tie" * tie) * (written and bool(tied.any()))
+    )
 
 
-def _write_cells(axis, values, whole, lost, best, norm):
+def _write_cells(axis, estimates, whole, lost, tied, norm, wide):
     for row, column in np.argwhere(lost):
-        axis.text(column, row, "diverged", ha="center", va="center", fontsize=7, color=COLOURS[1])
-    if not np.isfinite(values).any():
+        axis.text(column + 0.5, row + 0.5, "diverged", ha="center", va="center", color=COLOURS[1])
+    if not np.isfinite(estimates[0]).any():
         return
-    low, high = np.nanmin(values), np.nanmax(values)
+    low, high = np.nanmin(estimates[0]), np.nanmax(estimates[0])
     digits = 0 if high - low > 20 else 1 if high - low > 2 else 2
-    for (row, column), value in np.ndenumerate(values):
-        if np.isnan(value):
-            continue
-        text = f"{value:.{digits}f}"
-        text = text if whole[row, column] else f"({text})"
+    for row, column in np.argwhere(np.isfinite(estimates[0])):
+        value, *ends = (f"{x:.{digits}f}" for x in estimates[:, row, column])
+        text = value if whole[row, column] else f"({value})"
+        text += f"\n[{', '.join(ends)}]" * wide
         axis.text(
-            column, row, text, ha="center", va="center", fontsize=8,
-            color="black" if norm(value) > 0.5 else "white",
-            fontweight="bold" if (row, column) == best else "normal",
+            column + 0.5, row + 0.5, text, ha="center", va="center",
+            color="white" if norm(estimates[0, row, column]) > 0.85 else "black",
+            fontweight="bold" if tied[row, column] else "normal",
         )  # fmt: skip
 
 

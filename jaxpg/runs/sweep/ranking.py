@@ -243,10 +243,13 @@ def draw(folder: Path, config: Config, search: Search, outcomes: Outcomes) -> No
     numbers = figures.Points(
         {n: [getattr(p, n) for p in search.points] for n in search.swept},
         estimates,
-        outcomes.updates == config.updates,
+        outcomes.updates,
+        config.updates,
+        outcomes.returns.shape[1],
         search.options.random is None and search.options.part is None,
         np.all(outcomes.diverged, axis=1),
-        *(int(i) for i in first if np.isfinite(estimates[0, i])),
+        next((int(i) for i in first if np.isfinite(estimates[0, i])), None),
+        {name: span.logarithmic for name, span in search.options.ranges.items()},
     )
     title = f"{config.environment}, {config.algorithm}"
     artifacts.write_figure(
