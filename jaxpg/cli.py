@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 from jaxpg.runs.console import Ended, Unheard, flush, nearest, say, shortened, tell
+from jaxpg.runs.host import cluster
 
 HELP = """\
 usage: jaxpg COMMAND ...
@@ -91,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(f"cannot read or write{what}: {error.strerror or error}", status=1)
     except (MemoryError, RuntimeError, ImportError) as error:
         if not any(sign in repr(error) for sign in EXHAUSTED):
+            cluster.end(f"error: {error!r}"[:300], 1)
             raise
         why = str(error).partition("\n")[0] or "no memory is left"
         _leave(
@@ -130,7 +132,14 @@ def _train(argv):
     # Imported here, so that help does not wait for jax.
     from jaxpg.runs.config.flags import request
 
-    asked = request(argv, prog="jaxpg train")
+    processes, argv = cluster.take(argv, "jaxpg train")
+    if {"-h", "--help"} & {*argv}:
+        processes = None
+    with cluster.joined(processes):
+        _trained(request(argv, prog="jaxpg train"))
+
+
+def _trained(asked):
     from jaxpg.runs.host.cache import use_compilation_cache
     from jaxpg.runs.train.run import begin, execute
 
@@ -254,12 +263,15 @@ def _writing(place: str = "", at_once: bool = False):
 
 
 def _fail(message: object, status: int = 2) -> NoReturn:
+    if cluster.size() > 1:
+        _leave(f"error: {message}", status)
     tell(f"error: {message}")
     raise SystemExit(status)
 
 
 def _leave(message: object, status: int) -> NoReturn:
-    """Ends the process without waiting for threads that still compile."""
+    """Ends the process, and others that it runs with, without waiting for threads that still compile."""
+    cluster.end(str(message), status)
     if message:
         tell(message)
     with suppress(Unheard):

@@ -40,6 +40,7 @@ MEMORY = (
 
 _whole: list[None] = []  # one for each `undivided` around what is traced
 _told: list[str] = []  # what `built_for` says, innermost last
+_apart: list[None] = []  # one for each `apart` around what runs
 
 
 def backend() -> str:
@@ -49,7 +50,92 @@ def backend() -> str:
 
 def running() -> int:
     """How many devices run what is traced; 1 if `built_for` says that another machine does."""
-    return 1 if _told else len(jax.devices())
+    return 1 if _told else len(present())
+
+
+def present() -> list[Any]:
+    """The devices of all processes; within `apart`, only this one's."""
+    return jax.local_devices() if _apart else jax.devices()
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Let each of several processes use its own devices, for work that they do not share.
+
+    >>> with apart():
+    ...     present() == jax.local_devices()
+    True
+    """
+    _apart.append(None)
+    try:
+        yield
+    finally:
+        _apart.pop()
+
+
+def processes() -> int:
+    """How many processes share the work on the present devices."""
+    return 1 if _apart else jax.process_count()
+
+
+def some_devices(count: int) -> list[Any]:
+    """The first `count` devices, as many of each process.
+
+    >>> len(some_devices(1))
+    1
+    """
+    each, found = count // processes(), []
+    for device in present():
+        if sum(other.process_index == device.process_index for other in found) < each:
+            found.append(device)
+    return found
+
+
+def placed(tree: Any, sharding: Any) -> Any:
+    """Puts arrays and keys, the same in every process, on the devices of a sharding, or of one for each leaf.
+
+    >>> placed(jnp.arange(2), None).tolist()
+    [0, 1]
+    """
+    if processes() == 1:
+        return jax.device_put(tree, sharding)
+    kinds = jax.tree.map(lambda x: jax.random.key_impl(x) if is_key(x) else None, tree)
+    data = jax.tree.map(lambda x: np.asarray(jax.random.key_data(x) if is_key(x) else x), tree)
+
+    def again(tree):
+        return jax.tree.map(
+            lambda x, kind: x if kind is None else jax.random.wrap_key_data(x, impl=kind),
+            tree,
+            kinds,
+        )
+
+    return jax.jit(again, out_shardings=sharding)(jax.device_put(data, sharding))
+
+
+def fetched(tree: Any) -> Any:
+    """Arrays of the devices of all processes, as numpy arrays in each of them.
+
+    >>> fetched({"a": jnp.arange(2)})
+    {'a': array([0, 1], dtype=int32)}
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    far = [i for i, x in enumerate(leaves) if not getattr(x, "is_fully_addressable", True)]
+    if far:
+        from jax.experimental.multihost_utils import process_allgather
+
+        found = process_allgather([leaves[i] for i in far], tiled=True)
+        for i, x in zip(far, found, strict=True):
+            leaves[i] = x
+    return jax.device_get(jax.tree.unflatten(structure, leaves))
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether an array, or its shape, is of random keys.
+
+    >>> is_key(jax.random.key(0)), is_key(jnp.ones(2))
+    (True, False)
+    """
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 @contextmanager
@@ -229,7 +315,7 @@ def split_over(trainer: Any, devices: int | Sequence[Any] | None = None) -> Any:
     (4096, 4)
     """
     if devices is None or isinstance(devices, int):
-        devices = jax.devices()[: check_present(devices)]
+        devices = some_devices(check_present(devices))
     check_split(trainer, len(devices))
     mesh = mesh_of({SHARDS: len(devices)}, devices)
     specs, same = lane_specs(trainer.init, mesh), PartitionSpec()
@@ -266,10 +352,14 @@ def lane_specs(init: Callable, mesh: Any) -> Any:
 
 def check_present(count: int | None) -> int:
     """The number of devices asked for, by default all. Raises ValueError if there are fewer."""
-    present = len(jax.devices())
-    if count is not None and not 1 <= count <= present:
-        raise ValueError(f"devices={count}, but there are {present}; use 1 to {present}, or all")
-    return present if count is None else count
+    most, each = len(present()), processes()
+    if count is not None and not 1 <= count <= most:
+        raise ValueError(f"devices={count}, but there are {most}; use 1 to {most}, or all")
+    if count is not None and count % each:
+        raise ValueError(
+            f"devices={count} cannot be spread evenly over {each} processes; use a multiple of {each}, or all"
+        )
+    return most if count is None else count
 
 
 def check_split(trainer: Any, count: int) -> None:
@@ -315,7 +405,7 @@ def on_two_devices(function: Callable) -> Callable:
     >>> on_two_devices(lambda x: x + 1)(jnp.ones(2)).tolist()
     [2.0, 2.0]
     """
-    if backend() != "cpu" or len(jax.devices()) < 2:
+    if backend() != "cpu" or len(present()) < 2:
         return function
     mesh = mesh_of({PAIR: 2})
     everywhere = PartitionSpec()
@@ -327,7 +417,7 @@ def on_two_devices(function: Callable) -> Callable:
 def mesh_of(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh with axes of these sizes, over the first of the devices, by default this machine's."""
     count, kinds = math.prod(sizes.values()), (AxisType.Auto,) * len(sizes)
-    devices = (jax.devices() if devices is None else devices)[:count]
+    devices = (present() if devices is None else devices)[:count]
     return jax.make_mesh((*sizes.values(),), (*sizes,), axis_types=kinds, devices=devices)
 
 

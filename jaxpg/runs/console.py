@@ -13,6 +13,8 @@ from rich.console import Console
 
 LONGEST_WORD = 320  # characters
 
+_muted: list[None] = []  # not empty: another process speaks for this one
+
 
 class Ended(Exception):
     """Ends a command: the message is its last line, `status` its exit status."""
@@ -24,10 +26,21 @@ class Unheard(Exception):
     """Standard output takes nothing more: its reader has left, or its device is full."""
 
 
+def mute() -> None:
+    """Prints nothing from here on, because another process speaks for this one."""
+    _muted.append(None)
+
+
+def unmute() -> None:
+    """Prints again."""
+    _muted.clear()
+
+
 def say(*lines: str) -> None:
     """Prints lines at once. Raises Unheard."""
-    with heard():
-        print("\n".join(lines), flush=True)
+    if not _muted:
+        with heard():
+            print("\n".join(lines), flush=True)
 
 
 def flush() -> None:
@@ -61,7 +74,7 @@ def tell(message: object) -> None:
 
 def note(line: str) -> None:
     """Prints a line on standard error, or nothing if that is closed or full."""
-    if sys.stderr is not None:
+    if sys.stderr is not None and not _muted:
         with suppress(OSError):
             print(line, file=sys.stderr, flush=True)
 
@@ -92,7 +105,7 @@ def terminal() -> Console | None:
     rich chooses the colours, and respects NO_COLOR.
     """
     console = Console(stderr=True)
-    return console if console.is_interactive and sys.stderr.isatty() else None
+    return console if console.is_interactive and sys.stderr.isatty() and not _muted else None
 
 
 def whole(least: int = 0, most: int = 2**31 - 1, word: str = "") -> Callable[[str], Any]:

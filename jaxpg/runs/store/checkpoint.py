@@ -21,12 +21,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpg.devices import is_key, processes
 from jaxpg.runs.config.config import CONFIG
 from jaxpg.runs.config.schema import expect
+from jaxpg.runs.host import cluster
 
 LAYOUT = 1  # version of this format; the structure of a tree is in its leaves
 KEEP = 3  # number of the newest to keep, besides the best
 REMOVAL = 1.0  # seconds that removing a checkpoint may take
+
+
+class Written(TypedDict):
+    """The part of an array that one of several processes has written."""
+
+    first: list[int]  # index
+    end: list[int]
+    crc32: int
 
 
 class Leaf(TypedDict):
@@ -34,7 +44,8 @@ class Leaf(TypedDict):
 
     shape: list[int]
     dtype: str
-    crc32: int
+    crc32: NotRequired[int]
+    parts: NotRequired[list[Written]]  # instead, if several processes wrote it
 
 
 class Host(TypedDict):
@@ -66,13 +77,13 @@ class Record(TypedDict):
 class Checkpoints(NamedTuple):
     """Saves a run. An OSError that occurred in the background is raised by the next call."""
 
-    save: Callable[[int, Any, dict, float], None]  # updates, tree on the host, record, score
+    save: Callable[[int, Any, dict, float], None]  # updates, tree from `copied`, record, score
     wait: Callable[[], None]
     close: Callable[[], None]
 
 
 def open_checkpoints(folder: Path, **about: dict) -> Checkpoints:
-    """Saves in the background; a checkpoint gets its name once it is whole.
+    """Saves in the background; a checkpoint gets its name once it is whole. Processes write their own parts.
 
     about: the run's `settings` and what it is `computing` with, stored in every checkpoint with its number
     of updates.
@@ -92,11 +103,11 @@ def open_checkpoints(folder: Path, **about: dict) -> Checkpoints:
     manager = _written(folder, lambda: ocp.CheckpointManager(folder.absolute(), options=options))
 
     def save(updates, tree, record, score):
-        leaves, described = _described(tree)
+        leaves = {name: leaf for name, (leaf, _) in _named(tree).items()}
+        described = _joined(cluster.collected({name: _leaf(x) for name, x in leaves.items()}))
         host = {"layout": LAYOUT, "leaves": described, "record": record, "updates": updates}
         arguments = ocp.args.Composite(
-            # orbax refuses arrays without elements; they have nothing to store.
-            state=ocp.args.PyTreeSave({k: x for k, x in leaves.items() if x.size}),
+            state=ocp.args.PyTreeSave({name: leaves[name] for name in _full(described)}),
             host=ocp.args.JsonSave(host | about),
         )
         metrics = {"score": score} if math.isfinite(score) else None
@@ -113,13 +124,18 @@ def open_checkpoints(folder: Path, **about: dict) -> Checkpoints:
 def on_host(tree: Any) -> Any:
     """Copies a tree of arrays and typed keys to the host's memory; keys become their data."""
 
-    def copied(x):
-        if _is_key(x):
-            x = jax.random.key_data(x)
-        # np.array copies: on a CPU, jax would share memory with an array that is about to be donated.
-        return np.array(x)
+    # np.array copies: on a CPU, jax would share memory with an array that is about to be donated.
+    return jax.tree.map(lambda x: np.array(_data(x)), tree)
 
-    return jax.tree.map(copied, tree)
+
+def copied(tree: Any) -> Any:
+    """A copy of a state to save: on the host or, if several processes hold its parts, on their devices."""
+    if processes() == 1:
+        return on_host(tree)
+    places = jax.tree.map(lambda x: x.sharding, tree)
+    return jax.jit(
+        lambda tree: jax.tree.map(lambda x: jnp.copy(_data(x)), tree), out_shardings=places
+    )(tree)
 
 
 def steps(folder: Path) -> list[int]:
@@ -185,11 +201,14 @@ def restore(folder: Path, step: int, shapes: Any, settings: dict | None = None) 
     expected = {name: leaf for name, (leaf, _) in _named(shapes).items()}
     _same_leaves(path, host["leaves"], expected)
     _check_headers(path, host["leaves"])
-    saved = _read(path, ocp.args.Composite(state=ocp.args.PyTreeRestore())).state
+    # On the host whatever wrote it, and whole in every process.
+    plain = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in _full(host["leaves"])}
+    arguments = ocp.args.PyTreeRestore(restore_args=plain)
+    saved = _read(path, ocp.args.Composite(state=arguments)).state if plain else {}
     found = []
     for name, leaf in expected.items():
         array = np.asarray(saved[name]) if name in saved else _empty(leaf)
-        if _checksum(array) != host["leaves"][name]["crc32"]:
+        if not _intact(array, host["leaves"][name]):
             raise ValueError(f"{path} is damaged: {name} is not what was written{_other(path)}")
         found.append(_as_saved(array, leaf))
     return jax.tree.unflatten(jax.tree.structure(shapes), found), cast(Host, host)
@@ -234,13 +253,47 @@ def _named(tree):
     }
 
 
-def _described(tree):
-    leaves = {name: np.asarray(leaf) for name, (leaf, _) in _named(tree).items()}
-    described = {
-        name: {"shape": list(x.shape), "dtype": str(x.dtype), "crc32": _checksum(x)}
-        for name, x in leaves.items()
-    }
-    return leaves, described
+def _leaf(x) -> Leaf:
+    """The description of an array, or of the parts of it that this process writes."""
+    found: Leaf = {"shape": list(x.shape), "dtype": str(x.dtype)}
+    if getattr(x, "is_fully_addressable", True):
+        return {**found, "crc32": _checksum(np.asarray(x))}
+    parts = []
+    for shard in x.addressable_shards:
+        if shard.replica_id == 0:
+            bounds = [
+                part.indices(size)[:2] for part, size in zip(shard.index, x.shape, strict=True)
+            ]
+            first, end = ([bound[i] for bound in bounds] for i in range(2))
+            parts.append(Written(first=first, end=end, crc32=_checksum(np.asarray(shard.data))))
+    return {**found, "parts": parts}
+
+
+def _joined(each: list[dict[str, Leaf]]) -> dict[str, Leaf]:
+    """The leaves with the parts of all processes."""
+    whole, *others = each
+    for name, leaf in whole.items():
+        if "parts" in leaf:
+            leaf["parts"] = sum((other[name].get("parts", []) for other in others), leaf["parts"])
+    return whole
+
+
+def _intact(array, leaf: Leaf) -> bool:
+    """Whether an array is what was written."""
+    if "parts" not in leaf:
+        return _checksum(array) == leaf.get("crc32")
+    size = 0
+    for each in leaf["parts"]:
+        part = array[tuple(map(slice, each["first"], each["end"]))]
+        size += part.size
+        if _checksum(part) != each["crc32"]:
+            return False
+    return size == array.size
+
+
+def _full(leaves: dict[str, Leaf]) -> list[str]:
+    """The names of the arrays that have elements: orbax refuses others, which have nothing to store."""
+    return [name for name, leaf in leaves.items() if math.prod(leaf["shape"])]
 
 
 def _same_leaves(path, saved, expected):
@@ -276,13 +329,14 @@ def _check_headers(path, leaves):
             )
 
 
-def _is_key(leaf) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def _data(x):
+    """An array, or the data of keys."""
+    return jax.random.key_data(x) if is_key(x) else x
 
 
 def stored_as(leaf: Any) -> tuple[tuple[int, ...], Any]:
     """Shape and dtype of a leaf on the host."""
-    if _is_key(leaf):
+    if is_key(leaf):
         leaf = jax.eval_shape(jax.random.key_data, leaf)
     return leaf.shape, leaf.dtype
 
@@ -293,7 +347,7 @@ def _empty(leaf):
 
 
 def _as_saved(array, leaf):
-    if _is_key(leaf):
+    if is_key(leaf):
         return jax.random.wrap_key_data(array, impl=_implementation(leaf))
     return array.astype(leaf.dtype)
 
@@ -311,7 +365,12 @@ def _checksum(array) -> int:
 
 def _read(path, items):
     ocp = _orbax()
-    options = ocp.CheckpointManagerOptions(read_only=True)
+    # Each process reads for itself, whether or not others do.
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader{me}"
+    )
+    options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=alone)
     with (
         _reading(path),
         ocp.CheckpointManager(path.parent.absolute(), options=options) as manager,

@@ -42,6 +42,8 @@ TEMPORARY = r"\..+\.\d+\.tmp"  # the names of files that are being written
 LONG = 16
 # Entries of a description that may change the last digits of a result.
 COMPUTING = ("versions", "git", "device", "xla_flags", "precision", "lanes", "sources")
+# Entries in which several processes of a run must agree.
+ASKED = ("versions", "git", "precision", "sources")
 SOURCES = (
     "sources "  # before the name of one's own environment or network, in a list of what has changed
 )
@@ -319,6 +321,7 @@ def description(config: Config, grid: Grid, replicas: list[dict]) -> dict[str, A
             "platform": device.platform,
             "kind": device.device_kind,
             "count": jax.device_count(),
+            "processes": jax.process_count(),
             "processor": processor(),
         },
         "xla_flags": os.environ.get("XLA_FLAGS", ""),

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxpg.devices import present
 from jaxpg.memory import machine_bytes
 from jaxpg.runs.config.config import Config, Grid, check, completed, varying
 from jaxpg.runs.config.flags import request
@@ -105,7 +106,7 @@ def _began(config: Config, search: Search) -> dict[str, Any] | None:
     if not first.get("complete", False):
         if "batch" not in last:
             raise ValueError(f"{folder} has no batches to resume; name a new folder with --run")
-        most = len(search.points) * config.seeds + jax.device_count() - 1
+        most = len(search.points) * config.seeds + len(present()) - 1
         if not 1 <= last["batch"] <= most:
             raise ValueError(
                 f"cannot read {last_path}: batch={last['batch']} must be between 1 and {most}"

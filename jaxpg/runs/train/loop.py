@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxpg.devices import fetched
 from jaxpg.runs.config.config import Config, Grid, points
-from jaxpg.runs.host import health
+from jaxpg.runs.host import cluster, health
 from jaxpg.runs.host.interrupt import Interrupted
 from jaxpg.runs.host.progress import Show, Status
 from jaxpg.runs.store import folder as files
-from jaxpg.runs.store.checkpoint import Checkpoints, on_host, steps
+from jaxpg.runs.store.checkpoint import Checkpoints, copied, steps
 from jaxpg.runs.store.metrics import Records, Sink, Table, nan_mean
 from jaxpg.runs.train.build import Parts, build_algorithm
 from jaxpg.runs.train.replicas import Replicas
@@ -69,8 +70,11 @@ def train_chunks(
     progress: Progress,
     recorder: Recorder,
     compile_seconds: float,
-) -> tuple[TrainState, Status, Progress]:
-    """Trains chunk after chunk until the end or a signal, and saves there. Raises health.Diverged."""
+) -> tuple[TrainState, Status, Progress, int]:
+    """Trains chunk after chunk until the end or a signal, whose number it returns, and saves there.
+
+    Several processes stop at the same chunk. Raises health.Diverged.
+    """
     config = job.config
     none = np.full((len(points(job.grid)), config.seeds), np.nan)
     base, started, saved = progress.seconds, time.perf_counter(), -math.inf
@@ -78,7 +82,8 @@ def train_chunks(
     at = partial(_status, config, compile_seconds)
     unsaid = unmeasured(build_algorithm(config))
     job.show(status := at(progress, none))
-    while progress.updates < config.updates and not job.stopped():
+    stopping, _ = cluster.voted(job.stopped(), False)
+    while progress.updates < config.updates and not stopping:
         paused = time.perf_counter()
         job.before_chunk()
         started += time.perf_counter() - paused
@@ -93,13 +98,15 @@ def train_chunks(
         returns = nan_mean(records.metrics["episode_return"]).reshape(none.shape)
         seen = attained(records.metrics["episode_return"])
         job.show(status := at(progress, returns, seen))
-        if time.perf_counter() - saved >= config.checkpoint_seconds:
+        due = time.perf_counter() - saved >= config.checkpoint_seconds
+        stopping, due = cluster.voted(job.stopped(), due)
+        if due:
             progress = _save(job, recorder, state, progress, returns)
             saved, saved_at = time.perf_counter(), progress.updates
     if saved_at != progress.updates:
         progress = _save(job, recorder, state, progress, status.returns)
     recorder.checkpoints.wait()
-    return state, status, progress
+    return state, status, progress, stopping
 
 
 def chunk_length(updates: int, done: int = 0) -> int:
@@ -160,7 +167,7 @@ def _advance(job: TrainingJob, program, state):
 
     def step(state):
         state, metrics = program(state, job.replicas.hyperparams, *_common(job))
-        return state, jax.device_get(metrics)  # which waits for the devices
+        return state, fetched(metrics)  # which waits for the devices
 
     return wait_for(job.executor.submit(step, state), note)
 
@@ -217,8 +224,11 @@ def _explained(job, before, replica, update) -> str:
 
 def _save(job, recorder, state, progress, returns) -> Progress:
     """Saves a checkpoint. Raises health.Diverged if parameters are not finite and no setting can go on."""
-    host = on_host(state)
-    bad = set(np.flatnonzero(~health.finite(host.params)).tolist()) - progress.diverged.keys()
+    copy = copied(state)
+    bad = (
+        set(np.flatnonzero(~health.finite(fetched(copy.params))).tolist())
+        - progress.diverged.keys()
+    )
     new: dict[int, tuple[int, str]] = dict.fromkeys(bad, (progress.updates, "a parameter"))
     progress = _diverged(job, recorder, progress, new, None)
     recorder.table.flush()
@@ -230,7 +240,7 @@ def _save(job, recorder, state, progress, returns) -> Progress:
     }
     settings = nan_mean(returns)
     score = np.nanmax(settings) if np.isfinite(settings).any() else -math.inf
-    recorder.checkpoints.save(progress.updates, host, record, float(score))
+    recorder.checkpoints.save(progress.updates, copy, record, float(score))
     return progress
 
 
@@ -246,7 +256,7 @@ def workers() -> Iterator[Executor]:
 
 def on_workers(job: TrainingJob, poll: Callable[[], Any], program: Any, *arguments: Any) -> Any:
     """Runs a program in a worker thread, and returns its results on the host."""
-    return wait_for(job.executor.submit(lambda: jax.device_get(program(*arguments))), poll)
+    return wait_for(job.executor.submit(lambda: fetched(program(*arguments))), poll)
 
 
 def wait_for(future: Future, poll: Callable[[], Any]) -> Any:

@@ -24,7 +24,11 @@ from jaxpg.devices import (
     compiler_options,
     lane_specs,
     mesh_of,
+    placed,
     prefer,
+    present,
+    processes,
+    some_devices,
     undivided,
 )
 from jaxpg.rollout import evaluate
@@ -88,19 +92,21 @@ class Layout(NamedTuple):
 
 def devices_of(config: Config) -> int:
     """The number of devices asked for."""
-    return len(jax.devices()) if config.devices == ALL else int(config.devices)
+    return len(present()) if config.devices == ALL else int(config.devices)
 
 
 def layout_of(config: Config, total: int, trainer: Trainer | None = None) -> Layout:
     """The most of the devices asked for that replicas, or else environments, can be split over.
 
-    On a CPU with a core to spare, policy and critic take one each, so their environments stay together.
+    On a CPU with a core to spare, policy and critic take one each, so their environments stay together,
+    unless there are several processes, which all take part.
     """
     most = devices_of(config)
     few = 1 if trainer is None or trainer.obstacle else trainer.blocks
     asked = config.shard
     if asked is None:
-        together = backend() == "cpu" and config.devices == ALL and _pairs(config)
+        alone = backend() == "cpu" and processes() == 1
+        together = alone and config.devices == ALL and _pairs(config)
         asked = "replicas" if total % most == 0 or together else "both"
     found = [
         Layout(one, other)
@@ -124,7 +130,8 @@ def check_shares(config: Config, trainer: Trainer) -> int:
 def check_layout(config: Config, total: int, trainer: Trainer) -> None:
     """Raises ValueError for more devices than there are, and for a split as asked for that is uneven."""
     asked = check_shares(config, trainer)
-    if config.shard == "environments" or (config.shard is None and config.devices == ALL):
+    unasked = config.shard is None and config.devices == ALL and processes() == 1
+    if config.shard == "environments" or unasked:
         return
     found = layout_of(config, total, trainer)
     if math.prod(found) == asked:
@@ -132,8 +139,9 @@ def check_layout(config: Config, total: int, trainer: Trainer) -> None:
     near = sorted({max(total // asked, 1) * asked, -(-total // asked) * asked})
     ways = [
         f"{' or '.join(map(str, near))} agents (seeds x points)",
-        f"--devices {math.prod(found)}",
     ]
+    if math.prod(found) % processes() == 0:
+        ways.append(f"--devices {math.prod(found)}")
     if config.shard == "replicas":
         ways.append("--shard environments")
     elif not trainer.obstacle:
@@ -163,7 +171,7 @@ def replicas_of(
     dtype = jax.numpy.result_type(float)
     hyperparams = Hyperparams(*(np.asarray(column, dtype) for column in columns))
     layout = layout_of(config, len(pairs), trainer)
-    devices = jax.devices()[: devices_of(config)]
+    devices = some_devices(devices_of(config))
     mesh = {AXIS: layout.replicas}
     if layout.environments > 1:
         mesh[SHARDS] = layout.environments
@@ -181,9 +189,7 @@ def replicas_of(
                 lane_specs(trainer.init, laid),
                 is_leaf=lambda x: isinstance(x, PartitionSpec),
             )
-    keys, evaluation_keys, hyperparams = jax.device_put(
-        (keys, evaluation_keys, hyperparams), sharding
-    )
+    keys, evaluation_keys, hyperparams = placed((keys, evaluation_keys, hyperparams), sharding)
     labels = [{"seed": seed, **point._asdict()} for point, seed in pairs]
     return Replicas(keys, evaluation_keys, hyperparams, labels, sharding, state)
 

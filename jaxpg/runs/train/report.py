@@ -1,8 +1,8 @@
 """The lines printed before and after a run."""
 
-import jax
 import numpy as np
 
+from jaxpg.devices import present, processes
 from jaxpg.runs.config.config import Config, Grid, points, varying
 from jaxpg.runs.host.progress import Status, steps_per_second
 from jaxpg.runs.train.replicas import Layout, devices_of
@@ -24,7 +24,8 @@ def headline(config: Config, grid: Grid, layout: Layout) -> str:
 
 def devices_in_words(config: Config) -> str:
     """How many devices of which kind are asked for: `8 gpu devices`."""
-    return _count(devices_of(config), f"{jax.devices()[0].platform} device")
+    several = f" of {processes()} processes" if processes() > 1 else ""
+    return _count(devices_of(config), f"{present()[0].platform} device") + several
 
 
 def summary(

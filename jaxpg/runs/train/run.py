@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxpg.devices import fetched, placed
 from jaxpg.rollout import Evaluation
 from jaxpg.runs import console
 from jaxpg.runs.config.config import (
@@ -27,7 +28,7 @@ from jaxpg.runs.config.config import (
 from jaxpg.runs.config.flags import TrainRequest
 from jaxpg.runs.config.presets import preset
 from jaxpg.runs.config.rows import check_varying, settled
-from jaxpg.runs.host import health
+from jaxpg.runs.host import cluster, health
 from jaxpg.runs.host.interrupt import heeding, signals
 from jaxpg.runs.host.progress import display
 from jaxpg.runs.host.trace import check_chunks, tracing
@@ -96,13 +97,33 @@ def prepare(config: Config, grid: Grid, over: bool = False) -> PreparedRun:
     metrics.check_sinks(config)
     parts = _parts(config, grid)
     _check_profile(config)
-    folder = files.create_folder(config, over)
-    try:
-        _check_profile(config, make=True)
-    except ValueError:
-        files.discard_folder(folder)
-        raise
-    return PreparedRun(config, grid, parts, folder)
+    _agree(config, grid, "start")
+
+    def placed():
+        folder = files.create_folder(config, over)
+        try:
+            _check_profile(config, make=True)
+        except ValueError:
+            files.discard_folder(folder)
+            raise
+        return str(folder)
+
+    return PreparedRun(config, grid, parts, Path(cluster.first(placed)))
+
+
+def _agree(config: Config, grid: Grid, how: str) -> None:
+    """Ends several processes unless all were asked for the same run, with the same files and versions."""
+    if cluster.size() > 1:
+        if config.debug_nans:
+            raise ValueError(
+                "--debug-nans needs one process; leave it out, or run without the others"
+            )
+        found = files.description(config, grid, [])
+        asked = {name: found[name] for name in (*files.ASKED, "config", "hyperparameters")}
+        alike = {
+            f"{part} {name}": x for part, each in asked.items() for name, x in (each or {}).items()
+        }
+        cluster.agree({"command": how, **alike})
 
 
 def _check_profile(config: Config, done: int = 0, make: bool = False) -> None:
@@ -127,12 +148,15 @@ def prepare_either(config: Config, grid: Grid) -> PreparedRun | None:
 
     Returns None if it has finished. Raises ValueError.
     """
-    folder = Path(str(config.run))
-    found = checkpoint.steps(folder / files.CHECKPOINTS)
-    if not found:
+
+    def done() -> bool | None:
+        found = checkpoint.steps(Path(str(config.run)) / files.CHECKPOINTS)
+        return found[-1] >= config.updates and _evaluated(config, grid) if found else None
+
+    finished = cluster.first(done)
+    if finished is None:
         return prepare(config, grid, over=True)
-    done = found[-1] >= config.updates and _evaluated(config, grid)
-    return None if done else prepare_resume(config, grid)
+    return None if finished else prepare_resume(config, grid)
 
 
 def _evaluated(config: Config, grid: Grid) -> bool:
@@ -155,6 +179,16 @@ def prepare_resume(config: Config, grid: Grid) -> PreparedRun:
     config = settled(config)
     metrics.check_sinks(config)
     folder = Path(str(config.run))
+    start = cluster.first(lambda: _newest(folder, config, grid))
+    parts = _parts(config, grid)
+    files.check_demonstrations(folder, config)
+    _agree(config, grid, "resume")
+    cluster.first(lambda: _check_profile(config, start, make=True))
+    return PreparedRun(config, grid, parts, folder, start)
+
+
+def _newest(folder: Path, config: Config, grid: Grid) -> int:
+    """The updates of the newest checkpoint. Raises ValueError unless a run can go on from it."""
     found = checkpoint.steps(folder / files.CHECKPOINTS)
     if not found:
         raise ValueError(
@@ -171,10 +205,7 @@ def prepare_resume(config: Config, grid: Grid) -> PreparedRun:
             f"{folder} has finished its {start} updates; --updates {2 * start} goes on to "
             f"{2 * start} in all"
         )
-    parts = _parts(config, grid)
-    files.check_demonstrations(folder, config)
-    _check_profile(config, start, make=True)
-    return PreparedRun(config, grid, parts, folder, start)
+    return start
 
 
 def _check_schedule(folder: Path, config: Config, grid: Grid) -> None:
@@ -201,12 +232,16 @@ def execute(experiment: PreparedRun, sinks: Sequence[Sink] = ()) -> None:
     """
     config, grid, parts, folder, _ = experiment
     say = (lambda text: None) if config.quiet else console.say
+    leads = cluster.leads()
     with ExitStack() as stack:
-        stack.enter_context(locked(folder))
+        if leads:
+            stack.enter_context(locked(folder))
         stopped = stack.enter_context(signals())
         executor = stack.enter_context(workers())
         length = chunk_length(config.updates, experiment.start or 0)
-        before_chunk = stack.enter_context(tracing(config.profile, length, say))
+        profile = config.profile if leads else None
+        before_chunk = stack.enter_context(tracing(profile, length, say))
+        cluster.advise(f"jaxpg train --resume {folder} goes on from its last checkpoint")
         replicas = make_replicas(config, points(grid), parts.trainer)
         try:
             say(headline(config, grid, layout_of(config, len(replicas.labels), parts.trainer)))
@@ -218,7 +253,7 @@ def execute(experiment: PreparedRun, sinks: Sequence[Sink] = ()) -> None:
             )
             programs, seconds = _compiled(job, state is None, progress.updates, say)
         except BaseException:
-            if experiment.start is None:
+            if experiment.start is None and leads:
                 files.discard_folder(folder)
             raise
         recorder = _recorder(job, sinks, progress.updates, now)
@@ -226,15 +261,20 @@ def execute(experiment: PreparedRun, sinks: Sequence[Sink] = ()) -> None:
         if programs.init is not None:
             state = programs.init.result()(replicas.keys)
         train = programs.train.result()
-        state, status, progress = train_chunks(job, train, state, progress, recorder, seconds)
-        (folder / files.EVALUATION).unlink(missing_ok=True)  # it belongs to other parameters
-        about = {"updates": progress.updates, "settings": files.settings(folder)}
-        files.write_params(folder / files.PARAMS, state.params, about)
+        state, status, progress, stopping = train_chunks(
+            job, train, state, progress, recorder, seconds
+        )
+        params = fetched(state.params)
+        if leads:
+            (folder / files.EVALUATION).unlink(missing_ok=True)  # it belongs to other parameters
+            about = {"updates": progress.updates, "settings": files.settings(folder)}
+            files.write_params(folder / files.PARAMS, params, about)
         done = (
             f"after {status.updates} of {config.updates} updates; saved in {folder}; "
             f"go on with jaxpg train --resume {folder}"
         )
-        stop = stopper(stopped, done)
+        # Several processes evaluate together or not at all.
+        stop = stopper(stopped if cluster.size() == 1 else lambda: stopping, done)
         stop()
         show("evaluating")
         evaluate = wait_for(programs.evaluate, stop)
@@ -242,7 +282,8 @@ def execute(experiment: PreparedRun, sinks: Sequence[Sink] = ()) -> None:
         diverged = np.isin(np.arange(len(replicas.labels)), list(progress.diverged))
         # A diverged replica has no return.
         returns = np.where(diverged, np.nan, evaluation.mean)
-        _write_evaluation(folder, evaluation, returns, replicas, progress)
+        if leads:
+            _write_evaluation(folder, evaluation, returns, replicas, progress)
     attainable = attained(evaluation.smallest, evaluation.largest)
     console.say(*summary(config, grid, status, returns, diverged, attainable), f"saved in {folder}")
 
@@ -257,16 +298,13 @@ def _begin(experiment, replicas, say) -> tuple[Any, Progress, dict[str, Any]]:
     warning = health.starving(config.updates, config.num_envs * health.num_steps(config, parts.env))
     if warning and not _as_preset(config):
         say(warning)
-    files.write_json(folder / files.CONFIG, now, exact=True)
+    cluster.first(lambda: files.write_json(folder / files.CONFIG, now, exact=True))
     return None, Progress(0, [0] * len(replicas.labels), 0.0, {}), computing
 
 
 def _go_on(experiment, replicas, now: dict, say) -> tuple[Any, Progress]:
-    """Restores the state of the checkpoint; prints and records what has changed since it was made.
-
-    now: the description that a new run would have.
-    """
-    config, _, parts, folder, start = experiment
+    """Restores the state of the checkpoint; now: the description that a new run would have."""
+    _, _, parts, folder, start = experiment
     files.check_links(folder)
     shapes = jax.eval_shape(jax.vmap(parts.trainer.init), replicas.keys)
     settings = files.settings(folder)
@@ -274,7 +312,16 @@ def _go_on(experiment, replicas, now: dict, say) -> tuple[Any, Progress]:
         folder / files.CHECKPOINTS, start, shapes, len(replicas.labels), settings
     )
     record: Any = host["record"]
-    state = jax.device_put(state, replicas.state)
+    state = placed(state, replicas.state)
+    lines = cluster.first(lambda: _noted(experiment, replicas, now, host, say))
+    diverged = {int(i): update for i, update in record["diverged"].items()}
+    return state, Progress(start, record["env_steps"], record["seconds"], diverged, lines)
+
+
+def _noted(experiment, replicas, now: dict, host: checkpoint.Host, say) -> int:
+    """Prints and records what has changed since the checkpoint. Returns the lines of metrics until then."""
+    config, _, _, folder, start = experiment
+    record: Any = host["record"]
     saved: dict[str, Any] = dict(read_config(folder)[1])
     entry = {"update": start, "time": now["started"], **_recorded(experiment, saved, record, say)}
     say(f"resuming {folder} after {start} of {config.updates} updates")
@@ -301,9 +348,7 @@ def _go_on(experiment, replicas, now: dict, say) -> tuple[Any, Progress]:
     saved["replicas"] = replicas.labels
     saved["resumed"] = [*saved.get("resumed", []), entry]
     files.write_json(folder / files.CONFIG, saved, exact=True)
-    diverged = {int(i): update for i, update in record["diverged"].items()}
-    lines = metrics.count_lines(folder / files.METRICS)
-    return state, Progress(start, record["env_steps"], record["seconds"], diverged, lines)
+    return metrics.count_lines(folder / files.METRICS)
 
 
 def _recorded(experiment, saved: dict, record: checkpoint.Record, say) -> dict[str, int]:
@@ -363,6 +408,11 @@ def _compiled(job: TrainingJob, fresh: bool, done: int, say):
 def _recorder(job: TrainingJob, sinks: Sequence[Sink], after: int, computing: dict) -> Recorder:
     config, folder, labels = job.config, job.folder, job.replicas.labels
     columns = varying(job.grid)
+    checkpoints = checkpoint.open_checkpoints(
+        folder / files.CHECKPOINTS, settings=files.settings(folder), computing=computing
+    )
+    if not cluster.leads():
+        return Recorder([], metrics.Table(lambda records: None, lambda: None), checkpoints)
     found = [metrics.json_lines(folder / files.METRICS, config.num_envs), *sinks]
     if config.tensorboard:
         place = folder / files.TENSORBOARD
@@ -371,9 +421,6 @@ def _recorder(job: TrainingJob, sinks: Sequence[Sink], after: int, computing: di
         description = {"config": asdict(config), "hyperparameters": job.grid._asdict()}
         found.append(metrics.wandb(folder, description, labels, columns, config.num_envs))
     table = metrics.parquet(folder / files.TABLE, labels, columns)
-    checkpoints = checkpoint.open_checkpoints(
-        folder / files.CHECKPOINTS, settings=files.settings(folder), computing=computing
-    )
     return Recorder(found, table, checkpoints)
 
 

@@ -1,0 +1,403 @@
+"""Several processes that run one command: how they join, agree, and end together.
+
+jax's own service carries every word between them, and process 0 alone speaks and writes the run's folder.
+"""
+
+import ctypes
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import count
+from typing import Any, NamedTuple
+
+from jaxpg.runs import console
+from jaxpg.runs.console import Ended, shortened
+
+HELP = """\
+several processes, each started with this same command:
+  --distributed          find the others by SLURM, Kubernetes, MPI or a Cloud TPU
+  --coordinator HOST:PORT --processes N --process I
+                         or name the address of process 0, how many they are,
+                         and which of 0 to N-1 this one is
+  --heartbeat-timeout S  seconds to wait for the others, at the start and when
+                         one falls silent (60)
+"""
+LEAST = 2  # seconds between heartbeats are a fraction of the timeout
+GRACE = 1.0  # seconds in which an error that all processes make is every one's own
+LEAVING = 5.0  # seconds that process 0, which carries the messages, waits for the others to leave
+PREFIX = "jaxpg/"
+
+
+class Cluster(NamedTuple):
+    """How this process finds the others; None: jax finds out."""
+
+    coordinator: str | None
+    processes: int | None
+    process: int | None
+    timeout: int = 60
+
+
+class _Joined(NamedTuple):
+    """What a process holds while it is one of several."""
+
+    client: Any  # of jax's service: a store of texts that all processes see
+    index: int
+    count: int
+    number: Iterator[int]  # of what they have asked each other
+    ending: threading.Lock  # whoever holds it ends this process
+
+
+_joined: list[_Joined] = []  # empty: this process is alone
+_advice: list[str] = []  # what to do when a process is lost, last the newest
+
+
+def take(argv: Sequence[str], prog: str) -> tuple[Cluster | None, list[str]]:
+    """The processes that the arguments ask for, None for this one alone, and the other arguments.
+
+    Raises ValueError for what cannot be read.
+
+    >>> take(["CartPole-v1", "--coordinator", "node1:1234", "--processes", "2", "--process", "0"], "")
+    (Cluster(coordinator='node1:1234', processes=2, process=0, timeout=60), ['CartPole-v1'])
+    """
+    flags = "--coordinator", "--processes", "--process", "--heartbeat-timeout"
+    words, rest, found, automatic = list(argv), [], {}, False
+    while words:
+        flag, equals, value = (word := words.pop(0)).partition("=")
+        if flag == "--distributed" and not equals:
+            automatic = True
+        elif flag in flags:
+            value = value if equals else (words.pop(0) if words else "")
+            found[flag] = value if flag == flags[0] else _whole(flag, value, prog)
+        else:
+            rest.append(word)
+    if not found and not automatic:
+        return None, rest
+    address, total, index = (found.get(flag) for flag in flags[:3])
+    if (address, total, index) != (None,) * 3 and None in (address, total, index):
+        lacking = next(flag for flag in flags if flag not in found)
+        raise ValueError(f"{', '.join(flags[:2])} and {flags[2]} go together; {lacking} is missing")
+    if address is None and not automatic:
+        raise ValueError(f"{flags[3]} is for several processes; add --distributed")
+    if address is not None:
+        if not re.fullmatch(r"\S+:[0-9]{1,5}", address) or int(address.rpartition(":")[2]) > 65535:
+            raise ValueError(
+                f"--coordinator {shortened(address)} must be HOST:PORT, as in node1:1234"
+            )
+        if not 0 <= index < total:
+            raise ValueError(
+                f"--process {index} does not exist; with --processes {total} they are 0 to {total - 1}"
+            )
+    timeout = found.get(flags[3], Cluster(None, None, None).timeout)
+    if timeout < LEAST:
+        raise ValueError(f"{flags[3]} {timeout} must be at least {LEAST} seconds")
+    return Cluster(address, total, index, timeout), rest
+
+
+def _whole(flag: str, text: str, prog: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(
+            f"{flag} takes a whole number, not {shortened(text)!r} (see {prog} --help)"
+        )
+    return int(text)
+
+
+def leads() -> bool:
+    """Whether this process speaks and writes: process 0, or one that is alone."""
+    return not _joined or _joined[0].index == 0
+
+
+def size() -> int:
+    """How many processes run this command."""
+    return _joined[0].count if _joined else 1
+
+
+def index() -> int:
+    """Which of the processes this is, from 0."""
+    return _joined[0].index if _joined else 0
+
+
+@contextmanager
+def joined(cluster: Cluster | None) -> Iterator[None]:
+    """Joins the processes of a cluster, and leaves them at the end, with all of them; None: does nothing.
+
+    Raises Ended, in each process, if they do not come together within the cluster's timeout. From then on
+    a process that fails, falls silent or is killed ends all of them, with one line of process 0 or, without
+    it, of each.
+    """
+    if cluster is None:
+        yield
+        return
+    _reach(cluster)
+    heard = _hush()
+    _on_abort(heard, cluster)
+    import jax
+
+    jax.config.update("jax_enable_preemption_service", False)  # signals are handled here
+    try:
+        jax.distributed.initialize(
+            cluster.coordinator,
+            cluster.processes,
+            cluster.process,
+            initialization_timeout=cluster.timeout,
+            heartbeat_timeout_seconds=cluster.timeout,
+            shutdown_timeout_seconds=cluster.timeout,
+        )
+    except (ValueError, RuntimeError) as error:
+        why = str(error).partition("\n")[0]
+        if cluster.coordinator is None:
+            why += " found no other processes; name them: --coordinator HOST:PORT --processes N --process I"
+            why = f"--distributed{why.partition(' defined.')[2] or ': ' + why}"
+        raise Ended(why) from error
+    from jax._src.distributed import global_state as state
+
+    own = _Joined(state.client, state.process_id, state.num_processes, count(), threading.Lock())
+    _joined.append(own)
+    if own.index:
+        console.mute()
+    threading.Thread(target=_listen, args=(own,), daemon=True).start()
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        first = str(error).partition("\n")[0][:200]
+        raise Ended(f"{_lost('another process')}: {first}") from error
+    _leave(own)
+
+
+def _leave(own: _Joined) -> None:
+    """Waits for all processes, and leaves them."""
+    import jax
+
+    with own.ending:  # from here on nothing ends the others
+        _joined.clear()
+        jax.distributed.shutdown()
+
+
+def _reach(cluster: Cluster) -> None:
+    """Raises Ended if the coordinator's port is taken, or if it does not answer within the timeout."""
+    if cluster.coordinator is None:
+        return
+    host, _, port = cluster.coordinator.rpartition(":")
+    host, deadline = host.strip("[]"), time.monotonic() + cluster.timeout
+    if cluster.process == 0:
+        with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                trial.bind(("", int(port)))
+            except OSError as error:
+                raise Ended(
+                    f"process 0 cannot listen at --coordinator {cluster.coordinator}: "
+                    f"{error.strerror}; use another port in every process"
+                ) from error
+        return
+    while True:
+        try:
+            with socket.create_connection((host, int(port)), timeout=cluster.timeout):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise Ended(
+                    f"process {cluster.process} cannot reach process 0 at --coordinator "
+                    f"{cluster.coordinator} within {cluster.timeout} s: {error.strerror or error}; is it "
+                    "running, with the same --coordinator?"
+                ) from error
+        time.sleep(0.2)
+
+
+def _hush() -> int:
+    """Lets Python alone print, and keeps what jax's libraries say in a file. Returns its descriptor.
+
+    Their service ends a process with a page of C++, and gloo greets every peer on standard output.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is not None and stream.fileno() == number:
+            stream.flush()
+            own = os.fdopen(os.dup(number), "w", encoding=stream.encoding, errors=stream.errors)
+            setattr(sys, name, own)
+    heard, name = tempfile.mkstemp()
+    os.unlink(name)
+    for number in (1, 2):
+        os.dup2(heard, number)
+    return heard
+
+
+def _on_abort(heard: int, cluster: Cluster) -> None:
+    """Ends the process with one line when jax's service aborts it, as it does when another is lost.
+
+    Python cannot handle this signal, which comes in a thread of C++ that does not return from it.
+    """
+
+    def handle(number):
+        said = os.pread(heard, 2**20, 0).decode(errors="replace")
+        line, speaks = _understood(said, cluster)
+        if line is None:
+            print(said, file=sys.stderr, flush=True)
+            os._exit(128 + number)
+        if speaks:
+            console.unmute()
+        console.tell(f"error: {line}")
+        os._exit(1)
+
+    found = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
+    _KEPT.append(found)
+    ctypes.CDLL(None).signal(signal.SIGABRT, found)
+
+
+_KEPT: list[Any] = []  # C holds only a pointer to it
+
+
+def _understood(said: str, cluster: Cluster) -> tuple[str | None, bool]:
+    """What jax's service means by its last words, and whether this process says it; None: not its words."""
+    if "JAX distributed service" not in said:
+        return None, True
+    if twice := re.search(r"(\d+) unexpectedly tried to connect", said):
+        return f"two processes have --process {twice[1]}; give each its own", True
+    if not _joined:
+        where = f" at {cluster.coordinator}" if cluster.coordinator else ""
+        return (
+            f"the processes did not come together{where} within {cluster.timeout} s; start each of them "
+            f"{'' if cluster.processes is None else f'(0 to {cluster.processes - 1}) '}"
+            "with the same command, or give more --heartbeat-timeout",
+            True,
+        )
+    if silent := re.search(r"stopped sending heartbeats\):\s*([\d, ]+)", said):
+        which = silent[1].strip().replace(",", ", ")
+        plural = "es" * ("," in which)
+        return _lost(f"process{plural} {which}"), False
+    return _lost("process 0"), True
+
+
+def _lost(who: str) -> str:
+    way = f"; {_advice[-1]}" if _advice else ""
+    return f"{who} is gone, so this run has ended{way}"
+
+
+def advise(way_out: str) -> None:
+    """What a line about a lost process tells the user to do."""
+    _advice.append(way_out)
+
+
+def first(make: Callable[[], Any]) -> Any:
+    """The value of make(), plain enough for JSON, that process 0 alone computes and tells the others.
+
+    An error that it raises there ends all of them.
+
+    >>> first(lambda: 3)  # alone
+    3
+    """
+    if not _joined:
+        return make()
+    own, key = _joined[0], _next("first")
+    if own.index == 0:
+        value = make()
+        own.client.key_value_set(key, json.dumps(value))
+        return value
+    return json.loads(own.client.blocking_key_value_get(key, 2**31 - 1))
+
+
+def collected(value: Any) -> list[Any]:
+    """Each process's value, plain enough for JSON, in process 0; elsewhere only its own.
+
+    >>> collected(3)  # alone
+    [3]
+    """
+    if not _joined:
+        return [value]
+    own, key = _joined[0], _next("all")
+    if own.index:
+        own.client.key_value_set(f"{key}/{own.index}", json.dumps(value))
+        return [value]
+    others = (
+        own.client.blocking_key_value_get(f"{key}/{i}", 2**31 - 1) for i in range(1, own.count)
+    )
+    return [value, *map(json.loads, others)]
+
+
+def agree(asked: dict[str, Any]) -> None:
+    """Waits for all processes. Raises ValueError, in process 0, unless all were asked for the same, by name."""
+    each = collected(asked)
+    first(lambda: _compare(each))
+
+
+def _compare(each: list[dict[str, Any]]) -> None:
+    for number, other in enumerate(each):
+        for name in (*each[0], *other):
+            here, there = (json.dumps(x.get(name)) for x in (each[0], other))
+            if here != there:
+                raise ValueError(
+                    f"process {number} has {name}={shortened(there)}, and process 0 {shortened(here)}; "
+                    "start all of them with the same command, files and versions"
+                )
+
+
+def voted(stopped: int, due: bool) -> tuple[int, bool]:
+    """The first signal that any process has had, and whether process 0 finds a checkpoint due.
+
+    >>> voted(0, True)  # alone
+    (0, True)
+    """
+    if not _joined:
+        return stopped, due
+    import numpy as np
+    from jax.experimental.multihost_utils import process_allgather
+
+    votes = process_allgather(np.array([stopped, due], np.int32))
+    return int(votes[:, 0].max()), bool(votes[0, 1])
+
+
+def end(message: str, status: int) -> None:
+    """Tells the other processes that this one ends with this message, and waits until they have left.
+
+    Returns at once in a process that is alone, and never while another thread is ending this process.
+    """
+    if not _joined:
+        return
+    own = _joined[0]
+    own.ending.acquire()
+    said = json.dumps({"process": own.index, "message": message, "status": status})
+    with suppress(Exception):  # another was first, or the service is gone
+        own.client.key_value_set(f"{PREFIX}end", said)
+    _left(own)
+
+
+def _left(own: _Joined) -> None:
+    """Says that this process leaves; process 0 waits for the others to say so."""
+    deadline = time.monotonic() + LEAVING
+    with suppress(Exception):
+        if own.index:
+            own.client.key_value_set(f"{PREFIX}left/{own.index}", "")
+            return
+        while time.monotonic() < deadline:
+            if len(own.client.key_value_dir_get(f"{PREFIX}left/")) == own.count - 1:
+                return
+            time.sleep(0.05)
+
+
+def _listen(own: _Joined) -> None:
+    """Ends this process when another says that it has ended."""
+    try:
+        said = json.loads(own.client.blocking_key_value_get(f"{PREFIX}end", 2**31 - 1))
+    except Exception:  # the service is gone: its own abort says so
+        return
+    if said["process"] == own.index:
+        return
+    if own.index == 0:
+        time.sleep(GRACE)
+    own.ending.acquire()
+    what, colon, rest = said["message"].partition("error: ")
+    console.tell(f"{what}{colon}process {said['process']}: {rest}" if colon else what)
+    _left(own)
+    os._exit(said["status"])
+
+
+def _next(kind: str) -> str:
+    """A key that every process makes at the same place of the program."""
+    return f"{PREFIX}{kind}/{next(_joined[0].number)}"
