@@ -166,8 +166,10 @@ def joined(cluster: Cluster | None) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        first = str(error).partition("\n")[0][:200]
-        raise Ended(f"{_lost('another process')}: {first}") from error
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        why = str(error).partition("\n")[0].partition(" [")[0]
+        raise Ended(_lost("another process", f" ({shortened(why)})")) from error
     _leave(own)
 
 
@@ -275,9 +277,9 @@ def _understood(said: str, cluster: Cluster) -> tuple[str | None, bool]:
     return _lost("process 0"), True
 
 
-def _lost(who: str) -> str:
+def _lost(who: str, why: str = "") -> str:
     way = f"; {_advice[-1]}" if _advice else ""
-    return f"{who} is gone, so this run has ended{way}"
+    return f"{who} is gone{why}, so this run has ended{way}"
 
 
 def advise(way_out: str) -> None:
