@@ -158,12 +158,19 @@ def _sweep(argv):
     if not argv or {"-h", "--help"} & {*argv}:
         say(*SWEEP_HELP.splitlines())
         return
+    processes, argv = cluster.take(argv, "jaxpg sweep")
     if any(word.partition("=")[0] == "--join" for word in argv):
         from jaxpg.runs.sweep import parts
 
         joined = parts.prepare(argv)
         with _writing(f" {joined.folder}"):
             parts.execute(joined)
+        return
+    if processes is not None:
+        from jaxpg.runs.sweep import together
+
+        with cluster.joined(processes), _writing():
+            together.execute(argv)
         return
     from jaxpg.runs.host.cache import use_compilation_cache
     from jaxpg.runs.sweep.sweep import execute, prepare

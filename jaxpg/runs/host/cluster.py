@@ -34,6 +34,7 @@ LEAST = 2  # seconds between heartbeats are a fraction of the timeout
 GRACE = 1.0  # seconds in which an error that all processes make is every one's own
 LEAVING = 5.0  # seconds that process 0, which carries the messages, waits for the others to leave
 PREFIX = "jaxpg/"
+SIGNALS = 128  # an exit status above it is a signal's
 
 
 class Cluster(NamedTuple):
@@ -56,6 +57,7 @@ class _Joined(NamedTuple):
 
 
 _joined: list[_Joined] = []  # empty: this process is alone
+_stopping: list[int] = []  # signals that this process has had, or that all have agreed to heed
 _advice: list[str] = []  # what to do when a process is lost, last the newest
 
 
@@ -324,7 +326,7 @@ def collected(value: Any) -> list[Any]:
 
 
 def agree(asked: dict[str, Any]) -> None:
-    """Waits for all processes. Raises ValueError, in process 0, unless all were asked for the same, by name."""
+    """Waits for all processes. Raises ValueError in process 0 unless all were asked for the same, by name."""
     each = collected(asked)
     first(lambda: _compare(each))
 
@@ -352,7 +354,14 @@ def voted(stopped: int, due: bool) -> tuple[int, bool]:
     from jax.experimental.multihost_utils import process_allgather
 
     votes = process_allgather(np.array([stopped, due], np.int32))
-    return int(votes[:, 0].max()), bool(votes[0, 1])
+    if stopped := int(votes[:, 0].max()):
+        stopping(stopped)
+    return stopped, bool(votes[0, 1])
+
+
+def stopping(number: int) -> None:
+    """Says that this process is about to save and stop after a signal, whatever the others do."""
+    _stopping.append(number)
 
 
 def end(message: str, status: int) -> None:
@@ -394,6 +403,12 @@ def _listen(own: _Joined) -> None:
     if own.index == 0:
         time.sleep(GRACE)
     own.ending.acquire()
+    if said["status"] > SIGNALS:
+        # It was stopped, so this process saves what it has and stops, too.
+        if not _stopping:
+            os.kill(os.getpid(), signal.SIGTERM)
+        own.ending.release()
+        return
     what, colon, rest = said["message"].partition("error: ")
     console.tell(f"{what}{colon}process {said['process']}: {rest}" if colon else what)
     _left(own)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from jaxpg.runs.console import Ended, Unheard, terminal
+from jaxpg.runs.host import cluster
 
 # Signals within this many seconds are one: `timeout` and schedulers signal a process, then its group.
 SAME = 0.5
@@ -39,6 +40,7 @@ def signals() -> Iterator[Callable[[], int]]:
             os.write(2, show_cursor + b"\njaxpg: aborted\n")
             os._exit(128 + number)
         received.append(number)
+        cluster.stopping(number)
         first = time.monotonic()
 
     # Only the main thread may set handlers; elsewhere, such as in a notebook's worker, leave them be.

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypedDict, cast
 import jax
 import numpy as np
 
-from jaxpg.devices import launch_options
+from jaxpg.devices import launch_options, present, processes
 from jaxpg.envs import SUITES
 from jaxpg.envs.factory import source_of
 from jaxpg.memory import machine_bytes
@@ -300,7 +300,7 @@ def _declared(archive, name) -> Declared:
 
 def description(config: Config, grid: Grid, replicas: list[dict]) -> dict[str, Any]:
     """The content of config.json."""
-    device = jax.devices()[0]
+    device = present()[0]
     suite, _, inside = config.environment.partition("/")
     packages = (*PACKAGES, suite) if inside and suite in SUITES else PACKAGES
     return {
@@ -320,8 +320,8 @@ def description(config: Config, grid: Grid, replicas: list[dict]) -> dict[str, A
         "device": {
             "platform": device.platform,
             "kind": device.device_kind,
-            "count": jax.device_count(),
-            "processes": jax.process_count(),
+            "count": len(present()),
+            "processes": processes(),
             "processor": processor(),
         },
         "xla_flags": os.environ.get("XLA_FLAGS", ""),

@@ -46,8 +46,8 @@ class Joined(NamedTuple):
     folder: Path
 
 
-def prepare(argv: Sequence[str]) -> Joined:
-    """Reads the parts that the arguments name. No device is needed.
+def prepare(argv: Sequence[str], place: Path | None = None) -> Joined:
+    """Reads the parts that the arguments name. No device is needed. place: a folder that is there already.
 
     Raises ValueError for what is no part, parts of different sweeps, a part that is given twice, and parts
     that are missing or unfinished.
@@ -82,8 +82,9 @@ def prepare(argv: Sequence[str]) -> Joined:
         "joined": [_provenance(ran) for ran in parts],
     }
     costs = _costs(parts)
-    folder = new_folder(config) if given.run is None else files.empty_folder(given.run, "--run")
-    return Joined(config, search, outcomes, costs, described, folder)
+    if place is None:
+        place = new_folder(config) if given.run is None else files.empty_folder(given.run, "--run")
+    return Joined(config, search, outcomes, costs, described, place)
 
 
 def execute(joined: Joined) -> None:

@@ -18,7 +18,7 @@ from jaxpg.runs.config.config import Config, Grid, check, completed, varying
 from jaxpg.runs.config.flags import request
 from jaxpg.runs.config.rows import check_varying, settled
 from jaxpg.runs.console import say
-from jaxpg.runs.host import health
+from jaxpg.runs.host import cluster, health
 from jaxpg.runs.host.interrupt import Interrupted, heeding, signals
 from jaxpg.runs.host.progress import Show, Status, display
 from jaxpg.runs.store import folder as files
@@ -175,7 +175,11 @@ def execute(sweep: Sweep) -> None:
         ranking.draw(folder, config, search, outcomes)
         if not cut:
             shutil.rmtree(folder / files.BATCHES, ignore_errors=True)
-    ranking.announce(folder, config, search, outcomes, costs)
+    alone = (
+        cluster.size() == 1
+    )  # else this is one of several parts, ranked together once all are done
+    if alone:
+        ranking.announce(folder, config, search, outcomes, costs)
     if cut:
         done = int((outcomes.updates > 0).sum())
         said = (
@@ -183,6 +187,8 @@ def execute(sweep: Sweep) -> None:
             f"the same command with --run {folder} --resume-or-start resumes it"
         )
         raise Interrupted(cut, said)
+    if not alone:
+        return
     say(f"saved in {folder}")
     if search.options.part is not None:
         say("jaxpg sweep --join FOLDER... ranks all parts together, once each has run")

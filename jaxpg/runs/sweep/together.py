@@ -1,0 +1,70 @@
+"""A sweep by several processes: each trains one part of the points, and process 0 ranks all of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxpg.devices import apart
+from jaxpg.runs.config.flags import request
+from jaxpg.runs.console import say
+from jaxpg.runs.host import cluster
+from jaxpg.runs.host.cache import use_compilation_cache
+from jaxpg.runs.host.interrupt import Interrupted
+from jaxpg.runs.store.folder import SWEEP
+from jaxpg.runs.sweep import parts, sweep
+from jaxpg.runs.sweep.record import new_folder
+from jaxpg.runs.sweep.search import take_options
+
+AGAIN = "--resume-or-start"
+
+
+def execute(argv: Sequence[str]) -> None:
+    """Trains this process's part in a folder of its own, inside that of the sweep, which process 0 fills.
+
+    Raises what a sweep of one process and a join raise.
+    """
+    options, rest = take_options(argv)
+    if options.part is not None:
+        raise ValueError("--part is for processes that do not know each other; leave it out")
+    asked = request(rest, prog="jaxpg sweep")
+    cluster.agree({"arguments": list(argv)})
+
+    def place():
+        if asked.resume is None:
+            return str(asked.config.run)
+        return str(new_folder(asked.config))
+
+    whole, count = Path(cluster.first(place)), cluster.size()
+    if (whole / SWEEP).exists():
+        say(f"the sweep in {whole} has finished")
+        return
+    folders = [whole / f"part-{number}-of-{count}" for number in range(1, count + 1)]
+    own = folders[cluster.index()]
+    cluster.advise(f"the same command with --run {whole} {AGAIN} resumes it")
+    with apart():
+        part = sweep.prepare([*_without(argv), "--run", str(own), AGAIN, "--part", _part(count)])
+        if not part.done:
+            if part.config.compilation_cache:
+                use_compilation_cache()
+            try:
+                sweep.execute(part)
+            except Interrupted as stop:
+                said = f"before the end; the same command with --run {whole} {AGAIN} resumes it"
+                raise Interrupted(stop.status - cluster.SIGNALS, said) from stop
+    cluster.collected(None)  # until all parts are done
+    cluster.first(lambda: parts.execute(parts.prepare(["--join", *map(str, folders)], whole)))
+
+
+def _part(count: int) -> str:
+    return f"{cluster.index() + 1}/{count}"
+
+
+def _without(argv: Sequence[str]) -> list[str]:
+    """The arguments without those that name the folder."""
+    words, rest = list(argv), []
+    while words:
+        word = words.pop(0)
+        if word == "--run":
+            words[:1] = []
+        elif word != AGAIN and not word.startswith("--run="):
+            rest.append(word)
+    return rest
