@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
+from jaxpg.runs.config.processes import take
 from jaxpg.runs.console import Ended, Unheard, flush, nearest, say, shortened, tell
 from jaxpg.runs.host import cluster
 
@@ -132,7 +133,7 @@ def _train(argv):
     # Imported here, so that help does not wait for jax.
     from jaxpg.runs.config.flags import request
 
-    processes, argv = cluster.take(argv, "jaxpg train")
+    processes, argv = take(argv, "jaxpg train")
     if {"-h", "--help"} & {*argv}:
         processes = None
     with cluster.joined(processes):
@@ -158,7 +159,7 @@ def _sweep(argv):
     if not argv or {"-h", "--help"} & {*argv}:
         say(*SWEEP_HELP.splitlines())
         return
-    processes, argv = cluster.take(argv, "jaxpg sweep")
+    processes, argv = take(argv, "jaxpg sweep")
     if any(word.partition("=")[0] == "--join" for word in argv):
         from jaxpg.runs.sweep import parts
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,8 +17,8 @@ import pytest
 from small_runs import FLAGS
 
 from jaxpg.devices import fetched, placed, some_devices
+from jaxpg.runs.config.processes import Cluster, take
 from jaxpg.runs.host import cluster
-from jaxpg.runs.host.cluster import Cluster, take
 from jaxpg.runs.play.policy import load_policy
 from jaxpg.runs.store import checkpoint
 
@@ -194,7 +195,10 @@ def test_a_mistake_ends_all_processes_with_one_line(tmp_path):
             "process 1 has hyperparameters gamma=[0.5], and process 0",
         ),
         ([base, [*base, "--gama", "0.5"]], "process 1: unknown flag --gama; did you mean --gamma?"),
-        ([[*base, "--seeds", "3", "--shard", "replicas"]] * 2, "3 agents cannot be split evenly over devices=4"),
+        (
+            [[*base, "--seeds", "3", "--shard", "replicas"]] * 2,
+            "3 agents cannot be split evenly over devices=4",
+        ),
         ([[*base, "--debug-nans"]] * 2, "--debug-nans needs one process"),
     ):
         (first, _, err), *others = ran(*each)
@@ -289,7 +293,7 @@ def test_a_part_of_an_array_that_another_process_damaged_is_found():
         {"first": [0, 2 * i], "end": [3, 2 * i + 2], "crc32": checkpoint._checksum(half)}
         for i, half in enumerate(halves)
     ]
-    leaf = {"shape": [3, 4], "dtype": "float32", "parts": parts}
+    leaf: Any = {"shape": [3, 4], "dtype": "float32", "parts": parts}
     assert checkpoint._intact(whole, leaf)
     assert not checkpoint._intact(whole, leaf | {"parts": parts[:1]})
     damaged = whole.copy()

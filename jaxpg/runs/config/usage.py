@@ -5,6 +5,7 @@ from typing import Any, get_args, get_origin
 
 from jaxpg.runs.config.config import Config, Grid
 from jaxpg.runs.config.flags import EITHER
+from jaxpg.runs.config.processes import FLAGS
 from jaxpg.runs.console import parser
 from jaxpg.types import HYPERPARAMS
 
@@ -65,6 +66,9 @@ def show(prog: str, base: tuple[Config, Grid], where: str) -> None:
             else:
                 metavar = METAVARS.get(name) or _metavar(kinds[name].type)
                 _add(group, flag, metavar, kinds[name].metadata["help"], getattr(config, name))
+    group = found.add_argument_group("several processes, each started with this command")
+    for flag, (metavar, text) in FLAGS.items():
+        _add(group, flag, metavar, text)
     found.print_help()
 
 

@@ -13,45 +13,27 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any, NamedTuple
 
 from jaxpg.runs import console
+from jaxpg.runs.config.processes import Cluster
 from jaxpg.runs.console import Ended, shortened
 
-HELP = """\
-several processes, each started with this same command:
-  --distributed          find the others by SLURM, Kubernetes, MPI or a Cloud TPU
-  --coordinator HOST:PORT --processes N --process I
-                         or name the address of process 0, how many they are,
-                         and which of 0 to N-1 this one is
-  --heartbeat-timeout S  seconds to wait for the others, at the start and when
-                         one falls silent (60)
-"""
-LEAST = 2  # seconds between heartbeats are a fraction of the timeout
 GRACE = 1.0  # seconds in which an error that all processes make is every one's own
 LEAVING = 5.0  # seconds that process 0, which carries the messages, waits for the others to leave
 PREFIX = "jaxpg/"
 SIGNALS = 128  # an exit status above it is a signal's
 
 
-class Cluster(NamedTuple):
-    """How this process finds the others; None: jax finds out."""
-
-    coordinator: str | None
-    processes: int | None
-    process: int | None
-    timeout: int = 60
-
-
 class _Joined(NamedTuple):
     """What a process holds while it is one of several."""
 
     client: Any  # of jax's service: a store of texts that all processes see
-    index: int
-    count: int
+    process: int
+    total: int
     number: Iterator[int]  # of what they have asked each other
     ending: threading.Lock  # whoever holds it ends this process
 
@@ -61,69 +43,19 @@ _stopping: list[int] = []  # signals that this process has had, or that all have
 _advice: list[str] = []  # what to do when a process is lost, last the newest
 
 
-def take(argv: Sequence[str], prog: str) -> tuple[Cluster | None, list[str]]:
-    """The processes that the arguments ask for, None for this one alone, and the other arguments.
-
-    Raises ValueError for what cannot be read.
-
-    >>> take(["CartPole-v1", "--coordinator", "node1:1234", "--processes", "2", "--process", "0"], "")
-    (Cluster(coordinator='node1:1234', processes=2, process=0, timeout=60), ['CartPole-v1'])
-    """
-    flags = "--coordinator", "--processes", "--process", "--heartbeat-timeout"
-    words, rest, found, automatic = list(argv), [], {}, False
-    while words:
-        flag, equals, value = (word := words.pop(0)).partition("=")
-        if flag == "--distributed" and not equals:
-            automatic = True
-        elif flag in flags:
-            value = value if equals else (words.pop(0) if words else "")
-            found[flag] = value if flag == flags[0] else _whole(flag, value, prog)
-        else:
-            rest.append(word)
-    if not found and not automatic:
-        return None, rest
-    address, total, index = (found.get(flag) for flag in flags[:3])
-    if (address, total, index) != (None,) * 3 and None in (address, total, index):
-        lacking = next(flag for flag in flags if flag not in found)
-        raise ValueError(f"{', '.join(flags[:2])} and {flags[2]} go together; {lacking} is missing")
-    if address is None and not automatic:
-        raise ValueError(f"{flags[3]} is for several processes; add --distributed")
-    if address is not None:
-        if not re.fullmatch(r"\S+:[0-9]{1,5}", address) or int(address.rpartition(":")[2]) > 65535:
-            raise ValueError(
-                f"--coordinator {shortened(address)} must be HOST:PORT, as in node1:1234"
-            )
-        if not 0 <= index < total:
-            raise ValueError(
-                f"--process {index} does not exist; with --processes {total} they are 0 to {total - 1}"
-            )
-    timeout = found.get(flags[3], Cluster(None, None, None).timeout)
-    if timeout < LEAST:
-        raise ValueError(f"{flags[3]} {timeout} must be at least {LEAST} seconds")
-    return Cluster(address, total, index, timeout), rest
-
-
-def _whole(flag: str, text: str, prog: str) -> int:
-    if not text.isdecimal():
-        raise ValueError(
-            f"{flag} takes a whole number, not {shortened(text)!r} (see {prog} --help)"
-        )
-    return int(text)
-
-
 def leads() -> bool:
     """Whether this process speaks and writes: process 0, or one that is alone."""
-    return not _joined or _joined[0].index == 0
+    return not _joined or _joined[0].process == 0
 
 
 def size() -> int:
     """How many processes run this command."""
-    return _joined[0].count if _joined else 1
+    return _joined[0].total if _joined else 1
 
 
 def index() -> int:
     """Which of the processes this is, from 0."""
-    return _joined[0].index if _joined else 0
+    return _joined[0].process if _joined else 0
 
 
 @contextmanager
@@ -162,7 +94,7 @@ def joined(cluster: Cluster | None) -> Iterator[None]:
 
     own = _Joined(state.client, state.process_id, state.num_processes, count(), threading.Lock())
     _joined.append(own)
-    if own.index:
+    if own.process:
         console.mute()
     threading.Thread(target=_listen, args=(own,), daemon=True).start()
     try:
@@ -300,7 +232,7 @@ def first(make: Callable[[], Any]) -> Any:
     if not _joined:
         return make()
     own, key = _joined[0], _next("first")
-    if own.index == 0:
+    if own.process == 0:
         value = make()
         own.client.key_value_set(key, json.dumps(value))
         return value
@@ -316,11 +248,11 @@ def collected(value: Any) -> list[Any]:
     if not _joined:
         return [value]
     own, key = _joined[0], _next("all")
-    if own.index:
-        own.client.key_value_set(f"{key}/{own.index}", json.dumps(value))
+    if own.process:
+        own.client.key_value_set(f"{key}/{own.process}", json.dumps(value))
         return [value]
     others = (
-        own.client.blocking_key_value_get(f"{key}/{i}", 2**31 - 1) for i in range(1, own.count)
+        own.client.blocking_key_value_get(f"{key}/{i}", 2**31 - 1) for i in range(1, own.total)
     )
     return [value, *map(json.loads, others)]
 
@@ -373,7 +305,7 @@ def end(message: str, status: int) -> None:
         return
     own = _joined[0]
     own.ending.acquire()
-    said = json.dumps({"process": own.index, "message": message, "status": status})
+    said = json.dumps({"process": own.process, "message": message, "status": status})
     with suppress(Exception):  # another was first, or the service is gone
         own.client.key_value_set(f"{PREFIX}end", said)
     _left(own)
@@ -383,11 +315,11 @@ def _left(own: _Joined) -> None:
     """Says that this process leaves; process 0 waits for the others to say so."""
     deadline = time.monotonic() + LEAVING
     with suppress(Exception):
-        if own.index:
-            own.client.key_value_set(f"{PREFIX}left/{own.index}", "")
+        if own.process:
+            own.client.key_value_set(f"{PREFIX}left/{own.process}", "")
             return
         while time.monotonic() < deadline:
-            if len(own.client.key_value_dir_get(f"{PREFIX}left/")) == own.count - 1:
+            if len(own.client.key_value_dir_get(f"{PREFIX}left/")) == own.total - 1:
                 return
             time.sleep(0.05)
 
@@ -398,9 +330,9 @@ def _listen(own: _Joined) -> None:
         said = json.loads(own.client.blocking_key_value_get(f"{PREFIX}end", 2**31 - 1))
     except Exception:  # the service is gone: its own abort says so
         return
-    if said["process"] == own.index:
+    if said["process"] == own.process:
         return
-    if own.index == 0:
+    if own.process == 0:
         time.sleep(GRACE)
     own.ending.acquire()
     if said["status"] > SIGNALS:

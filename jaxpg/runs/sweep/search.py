@@ -37,6 +37,8 @@ options:
   --join FOLDER...  rank the points of all N parts together, in a new folder
   --resume-or-start resume the interrupted sweep in the folder --run, or start
                     it there
+  --distributed, or --coordinator HOST:PORT --processes N --process I
+                    split the points over several processes (jaxpg train --help)
   --seeds, --updates, --run and all other flags are those of train (jaxpg train
   ENV --help)
 
