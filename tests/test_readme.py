@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from jaxpg.runs.config.flags import parse
+from jaxpg.runs.config.processes import take
 from jaxpg.runs.sweep.search import take_options
 from jaxpg.runs.train.build import build
 
@@ -76,7 +77,7 @@ def test_every_command_can_be_read(path):
         command, *words = shlex.split(line, comments=True)[1:]
         if {"--resume", "--config", "--join"} & {*words}:
             continue  # these read a folder
-        words = [word for word in words if word != "--resume-or-start"]
+        words = take([word for word in words if word != "--resume-or-start"], "jaxpg train")[1]
         if command == "sweep":
             words = take_options(words)[1]
         parse(words, f"jaxpg {command}")

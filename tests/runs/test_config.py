@@ -16,6 +16,7 @@ from jaxpg.policies.layers import ACTIVATIONS, PRECISIONS
 from jaxpg.runs.config.config import COUNTS, Config, Grid, check, completed, points, varying
 from jaxpg.runs.config.flags import parse, request
 from jaxpg.runs.config.presets import PRESETS, preset
+from jaxpg.runs.config.processes import FLAGS
 from jaxpg.runs.config.rows import settled
 from jaxpg.runs.store.folder import description
 from jaxpg.runs.train.build import build, build_algorithm
@@ -173,8 +174,9 @@ def test_every_field_is_a_flag(capsys):
     text = capsys.readouterr().out
     names = [f.name for f in fields(Config) if f.name != "environment"] + list(Grid._fields)
     flags = [n.strip("_").replace("_", "-") for n in names]
+    several = [flag.removeprefix("--") for flag in FLAGS]
     shown = re.findall(r"^  --(?:no-)?(\S+)", text, re.M)
-    assert sorted(shown) == sorted([*flags, "config", "resume", "resume-or-start"])
+    assert sorted(shown) == sorted([*flags, "config", "resume", "resume-or-start", *several])
     sections = re.findall(r"^(\w+):$", text, re.M)
     assert sections[2:] == ["task", "size", "algorithm", "networks", "numbers", "output", "machine"]
     assert max(map(len, text.splitlines())) <= 80

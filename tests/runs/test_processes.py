@@ -151,8 +151,8 @@ def saved(folder, processes):
 @pytest.mark.parametrize(
     ("who", "how", "status", "said"),
     [
-        (1, signal.SIGKILL, 1, r"process .*is gone.* jaxpg train --resume \S+ goes on"),
-        (0, signal.SIGKILL, 1, r"process .*is gone.* jaxpg train --resume \S+ goes on"),
+        (1, signal.SIGKILL, 1, r"(another )?process .*is gone.* jaxpg train --resume \S+ goes on"),
+        (0, signal.SIGKILL, 1, r"(another )?process .*is gone.* jaxpg train --resume \S+ goes on"),
         (1, signal.SIGTERM, 143, r"stopped by SIGTERM after \d+ of 100000 updates; saved in"),
     ],
     ids=["worker", "coordinator", "stopped"],

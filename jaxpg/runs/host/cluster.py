@@ -102,7 +102,7 @@ def joined(cluster: Cluster | None) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
-        why = str(error).partition("\n")[0].partition(" [")[0]
+        why = re.sub(r"^[A-Z_]+: |:? \[.*", "", str(error).partition("\n")[0])
         raise Ended(_lost("another process", f" ({shortened(why)})")) from error
     _leave(own)
 
