@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Any, NamedTuple
 
 from rich.markup import escape
@@ -16,6 +17,7 @@ from jaxpg.runs.store import artifacts
 from jaxpg.stats.figures import WIDTHS
 
 FLAGS = ("env", "policy", "estimators", "trajectories", "repeats", "seed", "gamma", "checkpoint")
+WIDEST = 120  # columns of a table
 QUIET_SECONDS = 5.0  # between lines of progress that cannot be overwritten
 
 
@@ -37,7 +39,7 @@ class LabPlan(NamedTuple):
 
 def prepare(argv: Sequence[str]) -> LabPlan:
     """Checks what the arguments ask for. Raises ValueError if it is impossible; exits after --help."""
-    arguments = _parser().parse_args(list(argv))
+    arguments = _parser().parse_intermixed_args(list(argv))
     if arguments.name == "list":
         return LabPlan([], None, False)
     # Imported here, so that help does not wait for jax.
@@ -47,6 +49,10 @@ def prepare(argv: Sequence[str]) -> LabPlan:
 
     check_devices()
     given = {k: getattr(arguments, k) for k in FLAGS if getattr(arguments, k) is not None}
+    if arguments.names:
+        if "estimators" in given:
+            raise ValueError("name estimators once: after the experiment, or with --estimators")
+        given["estimators"] = ",".join(arguments.names)
     if "estimators" in given:
         given["estimators"] = tuple(x for x in given["estimators"].split(",") if x)
     if "checkpoint" in given:
@@ -128,7 +134,8 @@ def _run(job: LabJob, folder: Path) -> tuple[Any, float]:
 
 def _report(job: LabJob, result) -> list[str]:
     headline = f"{job.name} on {_where_from(job.settings)}: {job.experiment.summary}"
-    rows = (f"  {line}"[: artifacts.WIDTH] for line in artifacts.lines(result.table))
+    width = min(get_terminal_size((artifacts.WIDTH, 24)).columns, WIDEST)
+    rows = (f"  {line}" for line in artifacts.lines(result.table, width - 2))
     return [textwrap.fill(headline, artifacts.WIDTH, break_on_hyphens=False), *rows]
 
 
@@ -229,6 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = found.add_argument
     add("name", metavar="NAME", help="an experiment, `all`, or `list` to see them")
+    add("names", metavar="ESTIMATOR", nargs="*", help="such as total rtg; see `jaxpg lab list`")
     add("--env", help="A, T or C (worked instances) or any of jaxpg envs; default: A")
     add("--policy", help="mlp, linear, gru or tabular, at its initial parameters")
     add(

@@ -17,6 +17,7 @@ from jaxpg.lab.studies import (
     observability,
     offsets,
     precision,
+    ratios,
     reference,
     samplers,
     staleness,
@@ -28,6 +29,7 @@ _MODULES = (
     *(advantages, batch_sizes, ladder, offsets, hurts, horizons, importance, clipping, noise),
     *(decomposition, coupling, windows, discounting, staleness, observability, learning),
     precision,
+    ratios,
     groups,
     reference,
     samplers,
@@ -36,7 +38,7 @@ _FOUND = {name: each for module in _MODULES for name, each in module.EXPERIMENTS
 
 # In the order of a first course: batches, baselines, other policies' data, noise, and the consequences.
 _ORDER = (
-    "batch-size", "ladder", "gae", "offset", "never-hurts", "horizon-is", "importance", "clipping",
+    "batch-size", "ladder", "ratio", "gae", "offset", "never-hurts", "horizon-is", "importance", "clipping",
     "noise-scale", "stale", "stale-sampler", "cosine", "total-variance", "horizon", "coupled", "windows",
     "discount", "partial-observability", "large-batch", "optimizers", "seeds", "committal", "behaviour",
     "precision", "groups", "reference",

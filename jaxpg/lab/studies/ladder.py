@@ -78,14 +78,14 @@ def _measured(world, forms, settings, progress) -> dict[str, Measured]:
 
 
 def _rung(world: World, each: Form, measured: Measured | None, truth) -> list[dict[str, Any]]:
-    """Rows of one estimator: trace, squared bias and noise scale, per trajectory."""
+    """Rows of one estimator: trace, noise scale and squared bias, per trajectory."""
     size = BATCH if coupled(each) else 1
     known = batch_moments(each, world, size)
     trace = None if known is None else size * known.trace
     exact_values = {
         "trace": trace,
-        "squared_bias": None if known is None or truth is None else square(known.mean - truth),
         "noise_scale": None if known is None or trace is None else trace / square(known.mean),
+        "squared_bias": None if known is None or truth is None else square(known.mean - truth),
     }
     values: dict[str, Any] = {}
     if measured is not None:
