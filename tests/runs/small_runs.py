@@ -39,7 +39,7 @@ def write_part(folder, arguments, part="", complete=True, diverged=0):
     every = choose(search.grid, search.options, config.seed)
     own = np.arange(len(every))[places(part, len(every))]
     assert [every[k] for k in own] == search.points
-    outcomes = ranking.nothing_yet(len(own), 2)
+    outcomes = ranking.nothing_yet(len(own), 2, config.updates)
     outcomes.returns[:] = (100 * own % 7)[:, None] + np.arange(2)[None] + 1 / 3
     outcomes.areas[:] = own[:, None] + 0.1
     outcomes.updates[:], outcomes.evaluated[:] = config.updates, True

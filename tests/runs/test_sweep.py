@@ -20,11 +20,13 @@ from scipy import stats
 
 from jaxpg.cli import main
 from jaxpg.rollout import evaluate
+from jaxpg.runs.config.config import points
 from jaxpg.runs.config.presets import preset
 from jaxpg.runs.host import health
 from jaxpg.runs.host.interrupt import Interrupted
+from jaxpg.runs.play.policy import load_policy
 from jaxpg.runs.store import artifacts
-from jaxpg.runs.sweep import figures, ranking, sweep
+from jaxpg.runs.sweep import best, figures, ranking, sweep
 from jaxpg.runs.sweep.record import Search, description
 from jaxpg.runs.sweep.search import (
     Options,
@@ -39,6 +41,7 @@ from jaxpg.runs.sweep.search import (
 )
 from jaxpg.runs.train import replica_batches
 from jaxpg.runs.train.replicas import Programs, make_replicas
+from jaxpg.runs.train.saved import read_run
 from jaxpg.training.trainer import train
 
 SMALL = (
@@ -94,6 +97,11 @@ def grid(tmp_path_factory):
 @pytest.fixture(scope="module")
 def halved(tmp_path_factory):
     return run(f"{GRID} --halving 3", tmp_path_factory.mktemp("sweep") / "halved")
+
+
+def arrays_of(folder):
+    with np.load(folder / "best" / "params.npz") as params:
+        return [params[name] for name in sorted(params)]
 
 
 def returns_by_point(record):
@@ -179,8 +187,64 @@ def test_the_table_is_ranked_with_intervals(grid):
         "response.pdf",
     }
     assert {f.name for f in found.folder.iterdir()} == {
-        "sweep.json", "table.csv", "table.parquet", "figures"
+        "sweep.json", "table.csv", "table.parquet", "curves.parquet", "best", "figures"
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_best_points_policies_are_a_run(grid):
+    """They are evaluated again, on the episodes of the sweep, and one acts."""
+    found, _, record, _ = grid
+    run = read_run(found.folder / "best")
+    best = record["points"][0]
+    assert run.grid.learning_rate == (best["hyperparameters"]["learning_rate"],)
+    assert run.grid.gamma == (best["hyperparameters"]["gamma"],)
+    replicas = make_replicas(run.config, points(run.grid))
+    play = jax.vmap(
+        lambda params, key: evaluate(run.parts.env, run.parts.agent, params, key, 8).mean
+    )
+    means = jax.jit(play)(run.params, replicas.evaluation_keys)
+    np.testing.assert_allclose(means, best["returns"], rtol=1e-5)
+    policy = load_policy(found.folder / "best")
+    assert policy.seed == np.argmax(best["returns"])
+    assert policy.act(jax.random.key(0), np.zeros(4), first=True) in (0, 1)
+
+
+def test_agents_of_the_best_point_are_held_across_batches_and_kills(tmp_path):
+    """Three points of two seeds in batches of three: the second point's seeds are in different batches."""
+    found, policies = ranking.nothing_yet(3, 2, 1), {}
+    found.updates[:] = 1
+    returns = np.array([[3.0, 3.0], [9.0, 9.0], [5.0, 5.0]])
+
+    def evaluate(rows):
+        found.returns.reshape(-1)[rows] = returns.reshape(-1)[rows]
+        found.evaluated.reshape(-1)[rows] = True
+        best.hold(policies, rows, {"w": 10.0 * rows}, found, tmp_path)
+        return sorted(policies)
+
+    assert best.held(tmp_path, {"w": np.zeros(())}) == {}
+    assert evaluate(np.arange(3)) == [0, 1, 2]
+    policies = best.held(tmp_path, {"w": np.zeros(())})  # as after a kill
+    assert {row: x["w"] for row, x in policies.items()} == {0: 0.0, 1: 10.0, 2: 20.0}
+    assert evaluate(np.arange(3, 6)) == [2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["grid", "halved"])
+def test_the_curve_of_every_seed_is_kept(which, request):
+    found, _, record, _ = request.getfixturevalue(which)
+    table = parquet.read_table(found.folder / "curves.parquet").to_pandas()
+    for point in record["points"]:
+        numbers = point["hyperparameters"]
+        mine = table[
+            (table.learning_rate == numbers["learning_rate"]) & (table.gamma == numbers["gamma"])
+        ]
+        for _, own in mine.groupby("seed"):
+            assert own["update"].tolist() == list(range(1, point["updates"] + 1))
+            assert own["env_steps"].is_monotonic_increasing and own["env_steps"].iloc[0] >= 4
+        # Every update ends episodes, so that the area is the mean of the curve.
+        areas = mine.groupby("seed")["episode_return"].mean()
+        assert point["area"] == pytest.approx(stats.trim_mean(areas, 0.25), rel=1e-6)
 
 
 @pytest.mark.parametrize("totals", [[1], [7], [60], [1000], [270, 90, 30, 10], [36, 12, 4]])
@@ -309,7 +373,10 @@ def test_a_killed_sweep_goes_on_and_trains_nothing_twice(halved, tmp_path, monke
     record = json.loads((folder / "sweep.json").read_text())
     assert record["points"] == halved[2]["points"]  # every seed's return, to the last digit
     assert record["costs"]["env_steps"] == halved[2]["costs"]["env_steps"]
-    assert written == [f"0-{i}.npz" for i in range(3) for _ in range(3)] + ["1-0.npz"] * 5
+    last = ["1-0.npz"] * 4 + ["best.npz", "1-0.npz"]
+    assert written == [f"0-{i}.npz" for i in range(3) for _ in range(3)] + last
+    for own, whole in zip(*map(arrays_of, (folder, halved[0].folder)), strict=True):
+        np.testing.assert_array_equal(own, whole)
     assert not (folder / "batches").exists()
     capsys.readouterr()
     main(["sweep", *command.split()])
@@ -380,7 +447,7 @@ def test_rungs(arguments, expected):
 
 def outcomes(returns, updates):
     returns = np.array(returns, float)
-    empty = ranking.nothing_yet(*returns.shape)
+    empty = ranking.nothing_yet(*returns.shape, 1)
     return empty._replace(returns=returns, updates=np.array(updates))
 
 
@@ -402,13 +469,17 @@ def test_ties_are_broken_by_the_area_under_the_learning_curve_and_said():
     curves = np.array([[10, 500, nan, 500], [500, 500, 400, nan], [nan, nan, 3, 5], [1, 1, 1, 1]])
     loss = np.ones((4, 4))
     loss[3, 1] = np.inf
-    found, rows = ranking.nothing_yet(4, 1), np.arange(4)
+    found, rows = ranking.nothing_yet(4, 1, 2), np.arange(4)
     for k in (0, 2):
         chunk = {"episode_return": curves[:, k : k + 2], "objective": loss[:, k : k + 2]}
+        chunk["env_steps"] = np.full((4, 2), 5 + k)
         ranking.note(found, rows, k + 2, chunk)
     np.testing.assert_allclose(found.areas[:, 0], [1010 / 3, 1400 / 3, 4, nan], rtol=1e-12)
     np.testing.assert_array_equal(found.returns[:, 0], [500, 400, 4, nan])
     assert found.diverged[:, 0].tolist() == [0, 0, 0, 2]
+    mean = [[255, 500], [500, 400], [nan, 4], [nan, nan]]
+    np.testing.assert_array_equal(found.curves[:, 0], mean)
+    assert found.steps[:, 0].tolist() == [[10, 24]] * 4
 
 
 def swept(returns, areas, diverged):
@@ -418,7 +489,7 @@ def swept(returns, areas, diverged):
     rates = tuple(0.1 * (1.0 + np.arange(len(returns))))
     grid = grid._replace(learning_rate=rates)
     points = choose(grid, Options({}, None, None), 0)
-    search = Search(grid, Options({}, None, None), ("learning_rate",), points, [])
+    search = Search(grid, Options({}, None, None), ("learning_rate",), points, [Rung(1, 1)])
     found = outcomes(np.array(returns, float)[:, None], [config.updates] * len(returns))
     found = found._replace(
         areas=np.array(areas, float)[:, None], diverged=np.array(diverged)[:, None]
@@ -464,7 +535,8 @@ def test_a_sweep_that_diverges_everywhere_says_so_and_exits_1(tmp_path, monkeypa
     def climb(job, search, outcomes, *rest):
         at = np.arange(outcomes.diverged.size).reshape(outcomes.diverged.shape)
         ranking.note(outcomes, at.reshape(-1), 8, {
-            "episode_return": np.ones((at.size, 8)), "objective": np.full((at.size, 8), np.nan)
+            "episode_return": np.ones((at.size, 8)), "objective": np.full((at.size, 8), np.nan),
+            "env_steps": np.ones((at.size, 8)),
         })  # fmt: skip
         return ranking.Costs(0, 0.0, 0.0, 1, None)
 

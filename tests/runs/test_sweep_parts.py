@@ -71,6 +71,8 @@ def test_the_parts_joined_are_the_whole_sweep(trained, tmp_path, monkeypatch, ca
             np.testing.assert_allclose(
                 *(np.array(x, float) for x in (ours[name], values)), rtol=1e-5
             )
+    best = [json.loads((x / "best" / "config.json").read_text()) for x in (joined, whole)]
+    assert best[0]["hyperparameters"] == best[1]["hyperparameters"]
     found, expected = record(joined), record(whole)
     for mine, other in zip(found["points"], expected["points"], strict=True):
         assert mine["hyperparameters"] == other["hyperparameters"]
@@ -152,7 +154,7 @@ def test_a_part_is_named_drawn_and_resumed_as_a_part(tmp_path, monkeypatch, caps
     found, drawn = write_part(folder / "p", GRID, "--part 2/3"), []
     assert "part 2 of 3, of 6 points" in ranking.headline(found.config, found.search, "")
     monkeypatch.setattr(figures, "draw", lambda figure, points, title: drawn.append(points))
-    ranking.draw(folder / "p", found.config, found.search, ranking.nothing_yet(2, 2))
+    ranking.draw(folder / "p", found.config, found.search, ranking.nothing_yet(2, 2, 2))
     assert not drawn[0].gridded  # a heat map would show holes
     main(["sweep", *GRID.split(), *f"--part 2/3 --run {folder}/p --resume-or-start".split()])
     assert capsys.readouterr().out == f"the sweep in {folder}/p has finished\n"

@@ -116,9 +116,6 @@ def parquet(folder: Path, labels: list[dict], columns: list[str]) -> Table:
     def flush():
         if not kept:
             return
-        import pyarrow
-        from pyarrow import parquet
-
         records = _joined(kept)
         count = len(records.update)
         rows: dict[str, Any] = {"replica": np.repeat(np.arange(len(labels), dtype=np.int32), count)}
@@ -128,15 +125,20 @@ def parquet(folder: Path, labels: list[dict], columns: list[str]) -> Table:
         rows["env_steps"] = records.env_steps.reshape(-1)
         rows["seconds"] = np.tile(records.seconds, len(labels))
         rows |= {name: values.reshape(-1) for name, values in records.metrics.items()}
-        table = pyarrow.table({name: _column(values) for name, values in rows.items()})
         folder.mkdir(exist_ok=True)
-        path = folder / f"part-{records.update[-1]:012d}.parquet"
-        write_atomically(
-            path, lambda file: parquet.write_table(table, file, write_page_checksum=True)
-        )
+        write_columns(folder / f"part-{records.update[-1]:012d}.parquet", rows)
         kept.clear()
 
     return Table(kept.append, flush)
+
+
+def write_columns(path: Path, columns: dict[str, np.ndarray]) -> None:
+    """Writes a Parquet file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table({name: _column(values) for name, values in columns.items()})
+    write_atomically(path, lambda file: parquet.write_table(table, file, write_page_checksum=True))
 
 
 def _column(values: np.ndarray) -> Any:

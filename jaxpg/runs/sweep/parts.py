@@ -17,9 +17,11 @@ from jaxpg.runs.store import folder as files
 from jaxpg.runs.store.folder import SWEEP, read_arrays_like
 from jaxpg.runs.store.lock import locked
 from jaxpg.runs.sweep import ranking
+from jaxpg.runs.sweep.best import copy
 from jaxpg.runs.sweep.ranking import OUTCOMES, Costs, Outcomes
 from jaxpg.runs.sweep.record import Search, new_folder, recorded, settings
 from jaxpg.runs.sweep.search import Options, Part, Rung, places
+from jaxpg.runs.train.loop import chunk_length
 from jaxpg.types import Hyperparams
 
 MOST_NAMED = 5  # parts in a message
@@ -100,6 +102,7 @@ def execute(joined: Joined) -> None:
     with locked(folder), signals():  # a signal waits for the end, which is near
         try:
             ranking.draw(folder, config, search, outcomes)
+            copy(folder, [Path(x["folder"]) for x in described["joined"]], search, outcomes)
             # Last, because its record vouches for the other files.
             ranking.write(folder, described, search, outcomes, costs, complete=True)
         except BaseException:
@@ -169,7 +172,8 @@ def _shown(value: Any) -> str:
 def _results(parts: list[Ran], config: Config, grid: Grid) -> tuple[list[Hyperparams], Outcomes]:
     """The points of the whole sweep and their outcomes, from the files of its parts. Raises ValueError."""
     swept = varying(grid)
-    like = {"points": np.empty((0, len(swept)))} | ranking.nothing_yet(0, config.seeds)._asdict()
+    nothing = ranking.nothing_yet(0, config.seeds, config.updates // chunk_length(config.updates))
+    like = {"points": np.empty((0, len(swept)))} | nothing._asdict()
     read = []
     for ran in parts:
         path, asked = ran.folder / OUTCOMES, ran.folder / SWEEP

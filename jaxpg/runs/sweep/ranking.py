@@ -12,7 +12,7 @@ from jaxpg.runs.host import health
 from jaxpg.runs.store import artifacts
 from jaxpg.runs.store import folder as files
 from jaxpg.runs.store.folder import SWEEP, write_atomically
-from jaxpg.runs.store.metrics import nan_mean
+from jaxpg.runs.store.metrics import nan_mean, write_columns
 from jaxpg.runs.sweep import figures
 from jaxpg.runs.sweep.record import Search
 from jaxpg.runs.sweep.search import count
@@ -21,7 +21,7 @@ from jaxpg.stats.moments import Estimate
 from jaxpg.stats.reliability import interquartile_mean
 from jaxpg.stats.seeds import interval, number, robust
 
-OUTCOMES = "outcomes.npz"
+OUTCOMES, CURVES = "outcomes.npz", "curves.parquet"
 MOST_ROWS = 12
 WIDTH = 80
 DESCRIBED = ("return", "low", "high", "updates", "evaluated", "area", "tied", "diverged")
@@ -36,6 +36,8 @@ class Outcomes(NamedTuple):
     areas: np.ndarray  # [P, S] area under the learning curve / its length: the mean return so far
     ended: np.ndarray  # [P, S] number of updates in that mean: those in which an episode ended
     diverged: np.ndarray  # [P, S] the first update with a number that is not finite; 0: none
+    curves: np.ndarray  # [P, S, C] mean return of each chunk of training
+    steps: np.ndarray  # [P, S, C] of environments until its end
 
 
 class Costs(NamedTuple):
@@ -48,7 +50,7 @@ class Costs(NamedTuple):
     bytes: int | None  # memory that its program needs on one device
 
 
-def nothing_yet(num_points: int, seeds: int) -> Outcomes:
+def nothing_yet(num_points: int, seeds: int, chunks: int) -> Outcomes:
     shape = num_points, seeds
     return Outcomes(
         np.full(shape, np.nan),
@@ -57,7 +59,14 @@ def nothing_yet(num_points: int, seeds: int) -> Outcomes:
         np.full(shape, np.nan),
         np.zeros(shape, int),
         np.zeros(shape, int),
+        np.full((*shape, chunks), np.nan),
+        np.zeros((*shape, chunks), np.int64),
     )
+
+
+def by_row(x: np.ndarray, seeds: int) -> np.ndarray:
+    """An array of the outcomes for every row, [P x S, ...]; a view, unless it is one of points."""
+    return np.repeat(x, seeds) if x.ndim == 1 else x.reshape(-1, *x.shape[2:])
 
 
 def note(outcomes: Outcomes, rows: np.ndarray, updates: int, measured: dict) -> None:
@@ -78,6 +87,11 @@ def note(outcomes: Outcomes, rows: np.ndarray, updates: int, measured: dict) -> 
     returns[rows] = mean
     for each in (returns, area):
         each[rows] = np.where(diverged[rows] > 0, np.nan, each[rows])
+    chunk, seeds = updates // found.shape[1] - 1, outcomes.returns.shape[1]
+    curves, steps = (by_row(x, seeds) for x in (outcomes.curves, outcomes.steps))
+    curves[rows, chunk] = returns[rows]
+    so_far = steps[rows, chunk - 1] if chunk else 0
+    steps[rows, chunk] = so_far + measured["env_steps"].astype(np.int64).sum(axis=1)
     outcomes.updates[rows // outcomes.returns.shape[1]] = updates
 
 
@@ -211,12 +225,13 @@ def write(
     costs: Costs,
     complete: bool,
 ) -> None:
-    """Writes table.csv and table.parquet, then sweep.json, whose presence vouches for them.
+    """Writes table.csv, table.parquet and curves.parquet, then sweep.json, whose presence vouches for them.
 
     A part of a sweep also has outcomes.npz, so that the parts can be ranked together to the last digit.
     """
     found = table(search, outcomes)
     artifacts.write_table(folder, found)
+    write_columns(folder / CURVES, _curves(search, outcomes))
     if search.options.part is not None:
         numbers = swept_numbers(search)
         write_atomically(
@@ -230,6 +245,22 @@ def write(
     }
     # Settings keep every digit, because they are compared.
     files.write_json(folder / SWEEP, described | files.jsonable(results), exact=True)
+
+
+def _curves(search: Search, outcomes: Outcomes) -> dict[str, np.ndarray]:
+    """A row for each chunk of updates that a seed of a point was trained for."""
+    ends = search.rungs[-1].updates * (1 + np.arange(outcomes.curves.shape[2]))
+    ends = ends // outcomes.curves.shape[2]
+    trained = np.broadcast_to((ends <= outcomes.updates[:, None])[:, None], outcomes.curves.shape)
+    point, seed, chunk = np.nonzero(trained)
+    swept = dict(zip(search.swept, swept_numbers(search).T, strict=True))
+    return {
+        **{name.strip("_"): values[point] for name, values in swept.items()},
+        "seed": seed,
+        "update": ends[chunk],
+        "env_steps": outcomes.steps[trained],
+        "episode_return": outcomes.curves[trained],
+    }
 
 
 def swept_numbers(search: Search) -> np.ndarray:

@@ -18,7 +18,9 @@ usage: jaxpg sweep ENV [--NUMBER VALUES] [--random POINTS] [--halving FACTOR]
        jaxpg sweep --join FOLDER... [--run FOLDER]
 
 Trains every point of a grid, or points drawn at random, as one compiled
-program in batches that fit memory, and ranks them by the final evaluation.
+program in batches that fit memory, and ranks them by the final evaluation. Its
+folder has the learning curve of every seed (curves.parquet), and the policies
+of the best point as the run best/.
 
 VALUES of any hyperparameter:
   .9,.99            these values

@@ -24,7 +24,7 @@ from jaxpg.runs.host.progress import Show, Status, display
 from jaxpg.runs.store import folder as files
 from jaxpg.runs.store.folder import SWEEP
 from jaxpg.runs.store.lock import locked
-from jaxpg.runs.sweep import ranking
+from jaxpg.runs.sweep import best, ranking
 from jaxpg.runs.sweep.ranking import Costs, Outcomes
 from jaxpg.runs.sweep.record import Search, description, new_folder, recorded, settings
 from jaxpg.runs.sweep.search import Options, choose, count, places, rungs, take_options
@@ -142,7 +142,9 @@ def execute(sweep: Sweep) -> None:
     one agent fits in memory, or halving has nothing to rank by; health.Diverged if every agent diverged.
     """
     config, search, parts, folder, began = sweep
-    outcomes = ranking.nothing_yet(len(search.points), config.seeds)
+    chunks = config.updates // chunk_length(config.updates)
+    outcomes = ranking.nothing_yet(len(search.points), config.seeds, chunks)
+    policies: best.Policies = {}
     with ExitStack() as stack:
         stack.enter_context(locked(folder))
         stopped = stack.enter_context(signals())
@@ -161,7 +163,7 @@ def execute(sweep: Sweep) -> None:
                     show(
                         f"its numbers will match an unbroken sweep's to rounding: {name} was {old}, is {new}"
                     )
-            costs = _climb(job, search, outcomes, show, folder / files.BATCHES, began)
+            costs = _climb(job, search, outcomes, policies, show, folder / files.BATCHES, began)
             if stopped() and not outcomes.updates.any():
                 raise Interrupted(stopped(), NOTHING)
         except BaseException:
@@ -170,6 +172,7 @@ def execute(sweep: Sweep) -> None:
             raise
         cut = stopped()  # a later signal finds all results written, and ends nothing
         described = description(config, search)
+        place = best.write(folder, config, search, outcomes, policies)
         ranking.write(folder, described, search, outcomes, costs, complete=not cut)
         show("drawing")
         ranking.draw(folder, config, search, outcomes)
@@ -189,7 +192,7 @@ def execute(sweep: Sweep) -> None:
         raise Interrupted(cut, said)
     if not alone:
         return
-    say(f"saved in {folder}")
+    say(f"saved in {folder}" + (f", the best point's policies as the run {place}" if place else ""))
     if search.options.part is not None:
         say("jaxpg sweep --join FOLDER... ranks all parts together, once each has run")
 
@@ -198,11 +201,12 @@ def _climb(
     job: replica_batches.SweepJob,
     search: Search,
     outcomes: Outcomes,
+    policies: best.Policies,
     show: Show,
     place: Path,
     began: dict[str, Any] | None,
 ) -> Costs:
-    """Trains rung after rung, batch after batch, until the end or a signal.
+    """Trains rung after rung, batch after batch, until the end or a signal, and fills outcomes and policies.
 
     place: the folder of saved batches, from which a sweep resumes; began: the record of one to resume.
     """
@@ -217,7 +221,7 @@ def _climb(
     saved, about = [compiled], {}
 
     def numbers(rows, done):
-        found = {name: x.reshape(-1)[rows] for name, x in _by_row(outcomes).items()}
+        found = {name: ranking.by_row(x, seeds)[rows] for name, x in outcomes._asdict().items()}
         spent = {"env_steps": costs[0].env_steps, "seconds": costs[0].seconds}
         return found | spent | {"done": done}
 
@@ -252,15 +256,19 @@ def _climb(
         if not 0 <= done <= job.config.updates or done % chunk_length(job.config.updates):
             raise ValueError(f"cannot read {path}: no chunk ends after {done} updates; remove it")
         for name, x in outcomes._asdict().items():
-            (x.reshape(-1) if x.ndim == 2 else x)[rows if x.ndim == 2 else rows // seeds] = kept[
-                name
-            ]
+            if x.ndim == 1:
+                x[rows // seeds] = kept[name]
+            else:
+                ranking.by_row(x, seeds)[rows] = kept[name]
         base[0] = float(kept["seconds"]) - (time.perf_counter() - compiled)
         costs[0] = costs[0]._replace(
             env_steps=int(kept["env_steps"]), seconds=float(kept["seconds"])
         )
         return done, states
 
+    if began is not None:
+        init = jax.eval_shape(job.parts.trainer.init, jax.random.key(0))
+        policies |= best.held(place, init.params)
     base = [0.0]
     alive, states, before = np.arange(len(search.points)), None, 0
     for level, rung in enumerate(search.rungs):
@@ -299,20 +307,14 @@ def _climb(
                 lost = outcomes.diverged.reshape(-1)[rows[some]] > 0
                 outcomes.returns.reshape(-1)[rows[some]] = np.where(lost, np.nan, found)
                 outcomes.evaluated.reshape(-1)[rows[some]] = True
+                params = replica_batches.kept(state.params, len(rows[some]))
+                best.hold(policies, rows[some], params, outcomes, place)
             else:
                 kept.append(replica_batches.kept(state, len(rows[some])))
             save(path, rows[some], rung.updates, None if last else kept[-1])
         states = None if last else jax.tree.map(lambda *x: np.concatenate(x), *kept)
         before = rung.updates
     return costs[0]
-
-
-def _by_row(outcomes: Outcomes) -> dict[str, np.ndarray]:
-    """Every array of the outcomes, repeated to [P, S]."""
-    return {
-        name: x if x.ndim == 2 else np.repeat(x[:, None], outcomes.returns.shape[1], axis=1)
-        for name, x in outcomes._asdict().items()
-    }
 
 
 def _rows(points: np.ndarray, seeds: int) -> np.ndarray:
