@@ -109,7 +109,7 @@ def halted():
             patch.setattr(place, name, begun)
         plan = replica_batches.BatchPlan(SIZE, None, None)
         patch.setattr(replica_batches, "plan", lambda *each: plan)
-        patch.setattr(artifacts, "write_figure", lambda *each: True)
+        patch.setattr(artifacts, "write_figure", lambda *each, **named: True)
         patch.setattr(files, "revision", lambda: None)  # it starts two processes
         patch.setattr(cli, "os", SimpleNamespace(_exit=left))
         yield
