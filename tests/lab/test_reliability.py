@@ -97,3 +97,33 @@ def test_thousands_of_runs_are_resampled_in_parts(monkeypatch):
 def test_an_interval_needs_two_runs():
     with pytest.raises(ValueError, match=r"shape \(1, 3\).*2 runs or more"):
         bootstrap(interquartile_mean, np.zeros((1, 3)))
+
+
+# The examples of rliable's own tests: four runs and three, on two tasks.
+ONE, OTHER = np.array([[1, 2], [2, 2], [1, 1], [2, 1]]), np.array([[1, 1], [2, 2], [3, 3]])
+
+
+def test_the_numbers_that_rliable_publishes():
+    assert interquartile_mean(ONE) == pytest.approx(1.5)
+    assert interquartile_mean(OTHER) == pytest.approx(2.0)
+    assert probability_of_improvement(ONE, OTHER) == pytest.approx(1 / 3)
+
+
+@pytest.mark.filterwarnings("ignore")  # those of its dependencies
+def test_rliable_agrees():
+    """Agarwal et al., 2021: estimates, profiles and, to sampling error, stratified bootstrap intervals."""
+    metrics, library = (pytest.importorskip(f"rliable.{x}") for x in ("metrics", "library"))
+    rng = np.random.default_rng(8)
+    one, other = rng.normal(size=(2, 8, 4)) + np.arange(4.0) * np.array([1.0, 0.9])[:, None, None]
+    points, ends = library.get_interval_estimates(
+        {"one": one}, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=4000
+    )
+    found = bootstrap(interquartile_mean, one, num_resamples=4000)
+    np.testing.assert_allclose(found.value, points["one"][0], rtol=1e-12)
+    width = found.high - found.low
+    np.testing.assert_allclose([found.low, found.high], ends["one"][:, 0], atol=0.06 * width)
+    better = metrics.probability_of_improvement(one, other)
+    assert probability_of_improvement(one, other) == pytest.approx(better)
+    limits = np.linspace(-2, 5, 15)
+    profiles, _ = library.create_performance_profile({"one": one}, limits, reps=10)
+    np.testing.assert_allclose(performance_profile(one, limits), profiles["one"])
