@@ -632,6 +632,8 @@ BAD = {
     "CartPole-v1 --gamma 0:1:lin8 --part 1/2 --halving 2": "--part does not go with --halving",
     "CartPole-v1 --join full": "unrecognized arguments: CartPole-v1",
     "CartPole-v1 --gamma .9,.99 --critic-epochs 2147483647": "critic_epochs=2147483647 must be at most",
+    "CartPole-v1 --gamma .9,.99 --study s.db": "--study s.db takes a storage, such as sqlite:///study.db",
+    "CartPole-v1 --gamma .9,.99 --part 1/2 --study sqlite:///s.db": "--study does not go with --part",
     "CartPole-v1 --gamma .9,.99 --tensorboard": "--tensorboard means nothing to a sweep",
     "CartPol-v1 --gamma .9,.99": "did you mean CartPole-v1",
     "CartPole-v1 --gamma .9,.99 --run full": "full is not empty",

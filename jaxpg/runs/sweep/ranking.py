@@ -321,3 +321,8 @@ def _filled(returns) -> np.ndarray:
 
 def _scores(returns) -> np.ndarray:
     return interquartile_mean(_filled(returns)[..., None])
+
+
+def scores(outcomes: Outcomes) -> np.ndarray:
+    """[P]: what points are ranked by, the interquartile mean of their seeds' returns; NaN without any."""
+    return _scores(outcomes.returns)

@@ -45,6 +45,7 @@ def description(config: Config, search: Search) -> dict[str, Any]:
             "random": search.options.random,
             "ranges": {n: r._asdict() for n, r in search.options.ranges.items()},
             "halving": search.options.halving,
+            "study": search.options.study,
             "part": part and part.number,
             "parts": part and part.of,
             "rungs": [rung._asdict() for rung in search.rungs],

@@ -36,6 +36,9 @@ options:
                     and so on
   --part I/N        train only the I-th of N parts of the points, in a folder of
                     its own, as one task of a job array
+  --study STORAGE   tell an Optuna study the returns; with --random it chooses
+                    the points, waiting trials first; STORAGE is a URL such as
+                    sqlite:///study.db or, with a study's name, ...#NAME
   --join FOLDER...  rank the points of all N parts together, in a new folder
   --resume-or-start resume the interrupted sweep in the folder --run, or start
                     it there
@@ -75,6 +78,7 @@ class Options(NamedTuple):
     random: int | None  # points to draw
     halving: float | None  # the factor by which points become fewer
     part: Part | None = None  # to run alone
+    study: str | None = None  # the storage of the Optuna study that chooses the points
 
 
 class Rung(NamedTuple):
@@ -91,18 +95,20 @@ def take_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
     """
     rest, words = [], list(argv)
     ranges: dict[str, Range] = {}
-    random = halving = part = None
+    random = halving = part = study = None
     while words:
         word = words.pop(0)
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
-        if flag in ("--random", "--halving", "--part"):
+        if flag in ("--random", "--halving", "--part", "--study"):
             if not equals:
                 value = words.pop(0) if words else ""
             if flag == "--random":
                 random = _number(int, flag, value, "a number of points, such as 64")
             elif flag == "--part":
                 part = read_part(value)
+            elif flag == "--study":
+                study = value
             else:
                 halving = _number(float, flag, value, "a factor above 1, such as 3")
             continue
@@ -128,7 +134,15 @@ def take_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
             "--part does not go with --halving, which compares all points with each other, and a part has "
             "only its own; leave one of them out"
         )
-    return Options(ranges, random, halving, part), rest
+    if study is not None and "://" not in study:
+        raise ValueError(
+            f"--study {shortened(study)} takes a storage, such as sqlite:///study.db, with #NAME of a study"
+        )
+    if study is not None and part is not None:
+        raise ValueError(
+            "--study does not go with --part, which runs apart from the others; leave one out"
+        )
+    return Options(ranges, random, halving, part, study), rest
 
 
 def read_part(text: str) -> Part:

@@ -24,7 +24,7 @@ from jaxpg.runs.host.progress import Show, Status, display
 from jaxpg.runs.store import folder as files
 from jaxpg.runs.store.folder import SWEEP
 from jaxpg.runs.store.lock import locked
-from jaxpg.runs.sweep import best, ranking
+from jaxpg.runs.sweep import best, ranking, study
 from jaxpg.runs.sweep.ranking import Costs, Outcomes
 from jaxpg.runs.sweep.record import Search, description, new_folder, recorded, settings
 from jaxpg.runs.sweep.search import Options, choose, count, places, rungs, take_options
@@ -74,6 +74,8 @@ def prepare(argv: Sequence[str]) -> Sweep:
     config = settled(config)
     check_varying(config, grid)
     search = _search(config, grid, options)
+    if options.study is not None:
+        study.check_installed()
     parts = build(config)
     check_shares(config, parts.trainer)
     health.check_sizes(config, parts.env, replica_batches.state_bytes(parts), 1)
@@ -142,6 +144,7 @@ def execute(sweep: Sweep) -> None:
     one agent fits in memory, or halving has nothing to rank by; health.Diverged if every agent diverged.
     """
     config, search, parts, folder, began = sweep
+    asked = None
     chunks = config.updates // chunk_length(config.updates)
     outcomes = ranking.nothing_yet(len(search.points), config.seeds, chunks)
     policies: best.Policies = {}
@@ -154,6 +157,9 @@ def execute(sweep: Sweep) -> None:
                 say(*ranking.headline(config, search, devices_in_words(config)))
             shown = stack.enter_context(display(config.quiet))
             show, stopped = stack.enter_context(heeding(shown, stopped))
+            if search.options.study is not None:
+                asked = study.ask(folder, config, search)
+                search = search._replace(points=asked.points)
             job = replica_batches.SweepJob(
                 config, search.points, parts, executor, compilers, stopped
             )
@@ -169,11 +175,15 @@ def execute(sweep: Sweep) -> None:
         except BaseException:
             if not (folder / files.BATCHES).exists():
                 files.discard_folder(folder)
+                if asked:
+                    study.tell(asked, search)
             raise
         cut = stopped()  # a later signal finds all results written, and ends nothing
         described = description(config, search)
         place = best.write(folder, config, search, outcomes, policies)
         ranking.write(folder, described, search, outcomes, costs, complete=not cut)
+        if asked and not cut:
+            study.tell(asked, search, outcomes)
         show("drawing")
         ranking.draw(folder, config, search, outcomes)
         if not cut:
