@@ -18,6 +18,9 @@ from jaxpg.devices import check_split, split_over
 from jaxpg.envs import from_gymnax, from_mdp
 from jaxpg.estimators import Estimator
 from jaxpg.lab import Source, gradient_statistics, gradient_trace
+from jaxpg.lab.studies.estimators import form
+from jaxpg.lab.studies.sampling import measure
+from jaxpg.lab.worlds.world import world
 from jaxpg.policies import actor_critic, tabular
 from jaxpg.runs.config.config import check, completed
 from jaxpg.runs.config.presets import preset
@@ -88,11 +91,25 @@ def laboratory():
     env = from_mdp(random_mdp(0, horizon=4))
     policy = tabular(env.observation, env.action)
     source = Source(env, policy, Estimator(), policy.init(None), jax.random.key(0), NUMBERS)
-    with_all = gradient_statistics(source, 3200), gradient_trace(source, 3200, route="jvp")
+    place = world("A")
+    forms = [form(name, place) for name in ("rtg", "is_total", "rtg_optimal_loo")]
+
+    def measured():
+        # As many batches of two as an interval needs, and so every experiment that measures.
+        found = measure(place, forms, jax.random.key(0), 256, (2,))
+        return [
+            (each.levels, each.env_steps, each.effective_sample_size) for each in found.values()
+        ]
+
+    def all_measured():
+        trace = gradient_trace(source, 3200, route="jvp")
+        return gradient_statistics(source, 3200), trace, measured()
+
+    with_all = all_measured()
     alone = jax.devices()[:1]
     with mock.patch.object(jax, "devices", return_value=alone):
         jax.clear_caches()
-        one = gradient_statistics(source, 3200), gradient_trace(source, 3200, route="jvp")
+        one = all_measured()
     for a, b in zip(jax.tree.leaves(with_all), jax.tree.leaves(one), strict=True):
         if not isinstance(a, str):
             np.testing.assert_allclose(a, b, 1e-5, 1e-6)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jaxpg.devices import compiler_options
+from jaxpg.batching import divisor, map_over_devices
+from jaxpg.devices import compiler_options, running
 from jaxpg.lab.measure.samples import Source, log_probs, roll, trajectory_bytes, weigh
 from jaxpg.lab.measure.statistics import log_power_sums
 from jaxpg.lab.studies.forms import Form
@@ -61,22 +62,31 @@ def measurer(
     check_episodes(each, num_trajectories)
     toward = jnp.zeros(num_params(world)) if reference is None else jnp.asarray(reference)
 
-    def group(key, params, start):
+    # As many groups in a call as devices can share evenly; what a group gives does not depend on the others.
+    together = divisor(GROUPS, running())
+
+    def groups(key, params, first):
         there = world._replace(params=params)
-        return _group(there, forms, per_group, tuple(sorted(sizes)), toward, key, start)
+
+        def group(index):
+            start = (first + index) * per_group
+            return _group(there, forms, per_group, tuple(sorted(sizes)), toward, key, start)
+
+        return map_over_devices(group, together)
 
     progress(f"compiling {len(forms)} estimator{'s' * (len(forms) > 1)} on {world.name}")
-    lowered = jax.jit(group).lower(jax.random.key(0, impl="threefry2x32"), world.params, 0)
+    lowered = jax.jit(groups).lower(jax.random.key(0, impl="threefry2x32"), world.params, 0)
     numbers = num_trajectories * world.env.horizon * num_params(world)
     program = lowered.compile(options_for(numbers // 4))
     check_episodes((needed_bytes(program) or 0) / num_trajectories, num_trajectories)
 
     def run(key, params=world.params):
         found = []
-        for index in range(GROUPS):
-            found.append(jax.tree.map(np.asarray, program(key, params, index * per_group)))
-            if (index + 1) % (GROUPS // 4) == 0:
-                progress(f"{(index + 1) * per_group:,} of {GROUPS * per_group:,} trajectories")
+        for first in range(0, GROUPS, together):
+            found.append(jax.tree.map(np.asarray, program(key, params, first)))
+            done = first + together
+            if done * 4 // GROUPS > first * 4 // GROUPS:
+                progress(f"{done * per_group:,} of {GROUPS * per_group:,} trajectories")
         return _collect(forms, per_group, found)
 
     return run
@@ -102,7 +112,7 @@ def powers(num_trajectories: int, first: int = 1, base: int = 4) -> list[int]:
 
 
 def _collect(forms, per_group, found) -> dict[str, Measured]:
-    rows, steps, log_weights = jax.tree.map(lambda *x: np.stack(x), *found)
+    rows, steps, log_weights = jax.tree.map(lambda *x: np.concatenate(x), *found)
     return {
         form.name: Measured(
             {
