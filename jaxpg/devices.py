@@ -41,6 +41,7 @@ MEMORY = (
 _whole: list[None] = []  # one for each `undivided` around what is traced
 _told: list[str] = []  # what `built_for` says, innermost last
 _apart: list[None] = []  # one for each `apart` around what runs
+_most: list[int] = []  # what `at_most` says, innermost last
 
 
 def backend() -> str:
@@ -54,8 +55,24 @@ def running() -> int:
 
 
 def present() -> list[Any]:
-    """The devices of all processes; within `apart`, only this one's."""
-    return jax.local_devices() if _apart else jax.devices()
+    """The devices of all processes; within `apart` only this one's, within `at_most` the first of them."""
+    found = jax.local_devices() if _apart else jax.devices()
+    return found[: _most[-1]] if _most else found
+
+
+@contextmanager
+def at_most(count: int | None) -> Iterator[None]:
+    """Use the first `count` devices. Raises ValueError if there are fewer.
+
+    >>> with at_most(1):
+    ...     len(present())
+    1
+    """
+    _most.append(check_present(count))
+    try:
+        yield
+    finally:
+        _most.pop()
 
 
 @contextmanager

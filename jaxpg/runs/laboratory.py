@@ -35,6 +35,7 @@ class LabPlan(NamedTuple):
     out: str | None
     together: bool  # `all`: one folder each, without the experiments that do not apply
     width: str = "page"
+    devices: int | None = None  # None: all
 
 
 def prepare(argv: Sequence[str]) -> LabPlan:
@@ -43,11 +44,16 @@ def prepare(argv: Sequence[str]) -> LabPlan:
     if arguments.name == "list":
         return LabPlan([], None, False)
     # Imported here, so that help does not wait for jax.
-    from jaxpg.devices import check_devices
+    from jaxpg.devices import check_devices, check_present
     from jaxpg.lab.running import known, refusal, settings_of
     from jaxpg.lab.studies import EXPERIMENTS
 
+    if arguments.devices is not None:
+        from jaxpg.runs.train.replicas import use_cpu_cores
+
+        use_cpu_cores()  # each is a device that can be asked for
     check_devices()
+    check_present(arguments.devices)
     given = {k: getattr(arguments, k) for k in FLAGS if getattr(arguments, k) is not None}
     if arguments.names:
         if "estimators" in given:
@@ -72,7 +78,7 @@ def prepare(argv: Sequence[str]) -> LabPlan:
         if not refused:
             settings = settings_of(name, experiment, meant, arguments.quick)
         jobs.append(LabJob(name, experiment, settings, refused))
-    return LabPlan(jobs, arguments.out, together, arguments.width)
+    return LabPlan(jobs, arguments.out, together, arguments.width, arguments.devices)
 
 
 def execute(plan: LabPlan) -> None:
@@ -90,7 +96,7 @@ def execute(plan: LabPlan) -> None:
         folder = _folder(plan.out, f"lab-{job.name}") if parent is None else parent / job.name
         folder.mkdir(exist_ok=True)
         try:
-            result, seconds = _run(job, folder)
+            result, seconds = _run(job, folder, plan.devices)
         except ValueError as error:
             _discard(folder)
             if not plan.together:
@@ -109,13 +115,14 @@ def execute(plan: LabPlan) -> None:
         say(f"all in {time.perf_counter() - started:.0f} s, saved in {parent}")
 
 
-def _run(job: LabJob, folder: Path) -> tuple[Any, float]:
+def _run(job: LabJob, folder: Path, devices: int | None = None) -> tuple[Any, float]:
     """Runs the experiment and saves its result; returns it, and the seconds that it took."""
+    from jaxpg.devices import at_most
     from jaxpg.lab.running import departure, noted
 
     started = time.perf_counter()
     settings = job.settings
-    with _progress() as progress:
+    with at_most(devices), _progress() as progress:
         progress(f"{job.name} on {settings.env}")
         result = job.experiment.run(settings, progress)
     seconds = time.perf_counter() - started
@@ -262,6 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--out", metavar="DIR", help="folder to write, new or empty; default: a new one under runs/"
     )
+    add("--devices", type=whole(1), help="how many of the devices to measure on; default: all")
     add("--width", choices=WIDTHS, default="page", help="of the figure; default: page")
     add("--quick", action="store_true", help="small sizes, for a first look")
     return found

@@ -354,6 +354,7 @@ def test_aliased_worlds_take_the_value_of_what_is_seen():
         (["ladder", "--env", "CartPol"], "unknown environment 'CartPol'; did you mean CartPole-v1"),
         (["ladder", "--policy", "mpl"], "unknown policy 'mpl'; did you mean mlp"),
         (["ladder", "--trajectories", "10"], "interval needs; use --trajectories"),
+        (["ladder", "--devices", "99"], "devices=99, but there are"),
         (["ladder", "--estimators", "is_step", "--env", "T"], "needs a behaviour policy"),
         (["importance", "--trajectories", "64"], "below 50: an interval would mean nothing"),
         (["behaviour", "--env", "CartPole-v1"], "tables of probabilities; not on CartPole-v1"),
