@@ -24,6 +24,7 @@ from jaxpg.runs.console import Ended, shortened
 
 GRACE = 1.0  # seconds in which an error that all processes make is every one's own
 LEAVING = 5.0  # seconds that process 0, which carries the messages, waits for the others to leave
+FOREVER = 2**31 - 1  # milliseconds
 PREFIX = "jaxpg/"
 SIGNALS = 128  # an exit status above it is a signal's
 
@@ -99,21 +100,21 @@ def joined(cluster: Cluster | None) -> Iterator[None]:
     threading.Thread(target=_listen, args=(own,), daemon=True).start()
     try:
         yield
+        _leave(own)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
         why = re.sub(r"^[A-Z_]+: |:? \[.*", "", str(error).partition("\n")[0])
         raise Ended(_lost("another process", f" ({shortened(why)})")) from error
-    _leave(own)
 
 
 def _leave(own: _Joined) -> None:
     """Waits for all processes, and leaves them."""
     import jax
 
-    with own.ending:  # from here on nothing ends the others
-        _joined.clear()
+    with own.ending:  # from here on this process ends no other
         jax.distributed.shutdown()
+        _joined.clear()
 
 
 def _reach(cluster: Cluster) -> None:
@@ -236,7 +237,7 @@ def first(make: Callable[[], Any]) -> Any:
         value = make()
         own.client.key_value_set(key, json.dumps(value))
         return value
-    return json.loads(own.client.blocking_key_value_get(key, 2**31 - 1))
+    return json.loads(own.client.blocking_key_value_get(key, FOREVER))
 
 
 def collected(value: Any) -> list[Any]:
@@ -251,10 +252,11 @@ def collected(value: Any) -> list[Any]:
     if own.process:
         own.client.key_value_set(f"{key}/{own.process}", json.dumps(value))
         return [value]
-    others = (
-        own.client.blocking_key_value_get(f"{key}/{i}", 2**31 - 1) for i in range(1, own.total)
-    )
-    return [value, *map(json.loads, others)]
+    found = [value]
+    for other in (f"{key}/{i}" for i in range(1, own.total)):
+        found.append(json.loads(own.client.blocking_key_value_get(other, FOREVER)))
+        own.client.key_value_delete(other)  # the service keeps in memory what it is told
+    return found
 
 
 def agree(asked: dict[str, Any]) -> None:
@@ -327,7 +329,7 @@ def _left(own: _Joined) -> None:
 def _listen(own: _Joined) -> None:
     """Ends this process when another says that it has ended."""
     try:
-        said = json.loads(own.client.blocking_key_value_get(f"{PREFIX}end", 2**31 - 1))
+        said = json.loads(own.client.blocking_key_value_get(f"{PREFIX}end", FOREVER))
     except Exception:  # the service is gone: its own abort says so
         return
     if said["process"] == own.process:
@@ -335,7 +337,8 @@ def _listen(own: _Joined) -> None:
     if own.process == 0:
         time.sleep(GRACE)
     own.ending.acquire()
-    if said["status"] > SIGNALS:
+    heeds = signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, None)
+    if said["status"] > SIGNALS and heeds:
         # It was stopped, so this process saves what it has and stops, too.
         if not _stopping:
             os.kill(os.getpid(), signal.SIGTERM)

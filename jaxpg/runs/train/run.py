@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxpg.devices import fetched, placed
+from jaxpg.devices import fetched, placed, processes
 from jaxpg.rollout import Evaluation
 from jaxpg.runs import console
 from jaxpg.runs.config.config import (
@@ -113,6 +113,11 @@ def prepare(config: Config, grid: Grid, over: bool = False) -> PreparedRun:
 
 def _agree(config: Config, grid: Grid, how: str) -> None:
     """Ends several processes unless all were asked for the same run, with the same files and versions."""
+    if processes() > cluster.size():
+        raise ValueError(
+            f"jax has joined {processes()} processes, which a run must know of; start each with "
+            "jaxpg train --distributed"
+        )
     if cluster.size() > 1:
         if config.debug_nans:
             raise ValueError(
