@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxpg.hints import python_hints
 from jaxpg.stats import shown
-from jaxpg.stats.intervals import told
+from jaxpg.stats.lines import lines
 
 if TYPE_CHECKING:
     from jaxpg.lab.studies.study import Draw, Experiment, Progress, Settings, Table
@@ -16,7 +16,7 @@ LONGER = 8  # about how many times longer the episodes of a trained policy are
 # The least and the most of whole numbers.
 LIMITS = {"trajectories": (1, 2**31 - 1), "repeats": (1, 100_000), "seed": (0, 2**32 - 1)}
 
-COUNTS = ("trajectories", "env_steps")  # the same in nearly every row
+WIDEST = 120  # columns of a table in a notebook
 
 
 class Study(NamedTuple):
@@ -33,12 +33,8 @@ class Study(NamedTuple):
         return f"<{self.name} on {self.settings.env}: {len(self.table['estimator'])} rows>"
 
     def _repr_html_(self) -> str:
-        columns = {name: x for name, x in self.table.items() if name not in COUNTS}
-        ends = (columns.pop(name) for name in ("low", "high"))
-        middle = columns["measured"]
-        columns["measured"] = [_interval(*x) for x in zip(middle, *ends, strict=True)]
         pictures = (shown.picture(shown.png(draw)) for draw in (self.draw, *self.others.values()))
-        return "".join(pictures) + shown.table(columns)
+        return "".join(pictures) + shown.text(lines(self.table, WIDEST, "the attribute table"))
 
     def _repr_png_(self) -> bytes:
         return shown.png(self.draw)
@@ -149,10 +145,3 @@ def noted(table: "Table", note: str) -> "Table":
     if not note:
         return table
     return table | {"warning": ["; ".join(filter(None, (note, x))) for x in table["warning"]]}
-
-
-def _interval(value: Any, low: Any, high: Any) -> str | None:
-    """A measured value with its 95 % interval, or the bound of one that is not resolved."""
-    if value is None or low is None or high is None:
-        return None if value is None else f"{value:.4g}"
-    return told(low) if high == math.inf else f"{value:.4g} [{low:.4g}, {high:.4g}]"

@@ -15,6 +15,7 @@ from rich.markup import escape
 from jaxpg.runs.console import note, parser, say, terminal, whole
 from jaxpg.runs.store import artifacts
 from jaxpg.stats.figures import WIDTHS
+from jaxpg.stats.lines import WIDTH, lines
 
 FLAGS = ("env", "policy", "estimators", "trajectories", "repeats", "seed", "gamma", "checkpoint")
 WIDEST = 120  # columns of a table
@@ -141,9 +142,9 @@ def _run(job: LabJob, folder: Path, devices: int | None = None) -> tuple[Any, fl
 
 def _report(job: LabJob, result) -> list[str]:
     headline = f"{job.name} on {_where_from(job.settings)}: {job.experiment.summary}"
-    width = min(get_terminal_size((artifacts.WIDTH, 24)).columns, WIDEST)
-    rows = (f"  {line}" for line in artifacts.lines(result.table, width - 2))
-    return [textwrap.fill(headline, artifacts.WIDTH, break_on_hyphens=False), *rows]
+    width = min(get_terminal_size((WIDTH, 24)).columns, WIDEST)
+    rows = (f"  {line}" for line in lines(result.table, width - 2))
+    return [textwrap.fill(headline, WIDTH, break_on_hyphens=False), *rows]
 
 
 def _described(job: LabJob) -> dict[str, Any]:
@@ -199,7 +200,7 @@ def _listing() -> list[str]:
     return [
         "experiments (jaxpg lab NAME; jaxpg lab all --quick runs every one), and where:",
         *_columns(experiments),
-        textwrap.fill(worlds, artifacts.WIDTH, break_on_hyphens=False),
+        textwrap.fill(worlds, WIDTH, break_on_hyphens=False),
         "",
         "worked instances, small tabular worlds of which every number is known:",
         *_columns(instances),
@@ -215,7 +216,7 @@ def _columns(summaries: dict[str, str]) -> list[str]:
     return [
         textwrap.fill(
             summary,
-            artifacts.WIDTH,
+            WIDTH,
             initial_indent=f"  {name.ljust(width)}  ",
             subsequent_indent=" " * (width + 4),
             break_on_hyphens=False,
@@ -296,7 +297,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
     console, shown = terminal(), [time.perf_counter()]
     if console is not None:
         with console.status("", refresh_per_second=4) as status:
-            yield lambda line: status.update(escape(line[: artifacts.WIDTH - 3]))
+            yield lambda line: status.update(escape(line[: WIDTH - 3]))
         return
 
     def show(line: str) -> None:

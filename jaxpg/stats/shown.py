@@ -40,6 +40,15 @@ def table(columns: Mapping[str, Sequence[Any]]) -> str:
     return f"<table>{''.join(lines)}</table>{more}"
 
 
+def text(lines: Sequence[str]) -> str:
+    """Lines of equal characters inside HTML.
+
+    >>> text(["a < b"])
+    '<pre>a &lt; b</pre>'
+    """
+    return f"<pre>{escape(chr(10).join(lines))}</pre>"
+
+
 def _row(tag: str, cells: Sequence[Any]) -> str:
     return f"<tr>{''.join(f'<{tag}>{escape(_text(x))}</{tag}>' for x in cells)}</tr>"
 

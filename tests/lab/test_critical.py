@@ -17,6 +17,7 @@ from jaxpg.policies import mlp
 from jaxpg.runs.store import artifacts
 from jaxpg.stats import figures
 from jaxpg.stats.intervals import Estimate
+from jaxpg.stats.lines import lines
 from jaxpg.types import Hyperparams
 
 GAMMA = 0.95
@@ -327,4 +328,4 @@ def test_a_figure_is_drawn_where_no_batch_reaches_the_target(tmp_path):
     rows = [{**row, "quantity": name} for name in ("updates", "updates_at_best_rate")]
     artifacts.write_figure(tmp_path, lambda f: critical._draw(f, rows, rows[1:], None, {}))
     table = tidy([row | {"quantity": "updates", "measured": 3.0, "low": 3.0, "high": 3.0}])
-    assert "±" not in "".join(artifacts.lines(table)), "counted in whole updates, not exact"
+    assert "±" not in "".join(lines(table)), "counted in whole updates, not exact"

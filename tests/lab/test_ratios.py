@@ -13,7 +13,7 @@ from jaxpg.lab.studies.estimators import form
 from jaxpg.lab.studies.sampling import measurer
 from jaxpg.lab.studies.study import Settings
 from jaxpg.lab.worlds.world import world
-from jaxpg.runs.store import artifacts
+from jaxpg.stats.lines import lines
 
 SEEDS = 20
 
@@ -74,9 +74,9 @@ def test_the_table_has_one_row_for_each_estimator_and_equal_decimals():
     table = {"estimator": names, "quantity": quantities, "measured": measured,
              "low": [x - 0.4 for x in measured], "high": [x + 0.4 for x in measured],
              "exact": exact, "warning": [None] * 4}  # fmt: skip
-    assert artifacts.lines(table) == [
+    assert lines(table) == [
         "estimator        trace  exact  noise_scale  exact",
         "rtg        10.60 ±0.40  10.78   4.57 ±0.40   4.61",
         "total      23.67 ±0.40  24.00  10.19 ±0.40  10.25",
     ]
-    assert artifacts.lines(table, 40)[-1] == "(also in table.csv: noise_scale)"
+    assert lines(table, 40)[-1] == "(also in table.csv: noise_scale)"
