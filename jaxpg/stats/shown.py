@@ -22,9 +22,9 @@ def picture(data: bytes, kind: str = "png") -> str:
     """An image inside HTML.
 
     >>> picture(b"GIF8", "gif")
-    '<img src="data:image/gif;base64,R0lGOA==">'
+    '<img style="max-width: 100%" src="data:image/gif;base64,R0lGOA==">'
     """
-    return f'<img src="data:image/{kind};base64,{b64encode(data).decode()}">'
+    return f'<img style="max-width: 100%" src="data:image/{kind};base64,{b64encode(data).decode()}">'
 
 
 def table(columns: Mapping[str, Sequence[Any]]) -> str:
