@@ -21,14 +21,14 @@ spec.loader.exec_module(notebooks)
 cells, source = notebooks.cells, notebooks.source
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-TINY = {"seeds": 2, "updates": 2, "num_envs": 4, "hidden": (4,), "evaluation_episodes": 2}
+TINY = {"seeds": 2, "num_envs": 4, "hidden": (4,), "evaluation_episodes": 2}
 SMALL = {
     "lecture": {
         "EPISODES": 2**12,
         "CARTPOLE_EPISODES": 2**12,
         "LONGEST": 8,
         "SETTINGS": TINY,
-        "ROWS": ("reinforce_baseline", "ppo"),
+        "ROWS": {"reinforce_baseline": 2, "ppo": 2},
     },
     "quickstart": {"SEEDS": 4, "UPDATES": 4, "EVALUATION_EPISODES": 4, "RATES": [1e-3, 1e-2]},
     "variance_study": {

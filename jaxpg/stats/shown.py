@@ -24,7 +24,9 @@ def picture(data: bytes, kind: str = "png") -> str:
     >>> picture(b"GIF8", "gif")
     '<img style="max-width: 100%" src="data:image/gif;base64,R0lGOA==">'
     """
-    return f'<img style="max-width: 100%" src="data:image/{kind};base64,{b64encode(data).decode()}">'
+    return (
+        f'<img style="max-width: 100%" src="data:image/{kind};base64,{b64encode(data).decode()}">'
+    )
 
 
 def table(columns: Mapping[str, Sequence[Any]]) -> str:
