@@ -121,6 +121,13 @@ class Sweep(NamedTuple):
 
         return parquet.read_table(Path(self.folder, TABLE)).to_pydict()
 
+    @property
+    def best(self) -> Run:
+        """The run of the best point, with its policies."""
+        from jaxpg.runs.sweep.best import BEST
+
+        return Run(Path(self.folder, BEST))
+
     def __repr__(self) -> str:
         return f"<sweep in {self.folder}>"
 

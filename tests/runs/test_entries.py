@@ -60,6 +60,7 @@ def test_a_sweep_from_python_is_ranked_and_shown(tmp_path):
     sizes = SMALL | {"folder": tmp_path / "sweep", "quiet": True}
     found = jaxpg.sweep("CartPole-v1", learning_rate="1e-3:1e-2:log2", **sizes)
     assert sorted(found.table["learning_rate"]) == [1e-3, 1e-2] and found.table["rank"] == [1, 2]
+    assert found.best.returns.shape == (1, 2) and found.best.policy().params is not None
     shown = found._repr_html_()
     assert "<th>learning_rate</th>" in shown and len(images(shown)) == 1
     assert jaxpg.sweep("CartPole-v1", learning_rate="1e-3:1e-2:log2", resume=True, **sizes) == found
