@@ -50,6 +50,7 @@ def rows():
         "ppo": trainer_of(ppo._replace(data=scaled(ppo.data), measure_kl=True)),
         "recurrent": trainer_of(ppo, "gru"),
         "a2c": trainer_of(noisy),
+        "trpo": trainer_of(algorithm("trpo")),
         "again": trainer_of(algorithm("reinforce_baseline"), recompute=True),
         "grpo": trainer_of(held._replace(data=with_reference(held.data))),
         "dapo": trainer_of(algorithm("dapo", 4)),
@@ -207,7 +208,7 @@ def command(folder):
         shard="environments",
     )
     refused("5 agents", "devices=7", "--devices 5", "448 environments", seeds=5, devices="7")
-    for row, why in (("trpo", "natural gradients"), ("impala", "replay(stream, 4)")):
+    for row, why in (("enac", "enac compares the scores"), ("impala", "replay(stream, 4)")):
         with pytest.raises(ValueError, match=f"{re.escape(why)}.*--shard replicas"):
             check_split(trainer_of(algorithm(row)), 2)
     for changes, expected in (

@@ -7,6 +7,11 @@ What the gradient does not tell them is passed by name, as extra arguments of `u
                                        parameters is the Fisher matrix per step
     fisher_kl(params) -> []            the same on part of the batch; by default kl
     episode_log_probs(params) -> [B]   log pi(tau_i), up to terms that do not depend on the parameters
+    average(x) -> x                    mean over the devices that share the batch, weighted like kl; by
+                                       default one has all of it
+
+The loss and the KL that a search compares are of the whole batch; fisher_kl is of a device's own part, and
+what is derived from it is averaged.
 
 They chain with any others: `optax.chain(precondition_by_fisher(0.1), scale_to_kl(0.01, 0.1), ...)`.
 
@@ -36,6 +41,7 @@ from jaxpg.devices import backend
 from jaxpg.types import Array, Hyperparams
 
 Scalar = Any  # a number, or a traced array []
+Average = Callable[[Array], Array]
 CG_ITERATIONS = 10
 
 # Where a search stops at the first step that it accepts. On a GPU every attempt would be a round trip to the
@@ -77,9 +83,9 @@ def precondition_by_fisher(
     F v is the derivative of grad kl along v: no matrix is formed. Needs kl, or fisher_kl.
     """
 
-    def update(updates, state, params, *, kl, fisher_kl=None, **extra):
+    def update(updates, state, params, *, kl, fisher_kl=None, average=_alone, **extra):
         del extra
-        product = _fisher_product(fisher_kl or kl, params, damping)
+        product = _fisher_product(fisher_kl or kl, params, damping, average)
         flat, unravel = ravel_pytree(updates)
         return unravel(conjugate_gradients(product, flat, iterations)), state
 
@@ -117,10 +123,10 @@ def scale_to_kl(max_kl: Scalar, damping: Scalar = 0.0) -> optax.GradientTransfor
     Equal to max_kl without damping. Needs kl, or fisher_kl.
     """
 
-    def update(updates, state, params, *, kl, fisher_kl=None, **extra):
+    def update(updates, state, params, *, kl, fisher_kl=None, average=_alone, **extra):
         del extra
         flat, unravel = ravel_pytree(updates)
-        curvature = flat @ _fisher_product(fisher_kl or kl, params, damping)(flat)
+        curvature = flat @ _fisher_product(fisher_kl or kl, params, damping, average)(flat)
         positive = curvature > 0.0
         length = jnp.sqrt(2.0 * max_kl / jnp.where(positive, curvature, 1.0))
         return unravel(jnp.where(positive, length, 0.0) * flat), state
@@ -186,14 +192,19 @@ def enac(hyperparams: Hyperparams) -> optax.GradientTransformationExtraArgs:
 
 
 NATURAL_OPTIMIZERS = (npg, trpo, enac)
+AVERAGING = (npg, trpo)  # with `average`, so that devices may share a batch
 
 
 def _stateless(update: Any) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def _fisher_product(kl, params, damping):
+def _alone(x):
+    return x
+
+
+def _fisher_product(kl, params, damping, average: Average):
     flat, unravel = ravel_pytree(params)
     # Linearise once, so that what all products share is computed once.
     _, along = jax.linearize(jax.grad(lambda theta: kl(unravel(theta))), flat)
-    return lambda vector: along(vector) + damping * vector
+    return lambda vector: average(along(vector)) + damping * vector

@@ -14,6 +14,7 @@ from jaxpg.batching import lane_block
 from jaxpg.devices import LANES, backend, concurrently, first_of, mean_across, shards
 from jaxpg.estimators import coefficients, lane_gradients, objective, rescaled, surrogates
 from jaxpg.estimators.estimator import Batch
+from jaxpg.optimizers.natural import AVERAGING
 from jaxpg.policies import Agent, AgentCarry, AgentParams
 from jaxpg.training.accumulation import critic_gradient, gradient_of, weight_of
 from jaxpg.training.algorithm import Algorithm
@@ -231,7 +232,7 @@ def _policy_step(
         gradient += hyperparams.value_coef * ravel_pytree(descent)[0]
     metrics |= norms(gradient, algorithm.policy_optimizer, hyperparams)
     extra = _extra_args(policy, algorithm, layout, params, batch, carry, hyperparams)
-    if shards() > 1:
+    if shards() > 1 and algorithm.policy_optimizer not in AVERAGING:
         extra = dict.fromkeys(extra, _refuse)
     updates, new_state = optimizer.update(tree(gradient), opt_state, params, **extra)
     new = flat + ravel_pytree(updates)[0]
@@ -271,6 +272,8 @@ def _extra_args(policy, algorithm, layout, params, batch, carry, hyperparams):
         lanes = jnp.array([i * num_lanes // count for i in range(count)])
         part = jax.tree.map(lambda x: x[:, lanes], part[0]), jax.tree.map(lambda x: x[lanes], carry)
     trajectory = batch.trajectory
+    steps = trajectory.mask.sum()
+    weight = weight_of(algorithm.estimator, trajectory.mask)
 
     def episode_log_probs(params):
         _, distribution = policy.apply(params, carry.policy, trajectory.obs, trajectory.first)
@@ -280,11 +283,13 @@ def _extra_args(policy, algorithm, layout, params, batch, carry, hyperparams):
         estimator = algorithm.estimator
         return -objective(estimator, policy, params, carry.policy, batch, hyperparams)[0]
 
+    kl = _kl_from(policy, params, batch, carry)
     return {
-        "loss": loss,
-        "kl": _kl_from(policy, params, batch, carry),
+        "loss": lambda params: mean_across(loss(params), weight)[0],
+        "kl": lambda params: mean_across(kl(params), steps)[0],
         "fisher_kl": _kl_from(policy, params, *part),
         "episode_log_probs": episode_log_probs,
+        "average": lambda x: mean_across(x, steps)[0],
     }
 
 

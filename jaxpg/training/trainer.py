@@ -23,7 +23,7 @@ from jaxpg.devices import shards
 from jaxpg.envs import Env, check_env
 from jaxpg.estimators import assess, describe, facts_of, groups
 from jaxpg.optimizers import adaptation, scheduled
-from jaxpg.optimizers.natural import NATURAL_OPTIMIZERS
+from jaxpg.optimizers.natural import AVERAGING, NATURAL_OPTIMIZERS
 from jaxpg.policies import Agent, AgentParams, check_agent, init_params, initial_carry, observed
 from jaxpg.rollout import episodes_again, lanes_at_once
 from jaxpg.rollout.episodic import check_groups
@@ -170,7 +170,10 @@ def _obstacle(algorithm: Algorithm) -> str:
     if not algorithm.data.splits:
         return f"data={algorithm.data.name} is kept in one piece"
     if algorithm.policy_optimizer in NATURAL_OPTIMIZERS:
-        return "natural gradients solve for a step over the whole batch"
+        if algorithm.policy_optimizer not in AVERAGING:
+            return f"{algorithm.policy_optimizer.__name__} compares the scores of all episodes of a batch"
+        if algorithm.fisher_samples:
+            return "fisher_samples are spread over the whole batch"
     return "a control variate compares all episodes of a batch" if algorithm.control_variate else ""
 
 
