@@ -26,7 +26,7 @@ of X given D, gives the batch's.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import combinations_with_replacement
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ from scipy.stats import binom
 from jaxpg.envs import Mdp
 from jaxpg.estimators import Estimator, Slot, credit, describe, surrogates
 from jaxpg.lab.exact.enumeration import LIMIT
-from jaxpg.lab.exact.episodes import DIGITS, Class, Laws, laws
+from jaxpg.lab.exact.episodes import DIGITS, Class, Laws, Slope, laws
 from jaxpg.lab.exact.tables import Moments, gradient
 from jaxpg.types import Hyperparams
 
@@ -214,21 +214,23 @@ def _sides(mdp, logits, slot, hyperparams, behaviour_logits) -> list[Laws]:
     return [laws(mdp, logits, gamma, behaviour_logits, slope) for slope in slopes]
 
 
-def _slopes(slot, hyperparams, on_policy) -> list[Callable | None]:
+def _slopes(slot, hyperparams, on_policy) -> list[Slope | None]:
     """The slopes of the surrogate in log pi by the ratio, for positive advantages and for others.
 
     One side where both are alike, as they all are where every ratio is 1.
     """
     _, slot = _unwrapped(slot)
     low, high = float(hyperparams.clip_eps), float(hyperparams.clip_eps_high)
-    table: dict[str, list[Callable | None]] = {
+    apart = partial(_below, 1 + high), partial(_above, 1 - low)
+    table: dict[str, list[Slope | None]] = {
         "score": [None],
-        "ratio": [lambda rho: rho],
-        "clipped": [partial(_below, 1 + low), partial(_above, 1 - low)],
-        "clipped_apart": [partial(_below, 1 + high), partial(_above, 1 - low)],
-        "weighted_score": [lambda rho: np.minimum(rho, 1 + high)],
+        "ratio": [Slope(lambda rho: rho)],
+        "clipped": [Slope(partial(_below, 1 + low)), Slope(partial(_above, 1 - low))],
+        "clipped_apart": [Slope(each) for each in apart],
+        "sequence_clipped": [Slope(each, of_episode=True) for each in apart],
+        "weighted_score": [Slope(lambda rho: np.minimum(rho, 1 + high))],
     }
-    if on_policy and isinstance(slot, Slot) and slot.name in (*table, "sequence_clipped"):
+    if on_policy and isinstance(slot, Slot) and slot.name in table:
         return [None]
     return _known(table, slot, "surrogate")
 
