@@ -12,7 +12,7 @@ import numpy as np
 from jaxpg.envs import Box, Space
 from jaxpg.envs.factory import imported, refused
 from jaxpg.envs.spaces import encode
-from jaxpg.policies.heads import Settings
+from jaxpg.policies.heads import Settings, head
 from jaxpg.policies.networks import Network, example_observation, linear
 from jaxpg.types import Array, Key, Params
 
@@ -48,6 +48,8 @@ def own_network(name: str) -> Callable[..., Network]:
             else:
                 made = function if _takes_rngs(function) else function()
         if isinstance(made, Network):
+            if action is not None:
+                _check_head(name, made, observation, action, policy)
             return made
         torso = _torso(made)
         if torso is None:
@@ -59,6 +61,31 @@ def own_network(name: str) -> Callable[..., Network]:
             return _with_head(torso, observation, action, precision, policy)
 
     return build
+
+
+def _check_head(name: str, network: Network, observation, action, policy: Settings) -> None:
+    """Raises ValueError for a distribution that was asked for, where a whole network has another."""
+    if policy.get("state_dependent_std"):
+        raise ValueError(
+            f"{name} gives a whole Network, which state_dependent_std cannot change; leave it out, or give a "
+            "torso"
+        )
+    if policy.get("distribution") is None:
+        return
+    wanted = head(action, **policy)
+
+    def outputs():
+        params, first = network.init(jax.random.key(0)), jnp.zeros((1, 1), bool)
+        obs = example_observation(observation)
+        found = network.apply(params, network.initial_carry(1), obs, first)[1]
+        return found, wanted.distribution(jnp.zeros(wanted.num_outputs), wanted.params)
+
+    kinds = [type(each) for each in jax.eval_shape(outputs)]
+    if kinds[0] is not kinds[1]:
+        raise ValueError(
+            f"{name} gives a whole Network, with a {kinds[0].__name__} distribution, not "
+            f"{policy['distribution']}; change one of them, or give a torso"
+        )
 
 
 def _torso(made: Any) -> Torso | None:

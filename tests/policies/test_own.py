@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxpg import Hyperparams, make_trainer, train
-from jaxpg.envs import Box, Discrete, from_gymnax
+from jaxpg.envs import Box, Discrete, Squashed, from_gymnax
 from jaxpg.policies import Network, actor_critic, network_builder
 from jaxpg.training.algorithm import algorithm
 
@@ -125,3 +125,15 @@ def test_what_is_no_network_is_one_line(kind, message, nets):
 def test_a_whole_network_is_taken_as_it_is(nets):
     built = network_builder(f"{nets}:whole")(Box(-np.ones(3), np.ones(3)), Discrete(2))
     assert isinstance(built, Network)
+    reals, bounded = Box(-np.ones(3), np.ones(3)), Box(-np.ones(2), np.ones(2))
+    assert network_builder(f"{nets}:whole")(reals, bounded, distribution="gaussian")
+    for action, settings, message in (
+        (
+            Squashed(*bounded),
+            {"distribution": "beta"},
+            "with a TanhGaussian distribution, not beta",
+        ),
+        (bounded, {"state_dependent_std": True}, "which state_dependent_std cannot change"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            network_builder(f"{nets}:whole")(reals, action, **settings)
