@@ -70,7 +70,7 @@ def _check_head(name: str, network: Network, observation, action, policy: Settin
             f"{name} gives a whole Network, which state_dependent_std cannot change; leave it out, or give a "
             "torso"
         )
-    if policy.get("distribution") is None:
+    if (asked := policy.get("distribution")) is None:
         return
     wanted = head(action, **policy)
 
@@ -84,7 +84,7 @@ def _check_head(name: str, network: Network, observation, action, policy: Settin
     if kinds[0] is not kinds[1]:
         raise ValueError(
             f"{name} gives a whole Network, with a {kinds[0].__name__} distribution, not "
-            f"{policy['distribution']}; change one of them, or give a torso"
+            f"{asked}; change one of them, or give a torso"
         )
 
 
