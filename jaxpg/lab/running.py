@@ -12,11 +12,11 @@ from jaxpg.stats.lines import lines
 if TYPE_CHECKING:
     from jaxpg.lab.studies.study import Draw, Experiment, Progress, Settings, Table
 
-LONGER = 8  # about how many times longer the episodes of a trained policy are
 # The least and the most of whole numbers.
 LIMITS = {"trajectories": (1, 2**31 - 1), "repeats": (1, 100_000), "seed": (0, 2**32 - 1)}
 
 WIDEST = 120  # columns of a table in a notebook
+COUNTED = ("trajectories", "repeats")
 
 
 class Study(NamedTuple):
@@ -101,10 +101,13 @@ def settings_of(
         raise ValueError("--estimators names none; give at least one, or leave it out")
     if said := refusal(name, experiment, given):
         raise ValueError(said)
-    if quick and "checkpoint" in given:
-        # A trained policy's episodes are long, and its network's gradients are large.
-        base = base._replace(trajectories=base.trajectories // LONGER)
-    return base._replace(quick=quick, **given)
+    asked = base._replace(quick=quick, **given)
+    if quick and (asked.env != base.env or asked.policy is not None):
+        from jaxpg.lab.studies.study import affordable
+
+        sizes = affordable(asked)
+        asked = asked._replace(**{x: getattr(sizes, x) for x in COUNTED if x not in given})
+    return asked
 
 
 def refusal(name: str, experiment: "Experiment", given: Mapping[str, Any]) -> str:

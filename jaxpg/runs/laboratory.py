@@ -272,7 +272,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--devices", type=whole(1), help="how many of the devices to measure on; default: all")
     add("--width", choices=WIDTHS, default="page", help="of the figure; default: page")
-    add("--quick", action="store_true", help="small sizes, for a first look")
+    add(
+        "--quick",
+        action="store_true",
+        help="small sizes, for a first look; episodes are cut at 50 steps without exact answers",
+    )
     return found
 
 

@@ -8,7 +8,8 @@ import pytest
 from instances import instance_a
 from listing import listing, moments, weighted
 
-from jaxpg.lab.studies import ratios
+from jaxpg.lab.running import settings_of
+from jaxpg.lab.studies import EXPERIMENTS, ratios
 from jaxpg.lab.studies.estimators import form
 from jaxpg.lab.studies.sampling import measurer
 from jaxpg.lab.studies.study import Settings
@@ -80,3 +81,18 @@ def test_the_table_has_one_row_for_each_estimator_and_equal_decimals():
         "total      23.67 ±0.40  24.00  10.19 ±0.40  10.25",
     ]
     assert lines(table, 40)[-1] == "(also in table.csv: noise_scale)"
+
+
+def test_a_quick_run_is_smaller_where_episodes_are_long_and_networks_large():
+    small, large = (settings_of("ladder", EXPERIMENTS["ladder"], {"env": env}, quick=True)
+                    for env in ("T", "Breakout-MinAtar"))  # fmt: skip
+    quick = EXPERIMENTS["ladder"].quick
+    assert small.trajectories == quick.trajectories > large.trajectories >= 2**12
+    asked = settings_of(
+        "ladder", EXPERIMENTS["ladder"], {"env": "Breakout-MinAtar", "trajectories": 2**20}, True
+    )
+    assert asked.trajectories == 2**20
+    runs = EXPERIMENTS["large-batch"]
+    assert (
+        settings_of("large-batch", runs, {"policy": "gru"}, quick=True).repeats < runs.quick.repeats
+    )

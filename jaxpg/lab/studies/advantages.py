@@ -6,7 +6,6 @@ import numpy as np
 from jaxpg.lab.studies.estimators import form, gradient
 from jaxpg.lab.studies.forms import lambda_form
 from jaxpg.lab.studies.importance import REFERENCE, distance
-from jaxpg.lab.studies.lags import shortened
 from jaxpg.lab.studies.pairs import square
 from jaxpg.lab.studies.rows import draw_exact, draw_measured, where
 from jaxpg.lab.studies.sampling import measure
@@ -78,7 +77,6 @@ def gae(settings: Settings, progress: Progress) -> Result:
 
 def _gae_measured(world, chosen, settings, progress) -> Result:
     """Measure the trace and the distance to the mean of rewards to go, with the world's or a new critic."""
-    world = shortened(world, settings)
     kind = "trained" if world.critic is not None else "untrained"
     if world.critic is None:
         agent = actor_critic(world.env, settings.policy or "mlp")

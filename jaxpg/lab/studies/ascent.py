@@ -38,7 +38,7 @@ BANDIT = "bandit"
 
 def optimizers(settings: Settings, progress: Progress) -> Result:
     """SGD, Adam, the natural gradient and TRPO's step: J by update, and the rescalings that each ignores."""
-    world = world_of(settings)
+    world = world_of(settings, whole=True)
     num_updates = 40 if settings.quick else 200
     rows = []
     scales = (1.0, SCALE)

@@ -84,7 +84,7 @@ class Law(NamedTuple):
 
 def large_batch(settings: Settings, progress: Progress) -> Result:
     """SGD to a target J over batch size x learning rate: updates against trajectories, and the best rate."""
-    world = curved_world(settings.gamma) if _curved(settings) else world_of(settings)
+    world = curved_world(settings.gamma) if _curved(settings) else world_of(settings, whole=True)
     grid = grid_of(settings)
     if not has_exact(world):
         grid = grid._replace(rates=grid.rates * training.small_rate(world, key_of(settings)))

@@ -11,12 +11,11 @@ from jaxpg.lab import exact
 from jaxpg.lab.measure.samples import log_probs, roll
 from jaxpg.lab.studies.estimators import form
 from jaxpg.lab.studies.sampling import source_of
-from jaxpg.lab.studies.study import Settings, key_of, world_of
+from jaxpg.lab.studies.study import Settings, key_of, shortened, world_of
 from jaxpg.lab.worlds.world import Table, World, table_params
 
 SPREAD = 0.5  # of an episode's log weight at lag 1, to first order, where the step is random
 PILOT = 256  # episodes that set the size of a random step
-QUICK_STEPS = 50  # the longest episode in a quick run without exact answers
 
 
 class Lag(NamedTuple):
@@ -59,13 +58,6 @@ def measured_world(settings: Settings) -> World:
     if world.is_tabular and not world.is_projected:
         return world
     return shortened(world, settings)._replace(exact=None)
-
-
-def shortened(world: World, settings: Settings) -> World:
-    """The world, with short episodes in a quick run, except a trained one: its episodes differ only late."""
-    if not settings.quick or settings.checkpoint is not None:
-        return world
-    return world._replace(env=world.env._replace(horizon=min(world.env.horizon, QUICK_STEPS)))
 
 
 def _random_lag(world: World, settings: Settings) -> Lag:

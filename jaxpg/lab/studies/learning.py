@@ -34,7 +34,7 @@ COUNTS = ("num_epochs", "num_minibatches", "critic_epochs", "critic_minibatches"
 def seeds(settings: Settings, progress: Progress) -> Result:
     """Many seeds of several algorithms: interquartile mean, profile and probability of improvement."""
     names = _names(settings)
-    worlds = [world_of(settings._replace(env=env)) for env in settings.env.split(",")]
+    worlds = [world_of(settings._replace(env=env), whole=True) for env in settings.env.split(",")]
     num_updates, num_envs = (50 if settings.quick else 200), _batch(settings)
     curves, steps_taken = {}, {}
     for world in worlds:

@@ -12,7 +12,6 @@ from jaxpg.lab.exact import bandits
 from jaxpg.lab.exact.baselines import minimisers
 from jaxpg.lab.exact.compose import composed
 from jaxpg.lab.studies.forms import Form
-from jaxpg.lab.studies.lags import shortened
 from jaxpg.lab.studies.rows import draw_exact, draw_measured, where
 from jaxpg.lab.studies.sampling import measure
 from jaxpg.lab.studies.study import (
@@ -42,8 +41,6 @@ def offset(settings: Settings, progress: Progress) -> Result:
     of N points the wrong way, and how well float32 computes its variance.
     """
     world = world_of(settings)
-    if not world.is_tabular:
-        world = shortened(world, settings)
     traces = _exact_traces if world.is_tabular else _measured_traces
     rows, summary = traces(world, settings, progress)
     progress("signs and precision of the bandit")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxpg.lab.worlds.world import TABLES, Checkpoint, World, world
+from jaxpg.lab.worlds.world import TABLES, Checkpoint, World, has_exact, num_params, world
 from jaxpg.stats.intervals import NOT_RESOLVED, Estimate, told, unresolved
 from jaxpg.types import Key
 
@@ -29,6 +29,9 @@ COLUMNS = (
 
 
 BELOW = "an unbiased square, which may come out below 0"
+# The least trajectories, and runs, of a quick run, and the most of them × steps × parameters.
+LEAST, LEAST_RUNS = (2**12, 2**31), (8, 2**21)
+QUICK_STEPS = 50  # the longest episode in a quick run without exact answers
 NO_VALUE = "the samples give no value"  # for example because the weights are degenerate
 
 
@@ -64,9 +67,36 @@ class Experiment(NamedTuple):
     replaces: Callable[[Settings, Checkpoint], list[str]] = lambda settings, checkpoint: []
 
 
-def world_of(settings: Settings) -> World:
-    """The world that the settings name."""
-    return world(settings.env, settings.policy, settings.checkpoint, settings.gamma)
+def world_of(settings: Settings, whole: bool = False) -> World:
+    """The world that the settings name; whole: with its own episodes in a quick run too, see `shortened`."""
+    found = world(settings.env, settings.policy, settings.checkpoint, settings.gamma)
+    return found if whole or has_exact(found) else shortened(found, settings)
+
+
+def shortened(world: World, settings: Settings) -> World:
+    """The world, with short episodes in a quick run, except a trained one: its episodes differ only late."""
+    if not settings.quick or settings.checkpoint is not None:
+        return world
+    return world._replace(env=world.env._replace(horizon=min(world.env.horizon, QUICK_STEPS)))
+
+
+def affordable(settings: Settings) -> Settings:
+    """The sizes of a quick run where episodes are long or networks large: fewer, never below LEAST.
+
+    By the work, not by the clock: the same rows on every machine.
+    """
+    place = world_of(settings._replace(env=settings.env.partition(",")[0]))
+    if place.is_tabular and not place.is_projected:
+        return settings
+    work = place.env.horizon * num_params(place)
+    fewer = (
+        max(least, 2 ** int(np.log2(max(most / work, 1)))) for least, most in (LEAST, LEAST_RUNS)
+    )
+    trajectories, repeats = fewer
+    return settings._replace(
+        trajectories=min(settings.trajectories, trajectories),
+        repeats=min(settings.repeats, repeats),
+    )
 
 
 def key_of(settings: Settings) -> Key:
