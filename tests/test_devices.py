@@ -58,6 +58,7 @@ def test_groups_change_nothing_but_the_order(total, loop):
     assert len(np.unique(np.asarray(expected["sum"])[:, 0])) == total
 
 
+@pytest.mark.slow
 def test_one_alone_is_the_function():
     arguments = {"w": jnp.ones(3)}, jax.random.key(0), {"scale": 2.0}
     found, expected = in_groups(work, 4)(*arguments), work(*arguments)

@@ -24,6 +24,7 @@ LOW, HIGH = 0.002, 0.004
 NUMBERS = Hyperparams(clip_eps=LOW, clip_eps_high=HIGH)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("surrogate", "low", "high"),
     [
@@ -77,6 +78,7 @@ def test_explained_variance(level):
     assert np.isnan(of(np.full(shape, 2.0, np.float32)))
 
 
+@pytest.mark.slow
 def test_explained_variance_of_a_batch(x64):
     """The lambda-return of every step and the value that the critic had for it, in a loop."""
     env = from_gymnax("CartPole-v1", max_steps_in_episode=6)
@@ -104,6 +106,7 @@ def test_explained_variance_of_a_batch(x64):
     assert metrics["explained_variance"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_learning_rates_and_clipped_gradients(x64):
     """SGD at a rate of r moves by r times the clipped norm; the rate follows schedule and adaptation."""
     env = from_mdp(random_mdp(0, horizon=4))

@@ -31,6 +31,7 @@ def lost(body):
     return {name for name in re.findall(r"<(\w+)", body) if not TAGS.fullmatch(name)}
 
 
+@pytest.mark.slow
 def test_the_reference_builds_and_shows_all(tmp_path):
     pytest.importorskip("pdoc", reason="pdoc builds the reference; install the test extra")
     command = [sys.executable, "-W", "error", str(ROOT / "scripts/docs.py"), str(tmp_path)]

@@ -137,6 +137,7 @@ class Rolled(NamedTuple):
         return jnp.full(action.shape, -jnp.log(self.logits.shape[-1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
 def test_a_distribution_that_only_samples_draws_from_the_key_of_its_group(make_key, monkeypatch):
     env = clock(3)

@@ -55,10 +55,16 @@ def prepare(argv: Sequence[str]) -> LabPlan:
         use_cpu_cores()  # each is a device that can be asked for
     check_devices()
     check_present(arguments.devices)
+    together = arguments.name == "all"
     given = {k: getattr(arguments, k) for k in FLAGS if getattr(arguments, k) is not None}
     if arguments.names:
         if "estimators" in given:
             raise ValueError("name estimators once: after the experiment, or with --estimators")
+        ignores = () if together else EXPERIMENTS[known(arguments.name, EXPERIMENTS)].ignores
+        if "estimators" in ignores:
+            raise ValueError(
+                f"{arguments.name} takes no estimators, so leave out {arguments.names[0]!r}"
+            )
         given["estimators"] = ",".join(arguments.names)
     if "estimators" in given:
         given["estimators"] = tuple(x for x in given["estimators"].split(",") if x)
@@ -67,7 +73,6 @@ def prepare(argv: Sequence[str]) -> LabPlan:
 
         given["checkpoint"] = load(given["checkpoint"], arguments.replica)
         given.setdefault("env", given["checkpoint"].environment)
-    together = arguments.name == "all"
     names = list(EXPERIMENTS) if together else [known(arguments.name, EXPERIMENTS)]
     jobs = []
     for name in names:

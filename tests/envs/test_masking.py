@@ -25,6 +25,7 @@ def alternating(num_actions=4):
     return with_mask(env, action_mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize("network", ["mlp", "gru"])
 def test_only_allowed_actions_are_taken(network, normalise):
@@ -47,6 +48,7 @@ def test_only_allowed_actions_are_taken(network, normalise):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_an_update_leaves_masks_out_of_the_statistics():
     env = alternating()
     agent = actor_critic(env, normalise=True, hidden=(4,))

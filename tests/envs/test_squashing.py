@@ -44,6 +44,7 @@ def test_an_action_is_centre_plus_half_tanh_and_fixed_entries_stay():
         assert (result.obs >= np.float32(low)).all() and (result.obs <= np.float32(high)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distribution", ["tanh", "beta"])
 def test_a_rollouts_log_prob_is_that_of_its_action(distribution):
     env = squashed(from_gymnax("Pendulum-v1"))

@@ -55,6 +55,7 @@ def advantages(estimator, trajectory):
     return np.asarray(found.advantage)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "baseline",
     [

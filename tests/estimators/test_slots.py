@@ -181,6 +181,7 @@ def test_baselines_against_loops():
     assert np.allclose(psi - own, (B - 1) / B * (psi - others), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_optimal_token_baseline_weighs_by_the_norms_so_far():
     """With a table, scores have the square 1 - 2 pi(a) + sum pi^2; a Gaussian's are by mean and log std."""
     traj = masked(trajectory(24))

@@ -284,6 +284,7 @@ def test_the_best_rate_grows_linearly_and_then_no_more():
     assert (np.diff(updates) < 0).all() and sizes[-1] * updates[-1] > 2 * sizes[0] * updates[0]
 
 
+@pytest.mark.slow
 def test_what_has_no_upper_end_is_an_arrow(tmp_path):
     """Arrows mark updates that the runs may never reach, and a knee that has only a bound."""
     rows = [

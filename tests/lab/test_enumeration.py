@@ -114,6 +114,7 @@ def test_an_inverted_ratio_is_seen():
     assert bias[1] > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slot", [TOTAL, TO_GO])
 @pytest.mark.parametrize("batch_size", [2, 3])
 def test_leave_one_out_has_its_closed_form(slot, batch_size):

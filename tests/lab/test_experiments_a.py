@@ -200,6 +200,7 @@ def test_never_hurts():
     assert cases["C total"] == pytest.approx(0) and cases["C rtg"] == pytest.approx(0.4763020666)
 
 
+@pytest.mark.slow
 def test_horizon_is():
     rows, summary = run("horizon-is", seed=1)
     covered([r for r in rows if r["horizon"] <= 10])
@@ -253,6 +254,7 @@ def test_importance():
     assert len({round(x, 9) for x in at_zero.values()}) == 1 and total > max(at_zero.values())
 
 
+@pytest.mark.slow
 def test_clipping():
     rows, summary = run("clipping", seed=1)
     covered(rows)
@@ -278,6 +280,7 @@ def test_stale():
     assert tenth == pytest.approx({"gradient error": 0.01724, "objective gap": 3.32e-4}, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_cosine():
     rows, _ = run("cosine", seed=1)
     clt = {(r["quantity"], r["batch"]): r["exact"] for r in rows if r["estimator"] == "total"}

@@ -183,6 +183,7 @@ def test_without_a_run_the_reference_is_the_policy_at_the_start():
     assert apart[0] == 0 < apart[1] < apart[2]
 
 
+@pytest.mark.slow
 def test_a_reference_remembers_its_own_stream():
     """On a stream, a recurrent reference sees what it has seen: as if the whole had come at once."""
     env = from_mdp(tree())

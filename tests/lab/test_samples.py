@@ -256,6 +256,7 @@ def test_what_couples_a_batch():
     assert couples(Estimator(importance=START(importance.self_normalised(importance.trajectory))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("estimator", "num", "message"),
     [

@@ -35,6 +35,7 @@ CASES = [beta, tanh_normal]
 POINTS = {beta: PAIRS, tanh_normal: NORMALS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "point"), [(k, p) for k in CASES for p in POINTS[k]])
 def test_density_score_and_entropy_by_quadrature(kind, point, x64):
     d = kind(*point)

@@ -59,6 +59,7 @@ def loop(params, carry, obs, first):
     return carry, jnp.stack(logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("build", "reference"), [(lstm, flaxs), (mingru, loop)])
 def test_it_is_its_cell_and_so_is_the_gradient(build, reference, x64):
     network, params, start, obs, first = sequence(build)
@@ -81,6 +82,7 @@ def test_it_is_its_cell_and_so_is_the_gradient(build, reference, x64):
         np.testing.assert_allclose(a, b, 1e-9, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("build", [lstm, mingru])
 def test_log_probs_at_the_update_are_those_of_the_rollout(build, layer_norm, x64):

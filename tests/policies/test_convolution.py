@@ -14,6 +14,7 @@ def image(*shape):
     return Box(np.zeros(shape, np.float32), np.ones(shape, np.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stride", [1, 2])
 def test_it_is_flaxs_convolution(stride, x64):
     space = image(9, 11, 2)

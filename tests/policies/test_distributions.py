@@ -116,6 +116,7 @@ def test_masked_logits_give_finite_gradients():
     assert np.isfinite(np.asarray(jax.grad(loss)(jnp.asarray(MULTI)))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_few_actions_are_written_out_without_changing_a_number(platform, x64):
     logits, others = jax.random.normal(jax.random.key(0), (2, 5, 3))

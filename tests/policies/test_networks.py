@@ -203,6 +203,7 @@ def test_switches_are_a_bernoulli_vector():
         mlp(BOX, MultiDiscrete((2, 3)), distribution="bernoulli")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", [Discrete(3), None])
 def test_a_tpus_layers_have_the_derivatives_of_others(action, x64):
     space = Box(-np.ones(4, np.float32), np.ones(4, np.float32))

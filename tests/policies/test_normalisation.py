@@ -125,6 +125,7 @@ def test_every_observation_counts_once(name):
     assert after.params.policy["statistics"].seen == metrics["env_steps"].sum() == 120
 
 
+@pytest.mark.slow
 def test_the_network_sees_standardised_and_clipped_observations():
     space = Box(np.full(2, -np.inf, np.float32), np.full(2, np.inf, np.float32))
     inner = linear(space, None)

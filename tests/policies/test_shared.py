@@ -23,6 +23,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_step_is_along_the_policys_gradient_minus_the_critics(name, x64):
     """One step of SGD on one batch, against the derivative of J - c/2 mean (V - target)^2 as written here."""
@@ -99,6 +100,7 @@ def test_a_mask_is_taken_off_before_the_torso():
     assert metrics["episode_return"][-1] > 0.9, "1 is the best of the actions that are allowed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a2c", "impala", "ppo", "ppo_kl"])
 def test_rows_with_one_step_for_both_learn_a_bandit(name):
     env = from_mdp(bandit([0.0, 1.0]))

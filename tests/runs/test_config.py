@@ -199,6 +199,7 @@ def test_products_have_the_precision_that_is_asked_for(precision):
     check_products(config, precision)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "chip", "precision"),
     [

@@ -326,6 +326,7 @@ def test_a_run_that_cannot_fit_is_refused_and_leaves_nothing(tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("trains", "room"), [(True, 1.7e7), (False, 9e6)])
 def test_an_evaluation_that_cannot_fit_is_refused_before_training(
     trains, room, tmp_path, monkeypatch

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -122,10 +123,10 @@ def test_two_processes_train_what_one_does(tmp_path):
     assert max(map(len, parts)) == 4, "the lanes are split over four devices"
     # A resumed run on the same layout ends with the same bits, on another one to rounding.
     train(2, *SPLIT, "--updates", "2", "--run", again)
+    shutil.copytree(again, fewer)
     train(2, "--resume", again, "--updates", "4", "--quiet")
     for name, x in params(two).items():
         np.testing.assert_array_equal(params(again)[name], x, err_msg=name)
-    train(2, *SPLIT, "--updates", "2", "--run", fewer)
     assert "processes was 2, is 1" in alone(1, "--resume", fewer, "--updates", "4")
     close(fewer, two)
     assert load_policy(again, update=4) is not None

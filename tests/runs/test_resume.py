@@ -218,6 +218,7 @@ def test_what_the_host_noted_is_checked(copy):
         go_on(copy)
 
 
+@pytest.mark.slow
 def test_what_may_change_is_not_compared_and_what_changes_bits_is_said(copy):
     said = go_on(copy, "--updates", "8", "--checkpoint-seconds", "7", "--debug-nans")
     assert said == [f"resuming {copy} after 4 of 8 updates"]

@@ -139,6 +139,7 @@ def test_a_further_compilation_would_be_seen():
     assert len(of_training(names)) == 2
 
 
+@pytest.mark.slow
 def test_every_point_is_what_training_it_alone_gives(grid):
     """Compares a sweep with jaxpg's functions for a single agent, without the machinery of sweeps."""
     found, _, record, _ = grid
@@ -325,6 +326,7 @@ def test_a_signal_while_drawing_finds_a_finished_sweep(halved, tmp_path, monkeyp
     assert not (folder / "batches").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_trains_nothing_twice(halved, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(replica_batches, "plan", lambda job, totals, poll, size=None: halved[3])
     write, written, folder = replica_batches.write, [], tmp_path / "r"

@@ -50,6 +50,7 @@ def columns(folder):
         return {name: values for name, *values in zip(*csv.reader(file), strict=True)}
 
 
+@pytest.mark.slow
 def test_the_parts_joined_are_the_whole_sweep(trained, tmp_path, monkeypatch, capsys):
     def no_devices(*arguments):
         raise AssertionError("a join asks for no device")

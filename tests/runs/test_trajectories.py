@@ -109,6 +109,7 @@ def set_at(values, value, where=(1, 2)):
     return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
