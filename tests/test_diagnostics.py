@@ -135,6 +135,7 @@ def test_learning_rates_and_clipped_gradients(x64):
     assert scale != 1.0 and clipped == {True, False}
 
 
+@pytest.mark.slow
 def test_a_row_has_the_metrics_of_its_own_parts():
     def names(name, **settings):
         env = from_mdp(random_mdp(0, horizon=4))

@@ -206,6 +206,7 @@ def test_stream_resets_afresh_and_keeps_the_true_successor():
     assert np.allclose(after.obs[0, :, 1], traj.obs[-1, :, 1])
 
 
+@pytest.mark.slow
 def test_stream_at_death_has_discount_zero():
     env = clock(100, death=3)
     agent = clock_agent(env)

@@ -109,6 +109,7 @@ def test_biased_on_policy(name):
     assert distance(BIASED[name], False) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BIASED_OFF)
 def test_biased_off_policy(name):
     assert distance(BIASED_OFF[name], True) > 1e-3

@@ -159,6 +159,7 @@ def test_independent_episodes_divide_the_covariance():
     np.testing.assert_allclose(two.covariance, one.covariance / 2, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_self_normalised_weights_are_consistent():
     """The bias falls with the number of draws, here of one-step episodes."""
     mdp, logits = bandit((1.0, 0.7, 0.0)), np.array([(0.3, -0.2, 0.5)])

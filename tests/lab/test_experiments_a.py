@@ -170,6 +170,7 @@ def test_gae():
     assert np.linalg.norm(poor.mean - gradient(place)) == pytest.approx(0.00879463, abs=1e-8)
 
 
+@pytest.mark.slow
 def test_offset():
     rows, summary = run("offset", seed=1)
     covered([r for r in rows if r["quantity"] != "variance of the reward"])
@@ -214,6 +215,7 @@ def test_horizon_is():
     assert summary["A_second_moment"]["50"] == pytest.approx(156.7, abs=0.1)
 
 
+@pytest.mark.slow
 def test_degenerate_weights_have_no_interval():
     rows, _ = run("horizon-is", trajectories=2**8, seed=2)
     worst = [r for r in rows if r["horizon"] == 50 and r["quantity"] == "ESS / N"]
@@ -512,6 +514,7 @@ def test_settings_of_training_that_differ_from_the_run_are_reported(tmp_path, ca
     assert natural.policy_optimizer is algorithm("npg").policy_optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 5])
 def test_the_figure_of_seeds_has_any_number_of_algorithms(count, tmp_path):
     """A single one has no pairs to compare, and five make more pairs than there are markers."""

@@ -100,6 +100,7 @@ def by_hand(name, params, state, action, weight):
     return np.concatenate([x.reshape(-1) for x in jax.tree.leaves(tree)]), policy[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["float32", "tf32", "bf16"])
 def test_the_mean_and_trace_of_rounded_gradients(name):
     """Every trajectory's gradient, written out in NumPy; the policy that acts rounds as well.

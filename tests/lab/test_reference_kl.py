@@ -51,6 +51,7 @@ def test_the_divergence_and_its_gradient_are_those_of_automatic_differentiation(
     np.testing.assert_allclose(reference.kl_gradient(*given), slope.ravel(), atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimate", ESTIMATES)
 @pytest.mark.parametrize("surrogate", [surrogates.score, surrogates.clipped])
 def test_a_penalty_has_the_gradient_of_its_closed_form(estimate, surrogate):
@@ -169,6 +170,7 @@ def test_an_update_follows_the_closed_form(kind):
     assert abs(2 * metrics["kl_reference"] - reference.kl(*world)) < 1e-12
 
 
+@pytest.mark.slow
 def test_without_a_run_the_reference_is_the_policy_at_the_start():
     env = from_mdp(tree())
     row = Algorithm(

@@ -144,6 +144,7 @@ def attended(params, obs, first):
     return np.stack([output(row) for row in h])
 
 
+@pytest.mark.slow
 def test_attention_looks_back_within_the_episode_and_its_window(x64):
     network = transformer(Box(-BOUND, BOUND), Discrete(3), (5,), features=8)
     keys, steps = jax.random.split(jax.random.key(0), 4), WINDOW + 13

@@ -167,6 +167,7 @@ def test_no_optimizer_moves_the_statistics(name):
     assert all((x != 0).any() for x in jax.tree.leaves(step["network"]))
 
 
+@pytest.mark.slow
 def test_updates_start_at_ratio_one():
     """Statistics move after the fit, so log-probs at the update equal those at the rollout."""
     env = offset()

@@ -89,6 +89,7 @@ def test_the_critic_alone_is_a_network_with_the_parameters_of_all():
     assert jax.tree.structure(critic.init(jax.random.key(1))) == jax.tree.structure(own)
 
 
+@pytest.mark.slow
 def test_a_mask_is_taken_off_before_the_torso():
     env = with_mask(from_mdp(bandit([0.0, 1.0, 2.0])), lambda state: jnp.array([True, True, False]))
     agent = actor_critic(env, hidden=(4,), shared_torso=True)

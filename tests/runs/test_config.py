@@ -108,6 +108,7 @@ def test_flags_fill_both_types_in_any_order(order):
     assert grid == preset_grid._replace(learning_rate=(1e-3, 3e-4), lambda_=(0.9,))
 
 
+@pytest.mark.slow
 def test_flags_wrap_the_environment():
     """CartPole with actions taken twice; observations are 3 steps of 2 entries and the previous action."""
     flags = "CartPole-v1 --keep 0,2 --repeat 2 --history 3 --normalise"

@@ -66,6 +66,7 @@ def test_a_sweep_from_python_is_ranked_and_shown(tmp_path):
     assert jaxpg.sweep("CartPole-v1", learning_rate="1e-3:1e-2:log2", resume=True, **sizes) == found
 
 
+@pytest.mark.slow
 def test_a_study_has_its_numbers_and_shows_itself():
     study = jaxpg.lab.run("ladder", estimators=("rtg", "rtg_value"), trajectories=2**12, quick=True)
     assert {*study.summary["trace"]} == {*study.table["estimator"]} == {"rtg", "rtg_value"}

@@ -98,6 +98,7 @@ def test_twice_half_is_the_whole_bit_by_bit(whole, copy):
     assert lines[-1]["env_steps"] == [128, 128]
 
 
+@pytest.mark.slow
 def test_what_a_crash_left_after_the_checkpoint_is_done_again(whole, copy):
     shutil.rmtree(copy / "checkpoints" / "4")  # killed before it was whole
     with open(copy / "metrics.jsonl", "a") as file:
@@ -160,6 +161,7 @@ def refused(folder, message):
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_or_update_is_refused(copy):
     for name, value, of in (
         (

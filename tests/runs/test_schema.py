@@ -131,6 +131,7 @@ def test_demonstrations_are_what_they_are_called(name, change, message, tmp_path
     refused(lambda: read_trajectories(path), message)
 
 
+@pytest.mark.slow
 def test_what_float64_holds_is_taken_in_64_bits(run, tmp_path, x64):
     """A number beyond float32, and one that float32 rounds to 0."""
     saved = json.loads((run / "config.json").read_text())

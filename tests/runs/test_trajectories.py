@@ -61,6 +61,7 @@ def test_fixed_and_unbounded_entries_of_an_action_are_read_back(tmp_path):
     np.testing.assert_allclose(again, trajectory.log_prob, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_episodes_are_those_of_a_runs_wrappers(tmp_path, monkeypatch):
     """Recordings are of what the agent saw, and only a run that sees the same may learn from them."""
     met = Config("CartPole-v1", hidden=(4,), seeds=1, keep=(0, 2), repeat=2, history=3)
