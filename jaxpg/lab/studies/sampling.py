@@ -4,6 +4,7 @@ The work is split into groups, each a call of one compiled program. Within a gro
 trajectories are formed for every N asked for, so that one pass over the data gives the whole curve.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -81,12 +82,14 @@ def measurer(
     check_episodes((needed_bytes(program) or 0) / num_trajectories, num_trajectories)
 
     def run(key, params=world.params):
-        found = []
+        found, started = [], time.perf_counter()
         for first in range(0, GROUPS, together):
             found.append(jax.tree.map(np.asarray, program(key, params, first)))
             done = first + together
-            if done * 4 // GROUPS > first * 4 // GROUPS:
-                progress(f"{done * per_group:,} of {GROUPS * per_group:,} trajectories")
+            left = (time.perf_counter() - started) * (GROUPS / done - 1)
+            if first == 0 or done * 4 // GROUPS > first * 4 // GROUPS:
+                count = f"{done * per_group:,} of {GROUPS * per_group:,} trajectories"
+                progress(f"{count}, about {left:.0f} s left" if left > 1 else count)
         return _collect(forms, per_group, found)
 
     return run
