@@ -154,6 +154,7 @@ BAD = {
     "CartPole-v1 --shared-torso --critic-learning-rate 1e-3,1e-2": "critic_learning_rate has several "
     "values and no effect: learning_rate moves a shared torso, critic and all; give it one value",
     "CartPole-v1 --algorithm pppo": "did you mean ppo",
+    "Pendulum-v1 --algorithm SAC": "SAC learns values from a replay buffer, which jaxpg does not; use ppo",
     "CartPole-v1 --network mpl": "did you mean mlp",
     "CartPole-v1 --activation tahn": "did you mean tanh",
     "CartPole-v1 --precision hihg": "did you mean high",

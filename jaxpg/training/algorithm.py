@@ -119,6 +119,7 @@ GROUP_ROWS: dict[str, Callable[[int], Algorithm]] = {
     ),
 }
 GROUP_SIZE = 8
+OFF_POLICY = ("dqn", "sac", "td3", "ddpg", "c51", "rainbow", "qr-dqn", "redq", "crossq")
 
 ALGORITHMS = {
     # Williams, 1992.
@@ -192,6 +193,11 @@ def algorithm(name: str, group_size: int | None = None) -> Algorithm:
     >>> describe(algorithm("ppo").estimator.surrogate), algorithm("gpomdp") is ALGORITHMS["gpomdp"]
     ('standardised(clipped)', True)
     """
+    if name.lower() in OFF_POLICY:
+        raise ValueError(
+            f"{name} learns values from a replay buffer, which jaxpg does not; use ppo, or a library such as "
+            "rejax, stable-baselines3 or cleanrl"
+        )
     if name not in ALGORITHMS:
         near = difflib.get_close_matches(name, ALGORITHMS, n=3, cutoff=0.4) or ALGORITHMS
         raise ValueError(f"unknown algorithm {name!r}; did you mean {', '.join(near)}?")

@@ -209,6 +209,10 @@ def test_the_best_points_policies_are_a_run(grid):
     policy = load_policy(found.folder / "best")
     assert policy.seed == np.argmax(best["returns"])
     assert policy.act(jax.random.key(0), np.zeros(4), first=True) in (0, 1)
+    with pytest.raises(
+        ValueError, match=r"has no config.json; name the run of its best point, .*/best$"
+    ):
+        load_policy(found.folder)
 
 
 def test_agents_of_the_best_point_are_held_across_batches_and_kills(tmp_path):

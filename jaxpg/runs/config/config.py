@@ -323,7 +323,11 @@ def read_config(run: str | Path) -> tuple[Path, Stored]:
     except OSError as error:  # such as a name that is too long
         raise ValueError(f"cannot read {run}: {error.strerror or error}") from error
     if not found:
-        raise ValueError(f"{run} has no {CONFIG}; name the folder of a jaxpg train run")
+        best = Path(run) / "best"  # of a sweep
+        where = f"name the run of its best point, {best}" if (best / CONFIG).is_file() else ""
+        raise ValueError(
+            f"{run} has no {CONFIG}; {where or 'name the folder of a jaxpg train run'}"
+        )
     return path, read_json(path, Stored)
 
 
