@@ -195,8 +195,8 @@ def algorithm(name: str, group_size: int | None = None) -> Algorithm:
     """
     if name.lower() in OFF_POLICY:
         raise ValueError(
-            f"{name} learns values from a replay buffer, which jaxpg does not; use ppo, or a library such as "
-            "rejax, stable-baselines3 or cleanrl"
+            f"{name} learns values from a replay buffer, which jaxpg does not; use ppo, or a library "
+            "such as Stoix, rejax or SBX"
         )
     if name not in ALGORITHMS:
         near = difflib.get_close_matches(name, ALGORITHMS, n=3, cutoff=0.4) or ALGORITHMS
