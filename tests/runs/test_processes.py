@@ -200,6 +200,10 @@ def test_a_mistake_ends_all_processes_with_one_line(tmp_path):
             [[*base, "--seeds", "3", "--shard", "replicas"]] * 2,
             "3 agents cannot be split evenly over devices=4",
         ),
+        (
+            [["sweep", *base[1:], "--gamma", "0.9,0.99", "--halving", "2"]] * 2,
+            "several processes train a part of the points each, so --halving does not go",
+        ),
         ([[*base, "--debug-nans"]] * 2, "--debug-nans needs one process"),
     ):
         (first, _, err), *others = ran(*each)

@@ -23,8 +23,12 @@ def execute(argv: Sequence[str]) -> None:
     Raises what a sweep of one process and a join raise.
     """
     options, rest = take_options(argv)
-    if options.part is not None:
-        raise ValueError("--part is for processes that do not know each other; leave it out")
+    for name in ("part", "halving", "study"):
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"several processes train a part of the points each, so --{name} does not go with them; "
+                "leave it out"
+            )
     asked = request(rest, prog="jaxpg sweep")
     cluster.agree({"arguments": list(argv)})
 
