@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -91,9 +92,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         what = "" if error.filename is None else f" {error.filename}"
         _fail(f"cannot read or write{what}: {error.strerror or error}", status=1)
-    except (MemoryError, RuntimeError, ImportError) as error:
-        if not any(sign in repr(error) for sign in EXHAUSTED):
-            cluster.end(f"error: {error!r}"[:300], 1)
+    except Exception as error:
+        kinds = (MemoryError, RuntimeError, ImportError)
+        if not isinstance(error, kinds) or not any(sign in repr(error) for sign in EXHAUSTED):
+            # Python's own end would wait for the other processes, which wait for this one.
+            if cluster.size() > 1:
+                traceback.print_exc()
+                _leave(f"error: {error!r}"[:300], 1)
             raise
         why = str(error).partition("\n")[0] or "no memory is left"
         _leave(

@@ -130,6 +130,7 @@ def test_two_processes_train_what_one_does(tmp_path):
     assert "processes was 2, is 1" in alone(1, "--resume", fewer, "--updates", "4")
     close(fewer, two)
     assert load_policy(again, update=4) is not None
+    assert "has finished" in train(2, *SPLIT, "--run", two, "--resume-or-start")
 
 
 @pytest.mark.slow

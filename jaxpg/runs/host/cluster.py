@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from jaxpg.runs import console
 from jaxpg.runs.config.processes import Cluster
@@ -26,6 +26,7 @@ GRACE = 1.0  # seconds in which an error that all processes make is every one's 
 LEAVING = 5.0  # seconds that process 0, which carries the messages, waits for the others to leave
 FOREVER = 2**31 - 1  # milliseconds
 PREFIX = "jaxpg/"
+LEAST = (0, 8, 2)  # jax: its signal handler can be left out, and its shutdown is bounded
 SIGNALS = 128  # an exit status above it is a signal's
 
 
@@ -70,11 +71,14 @@ def joined(cluster: Cluster | None) -> Iterator[None]:
     if cluster is None:
         yield
         return
+    import jax
+
+    if jax.__version_info__ < LEAST:
+        needed = ".".join(map(str, LEAST))
+        raise Ended(f"several processes need jax {needed} or newer, and this is {jax.__version__}")
     _reach(cluster)
     heard = _hush()
     _on_abort(heard, cluster)
-    import jax
-
     jax.config.update("jax_enable_preemption_service", False)  # signals are handled here
     try:
         jax.distributed.initialize(
@@ -97,13 +101,19 @@ def joined(cluster: Cluster | None) -> Iterator[None]:
     _joined.append(own)
     if own.process:
         console.mute()
-    threading.Thread(target=_listen, args=(own,), daemon=True).start()
+    listening = threading.Thread(target=_listen, args=(own,), daemon=True)
+    listening.start()
     try:
         yield
+        agree({})  # while each still listens: one that is not done yet may fail
         _leave(own)
+        listening.join(LEAVING)  # a thread of jax's client crashes a Python that ends before it
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
+        time.sleep(GRACE)  # which it may still say
+        with own.ending, suppress(jax.errors.JaxRuntimeError):  # nobody has said why
+            _follow(own, json.loads(own.client.key_value_try_get(f"{PREFIX}end")))
         why = re.sub(r"^[A-Z_]+: |:? \[.*", "", str(error).partition("\n")[0])
         raise Ended(_lost("another process", f" ({shortened(why)})")) from error
 
@@ -124,7 +134,8 @@ def _reach(cluster: Cluster) -> None:
     host, _, port = cluster.coordinator.rpartition(":")
     host, deadline = host.strip("[]"), time.monotonic() + cluster.timeout
     if cluster.process == 0:
-        with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as trial:
+        family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+        with socket.socket(family) as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 trial.bind(("", int(port)))
@@ -157,7 +168,8 @@ def _hush() -> int:
         stream = getattr(sys, name)
         if stream is not None and stream.fileno() == number:
             stream.flush()
-            own = os.fdopen(os.dup(number), "w", encoding=stream.encoding, errors=stream.errors)
+            # By lines, because a process that ends with others does not flush.
+            own = os.fdopen(os.dup(number), "w", 1, stream.encoding, stream.errors)
             setattr(sys, name, own)
     heard, name = tempfile.mkstemp()
     os.unlink(name)
@@ -173,7 +185,8 @@ def _on_abort(heard: int, cluster: Cluster) -> None:
     """
 
     def handle(number):
-        said = os.pread(heard, 2**20, 0).decode(errors="replace")
+        last = max(os.fstat(heard).st_size - 2**20, 0)
+        said = os.pread(heard, 2**20, last).decode(errors="replace")
         line, speaks = _understood(said, cluster)
         if line is None:
             print(said, file=sys.stderr, flush=True)
@@ -344,6 +357,11 @@ def _listen(own: _Joined) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         own.ending.release()
         return
+    _follow(own, said)
+
+
+def _follow(own: _Joined, said: dict[str, Any]) -> NoReturn:
+    """Ends this process as another has ended, in its words."""
     what, colon, rest = said["message"].partition("error: ")
     console.tell(f"{what}{colon}process {said['process']}: {rest}" if colon else what)
     _left(own)

@@ -411,6 +411,8 @@ def _written(folder, action):
         code = int(system[1] or system[2]) if system else None
         if code is None and text.startswith("RESOURCE_EXHAUSTED"):
             code = errno.ENOSPC
+        if code is None and processes() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+            raise  # another process is gone
         why = os.strerror(code) if code else text.splitlines()[0][:200]
         raise OSError(code, why, str(folder)) from error
 

@@ -33,12 +33,12 @@ def execute(argv: Sequence[str]) -> None:
     cluster.agree({"arguments": list(argv)})
 
     def place():
-        if asked.resume is None:
-            return str(asked.config.run)
-        return str(new_folder(asked.config))
+        folder = new_folder(asked.config) if asked.resume is not None else asked.config.run
+        return str(folder), (Path(str(folder)) / SWEEP).exists()
 
-    whole, count = Path(cluster.first(place)), cluster.size()
-    if (whole / SWEEP).exists():
+    (name, done), count = cluster.first(place), cluster.size()
+    whole = Path(name)
+    if done:
         say(f"the sweep in {whole} has finished")
         return
     folders = [whole / f"part-{number}-of-{count}" for number in range(1, count + 1)]

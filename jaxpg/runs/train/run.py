@@ -405,6 +405,8 @@ def _compiled(job: TrainingJob, fresh: bool, done: int, say):
         # Training does not wait for evaluation to compile, unless it could be in vain.
         evaluate = wait_for(programs.evaluate, stop)
         health.check_episodes(evaluate, episodes, "give fewer --evaluation-episodes or --seeds")
+    # Several processes go on together: from here on a signal to one stops all after the same chunk.
+    wait_for(job.executor.submit(cluster.agree, {}), stop)
     seconds = time.perf_counter() - started
     job.show(f"compiled in {seconds:.1f} s")
     return programs, seconds
