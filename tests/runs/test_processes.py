@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -186,6 +187,22 @@ def test_processes_end_together(who, how, status, said, tmp_path):
     speaks = 1 if (who, status) == (0, 1) else 0
     assert found[speaks][2], "process 0 speaks, or without it each"
     assert checkpoint.steps(folder / "checkpoints")
+
+
+@pytest.mark.slow
+def test_a_process_that_cannot_write_ends_all(tmp_path):
+    """Orbax writes in a thread, and there each process waits for the others."""
+    folder = tmp_path / "run"
+    sizes = ["--seeds", "4", "--num-envs", "4", "--updates", "100000"]
+    each = ["train", *SMALL, *sizes, "--run", folder, "--checkpoint-seconds", "0.1"]
+    with launched(each, each) as processes:
+        saved(folder, processes)
+        resource.prlimit(processes[1].pid, resource.RLIMIT_FSIZE, (1, 1))
+        started = time.monotonic()
+        (first, _, err), (second, *said) = finished(processes)
+    assert time.monotonic() - started < 30
+    assert (first, second, said) == (1, 1, ["", ""])
+    assert re.fullmatch(r"jaxpg: error: process 1: cannot write .*: File too large\n", err), err
 
 
 @pytest.mark.slow

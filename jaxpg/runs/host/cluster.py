@@ -326,6 +326,13 @@ def end(message: str, status: int) -> None:
     _left(own)
 
 
+def fail(message: str) -> NoReturn:
+    """Ends this process with this message, and the others, from any thread."""
+    end(message, 1)
+    console.tell(message)
+    os._exit(1)
+
+
 def _left(own: _Joined) -> None:
     """Says that this process leaves; process 0 waits for the others to say so."""
     deadline = time.monotonic() + LEAVING

@@ -94,13 +94,23 @@ def open_checkpoints(folder: Path, **about: dict) -> Checkpoints:
     def score(metrics):
         return metrics["score"]
 
+    class Manager(ocp.CheckpointManager):
+        def _wait_for_checkpointers(self):  # in a thread that then waits for the other processes
+            try:
+                _written(folder, super()._wait_for_checkpointers)
+            except OSError as error:
+                # A timeout means that another process is gone, which jax's service notices.
+                if processes() > 1 and not isinstance(error, TimeoutError):
+                    cluster.fail(f"error: cannot write {folder}: {error.strerror or error}")
+                raise
+
     best = keep.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
     options = ocp.CheckpointManagerOptions(
         best_fn=score,
         preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(KEEP), best]),
         cleanup_tmp_directories=True,
     )
-    manager = _written(folder, lambda: ocp.CheckpointManager(folder.absolute(), options=options))
+    manager = _written(folder, lambda: Manager(folder.absolute(), options=options))
 
     def save(updates, tree, record, score):
         leaves = {name: leaf for name, (leaf, _) in _named(tree).items()}
