@@ -168,6 +168,8 @@ def _sweep(argv):
     if any(word.partition("=")[0] == "--join" for word in argv):
         from jaxpg.runs.sweep import parts
 
+        if processes is not None:
+            raise ValueError("--join is the work of one process; leave out the flags of several")
         joined = parts.prepare(argv)
         with _writing(f" {joined.folder}"):
             parts.execute(joined)

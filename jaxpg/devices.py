@@ -370,6 +370,11 @@ def lane_specs(init: Callable, mesh: Any) -> Any:
 def check_present(count: int | None) -> int:
     """The number of devices asked for, by default all. Raises ValueError if there are fewer."""
     most, each = len(present()), processes()
+    own = [sum(x.process_index == i for x in present()) for i in range(each)] if each > 1 else []
+    if len({*own}) > 1:
+        raise ValueError(
+            f"the processes have {', '.join(map(str, own))} devices; start each with equally many"
+        )
     if count is not None and not 1 <= count <= most:
         raise ValueError(f"devices={count}, but there are {most}; use 1 to {most}, or all")
     if count is not None and count % each:

@@ -291,7 +291,9 @@ def test_flags_of_several_processes():
             "whole number, not 'two'",
         ),
         (["--heartbeat-timeout", "9"], "add --distributed"),
-        (["--distributed", "--heartbeat-timeout", "1"], "at least 2 seconds"),
+        (["--distributed", "--heartbeat-timeout", "1"], "1 must be 2 to 86400 seconds"),
+        (["--distributed", "--heartbeat-timeout", "99999"], "99999 must be 2 to 86400 seconds"),
+        (["--coordinator", "a:1", "--processes", "0", "--process", "0"], "0 must be at least 1"),
     ):
         with pytest.raises(ValueError, match=re.escape(said)):
             take(words, "jaxpg train")

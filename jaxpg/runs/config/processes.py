@@ -17,7 +17,7 @@ FLAGS = {
         "seconds to wait for the others, at the start and when one falls silent; default: 60",
     ),
 }
-LEAST = 2  # seconds between heartbeats are a fraction of the timeout
+LEAST, MOST = 2, 86_400  # seconds; those between heartbeats are a fraction of the timeout
 
 
 class Cluster(NamedTuple):
@@ -63,13 +63,15 @@ def take(argv: Sequence[str], prog: str) -> tuple[Cluster | None, list[str]]:
             raise ValueError(
                 f"--coordinator {shortened(address)} must be HOST:PORT, as in node1:1234"
             )
+        if total < 1:
+            raise ValueError(f"--processes {total} must be at least 1")
         if not 0 <= index < total:
             raise ValueError(
                 f"--process {index} does not exist; with --processes {total} they are 0 to {total - 1}"
             )
     timeout = found.get(flags[3], Cluster(None, None, None).timeout)
-    if timeout < LEAST:
-        raise ValueError(f"{flags[3]} {timeout} must be at least {LEAST} seconds")
+    if not LEAST <= timeout <= MOST:
+        raise ValueError(f"{flags[3]} {timeout} must be {LEAST} to {MOST} seconds")
     where = [found.get(flag) for flag in flags[:3]]
     return Cluster(where[0], where[1], where[2], timeout), rest
 
