@@ -109,8 +109,8 @@ def joined(cluster: Cluster | None) -> Iterator[None]:
         _leave(own)
         listening.join(LEAVING)  # a thread of jax's client crashes a Python that ends before it
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            raise
+        if any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "CpuCallback")):
+            raise  # its own: no memory, or an environment's function that failed
         time.sleep(GRACE)  # which it may still say
         with own.ending, suppress(jax.errors.JaxRuntimeError):  # nobody has said why
             _follow(own, json.loads(own.client.key_value_try_get(f"{PREFIX}end")))
