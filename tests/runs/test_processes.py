@@ -267,6 +267,10 @@ def test_a_sweep_over_processes_is_one_sweep(tmp_path):
     found = ran(*[[*arguments, "--run", tmp_path / "two"]] * 2)
     assert all(status == 0 and err == "" for status, _, err in found), found
     assert found[1][1] == "" and "3 points" in found[0][1]
+    (tmp_path / "two" / "sweep.json").unlink()  # so that it is not finished
+    more = ran(*[[*arguments, "--run", tmp_path / "two", "--resume-or-start"]] * 3)
+    assert [status for status, _, _ in more] == [2] * 3
+    assert "was begun by 2 processes, not 3" in more[0][2]
     command = [sys.executable, "-m", "jaxpg", *map(str, arguments), "--run", str(tmp_path / "one")]
     assert subprocess.run(command, env=environment(), capture_output=True).returncode == 0
     tables = [(tmp_path / name / "table.csv").read_text().splitlines() for name in ("one", "two")]

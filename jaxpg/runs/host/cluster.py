@@ -26,6 +26,11 @@ GRACE = 1.0  # seconds in which an error that all processes make is every one's 
 LEAVING = 5.0  # seconds that process 0, which carries the messages, waits for the others to leave
 FOREVER = 2**31 - 1  # milliseconds
 PREFIX = "jaxpg/"
+# Signs that an error of jax is about a lost connection.
+LOST = (
+    *("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED"),
+    *("Gloo", "NCCL", "RCCL", "Connection", "oordination", "arrier"),
+)
 LEAST = (0, 8, 2)  # jax: its signal handler can be left out, and its shutdown is bounded
 SIGNALS = 128  # an exit status above it is a signal's
 
@@ -109,7 +114,7 @@ def joined(cluster: Cluster | None) -> Iterator[None]:
         _leave(own)
         listening.join(LEAVING)  # a thread of jax's client crashes a Python that ends before it
     except jax.errors.JaxRuntimeError as error:
-        if any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "CpuCallback")):
+        if not any(sign in str(error) for sign in LOST):
             raise  # its own: no memory, or an environment's function that failed
         time.sleep(GRACE)  # which it may still say
         with own.ending, suppress(jax.errors.JaxRuntimeError):  # nobody has said why

@@ -142,10 +142,12 @@ def copied(tree: Any) -> Any:
     """A copy of a state to save: on the host or, if several processes hold its parts, on their devices."""
     if processes() == 1:
         return on_host(tree)
-    places = jax.tree.map(lambda x: x.sharding, tree)
-    return jax.jit(
-        lambda tree: jax.tree.map(lambda x: jnp.copy(_data(x)), tree), out_shardings=places
-    )(tree)
+    return _copies(tree)
+
+
+@jax.jit
+def _copies(tree):
+    return jax.tree.map(lambda x: jnp.copy(_data(x)), tree)
 
 
 def steps(folder: Path) -> list[int]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxpg.devices import apart
-from jaxpg.runs.config.flags import request
+from jaxpg.runs.config.flags import EITHER, request
 from jaxpg.runs.console import say
 from jaxpg.runs.host import cluster
 from jaxpg.runs.host.cache import use_compilation_cache
@@ -13,8 +13,6 @@ from jaxpg.runs.store.folder import SWEEP
 from jaxpg.runs.sweep import parts, sweep
 from jaxpg.runs.sweep.record import new_folder
 from jaxpg.runs.sweep.search import take_options
-
-AGAIN = "--resume-or-start"
 
 
 def execute(argv: Sequence[str]) -> None:
@@ -32,27 +30,36 @@ def execute(argv: Sequence[str]) -> None:
     asked = request(rest, prog="jaxpg sweep")
     cluster.agree({"arguments": list(argv)})
 
+    count = cluster.size()
+
     def place():
         folder = new_folder(asked.config) if asked.resume is not None else asked.config.run
-        return str(folder), (Path(str(folder)) / SWEEP).exists()
+        done = (Path(str(folder)) / SWEEP).exists()
+        for other in Path(str(folder)).glob("part-1-of-*"):
+            if not done and (began := other.name.rpartition("-")[2]) != str(count):
+                raise ValueError(
+                    f"{folder} was begun by {began} processes, not {count}; resume it with as many, or name "
+                    "another folder with --run"
+                )
+        return str(folder), done
 
-    (name, done), count = cluster.first(place), cluster.size()
+    name, done = cluster.first(place)
     whole = Path(name)
     if done:
         say(f"the sweep in {whole} has finished")
         return
     folders = [whole / f"part-{number}-of-{count}" for number in range(1, count + 1)]
     own = folders[cluster.index()]
-    cluster.advise(f"the same command with --run {whole} {AGAIN} resumes it")
+    cluster.advise(f"the same command with --run {whole} {EITHER} resumes it")
     with apart():
-        part = sweep.prepare([*_without(argv), "--run", str(own), AGAIN, "--part", _part(count)])
+        part = sweep.prepare([*_without(argv), "--run", str(own), EITHER, "--part", _part(count)])
         if not part.done:
             if part.config.compilation_cache:
                 use_compilation_cache()
             try:
                 sweep.execute(part)
             except Interrupted as stop:
-                said = f"before the end; the same command with --run {whole} {AGAIN} resumes it"
+                said = f"before the end; the same command with --run {whole} {EITHER} resumes it"
                 raise Interrupted(stop.status - cluster.SIGNALS, said) from stop
     cluster.collected(None)  # until all parts are done
     cluster.first(lambda: parts.execute(parts.prepare(["--join", *map(str, folders)], whole)))
@@ -69,6 +76,6 @@ def _without(argv: Sequence[str]) -> list[str]:
         word = words.pop(0)
         if word == "--run":
             words[:1] = []
-        elif word != AGAIN and not word.startswith("--run="):
+        elif word != EITHER and not word.startswith("--run="):
             rest.append(word)
     return rest
