@@ -102,6 +102,16 @@ def test_lambda_return_is_its_definition(seed):
     )
 
 
+def test_nothing_follows_a_terminated_step_not_even_a_nan():
+    traj = trajectory(0)
+    ended = jnp.asarray(traj.discount) == 0
+    assert ended.any()
+    unknown = traj._replace(next_value=jnp.where(ended, jnp.nan, traj.next_value))
+    for psi in (credit.lambda_return, credit.reward_to_go):
+        found, expected = (psi(jnp.ones((T, B)), each, HP) for each in (unknown, traj))
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_reward_to_go_sums_rewards_and_bootstraps_only_where_cut(seed):
     traj = consistent(trajectory(seed))
